@@ -1,0 +1,1 @@
+"""Backends: the operations of the table of stages, each on its own kind of array."""

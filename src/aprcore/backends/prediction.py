@@ -1,0 +1,392 @@
+"""The judge's backend: float64 values, each with the variance of the error it may carry.
+
+An array here is an `Estimate`: what the operation should give, and the predicted variance of what
+a sound engine gives instead, because weights are stored with a step and arithmetic rounds. Running
+a stage's operation on this backend therefore yields both the expected tensor and its noise floor,
+and a span of several operations carries the noise through by itself.
+
+The formulas take errors as independent and first-order:
+
+- a weight stored with step d is off by d^2/12 in variance: y = W x gains sum_k x_k^2 d_jk^2 / 12;
+- a result rounded to a type gains spacing(y)^2/12;
+- a sum of K products carried with unit roundoff u gains u^2/3 (K/2 sum_k p_k^2 + K/3 y^2): the
+  first part where partial sums wander, the second where they grow steadily (Higham, "Accuracy and
+  Stability of Numerical Algorithms", ch. 4, with the squared error of one rounding u^2/3). It is
+  an upper estimate: blocked and pairwise sums do better;
+- RoPE's angles are computed in float32 whatever the engine: position * frequency is off by a few u.
+
+Values themselves come from `ReferenceBackend`; only the products are written again, so that one
+pass over each weight serves several sides at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.base import Int64
+from aprcore.backends.reference import ReferenceBackend
+from aprcore.parallel import available_threads, for_each, single_threaded_blas
+from aprcore.precision import FLOAT32, Arithmetic, FloatType
+from aprcore.rope import Rope
+from aprcore.weights import Weight, read_all, row_chunks
+
+Float64 = NDArray[np.float64]
+
+# Mean of 1/m^2 over mantissas m in [1, 2) of values spread evenly in log scale, 3/8 / ln 2: the
+# mean of (spacing / |w|)^2 is this times (2u)^2.
+MEAN_SQUARED_SPACING = 0.375 / math.log(2)
+# Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
+ANGLE_ROUNDINGS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Expected values and the variance of a sound engine's error, both float64 of one shape.
+
+    Attributes:
+        value: What exact arithmetic gives.
+        variance: Predicted variance of the error of each value.
+        token_dof: Over how many independent errors a sum over tokens averages; None: as many as
+            there are tokens. Errors of a weight repeat where tokens look alike.
+    """
+
+    value: Float64
+    variance: Float64
+    token_dof: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What the engine on one side rounds.
+
+    Attributes:
+        arithmetic: Its precision.
+        weights_rounded: Whether its weights are other roundings of the same numbers, so that the
+            step of the stored ones counts as an error.
+    """
+
+    arithmetic: Arithmetic
+    weights_rounded: bool
+
+
+class PredictionBackend:
+    """Operations on `Estimate`; see `aprcore.backends.base.Backend`.
+
+    Rows of different sides may be stacked for the row-wise operations: `profiles` then gives each
+    block of rows its own engine.
+    """
+
+    name = "prediction"
+
+    def __init__(
+        self, profiles: Sequence[tuple[int | None, Profile]], threads: int | None = None
+    ) -> None:
+        """One (number of rows, profile) per stacked side; None rows for a single side."""
+        self._profiles = profiles
+        self._threads = threads or available_threads()
+        self._exact = ReferenceBackend()
+
+    def from_host(self, x: NDArray[np.floating[Any]]) -> Estimate:
+        value = np.asarray(x, dtype=np.float64)
+        return Estimate(value, np.broadcast_to(0.0, value.shape))
+
+    def to_host(self, x: Estimate) -> Float64:
+        return x.value
+
+    def embed(self, tokens: Int64, weight: Weight) -> Estimate:
+        value = self._exact.embed(tokens, weight)
+        steps = [_steps(weight, token, token + 1) for token in tokens.tolist()]
+        variance = self._weight_error(value, np.concatenate(steps))
+        distinct = float(np.unique(tokens).size)
+        return Estimate(value, variance + self._stored(value), distinct)
+
+    def rms_norm(self, x: Estimate, weight: Weight, eps: float) -> Estimate:
+        value = self._exact.rms_norm(x.value, weight, eps)
+        size = weight.shape[0]
+        groups = x.value.reshape(-1, size)
+        scale = 1 / np.sqrt(np.mean(np.square(groups), axis=1, keepdims=True) + eps)
+        normed = (groups * scale).reshape(value.shape)
+        gain = np.tile(read_all(weight).astype(np.float64), value.shape[1] // size)
+        steps = np.tile(_steps(weight, 0, size).reshape(-1), value.shape[1] // size)
+        variance = np.square(normed) * self._weight_error(gain[None, :], steps[None, :])
+        # The mean of squares is a sum of `size` positive terms; the root halves its error.
+        variance += self._sum_error(0.25 * np.square(value) * size / 3)
+        variance += self._stored(value) + self._stored(normed) * np.square(gain)
+        if np.any(x.variance):
+            spread = np.repeat(scale, size, axis=1).reshape(value.shape)
+            variance += np.square(gain * spread) * x.variance
+        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else None)
+
+    def linear(self, x: Estimate, weights: Sequence[Weight]) -> Estimate:
+        rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
+        value, variance = np.empty((rows, width)), np.empty((rows, width))
+        product = _Product(x, self._profiles_of(rows))
+        jobs = []
+        first = 0
+        for weight in weights:
+            jobs += [(weight, first, start, stop) for start, stop in row_chunks(weight)]
+            first += weight.shape[0]
+
+        def multiply(job: tuple[Weight, int, int, int]) -> None:
+            weight, first, start, stop = job
+            columns = slice(first + start, first + stop)
+            value[:, columns], variance[:, columns] = product.rows(weight, start, stop)
+
+        with single_threaded_blas():
+            for_each(multiply, jobs, self._threads)
+        variance += self._sum_error(np.square(value) * (x.value.shape[1] / 3))
+        variance += self._stored(value)
+        dofs = [
+            _independent_rows(x.value[rows])
+            for rows, profile in self._profiles_of(rows)
+            if profile.weights_rounded
+        ]
+        return Estimate(value, variance, min(dofs, default=None))
+
+    def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
+        value = self._exact.add_bias(x.value, biases)
+        bias = np.concatenate([read_all(b) for b in biases]).astype(np.float64)[None, :]
+        steps = np.concatenate([_steps(b, 0, b.shape[0]).reshape(-1) for b in biases])[None, :]
+        # Engines add the bias before or after rounding the product: allow for either.
+        variance = x.variance + self._weight_error(bias, steps)
+        variance = variance + self._stored(value) + self._stored(x.value)
+        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else x.token_dof)
+
+    def columns(self, x: Estimate, start: int, stop: int) -> Estimate:
+        return replace(x, value=x.value[:, start:stop], variance=x.variance[:, start:stop])
+
+    def rows(self, x: Estimate, start: int, stop: int) -> Estimate:
+        return Estimate(x.value[start:stop], x.variance[start:stop])
+
+    def rope(self, x: Estimate, positions: Int64, rope: Rope) -> Estimate:
+        value = self._exact.rope(x.value, positions, rope)
+        half = rope.head_dim // 2
+
+        def swapped(y: Float64) -> Float64:
+            """Each dimension's partner in the rotation."""
+            pairs = y.reshape(y.shape[0], -1, 2, half)
+            return pairs[:, :, ::-1].reshape(y.shape)
+
+        angles = np.multiply.outer(positions.astype(np.float64), rope.inverse_frequencies())
+        angle_variance = ANGLE_ROUNDINGS * np.square(FLOAT32.roundoff * np.maximum(angles, 1)) / 3
+        per_dim = np.tile(angle_variance, (1, x.value.shape[1] // half))
+        energy = np.square(x.value) + np.square(swapped(x.value))
+        variance = np.square(swapped(value)) * per_dim
+        # Sine and cosine, then the two products: each rounding touches half of the energy.
+        variance += self._rounded(energy) + self._stored(value)
+        if np.any(x.variance):
+            variance += (x.variance + swapped(x.variance)) / 2
+        return Estimate(value, variance, x.token_dof)
+
+    def attention_scores(
+        self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int
+    ) -> Estimate:
+        exact = self._exact.attention_scores
+        value = exact(q.value, k.value, num_heads, num_kv_heads)
+        head_dim = q.value.shape[1] // num_heads
+        root = math.sqrt(head_dim)  # `exact` divides by it once, squares need it twice
+
+        def squares(a: Float64, b: Float64) -> Float64:
+            return exact(a, b, num_heads, num_kv_heads) / root
+
+        wander = squares(np.square(q.value), np.square(k.value))
+        variance = self._sum_error(wander * head_dim / 2 + np.square(value) * head_dim / 3)
+        variance += 2 * self._stored(value)  # the product, then its scaling
+        if np.any(q.variance) or np.any(k.variance):
+            variance += squares(q.variance, np.square(k.value))
+            variance += squares(np.square(q.value), k.variance)
+        return Estimate(value, variance)
+
+    def causal_softmax(self, scores: Estimate) -> Estimate:
+        value = self._exact.causal_softmax(scores.value)
+        seen = value > 0
+        top = np.where(seen, scores.value, -np.inf).max(axis=2, keepdims=True)
+        depth = np.where(seen, top - scores.value, 0.0)
+        # The argument of exp is off by u (top - s); exp, the sum and the division by a few u.
+        relative = np.square(depth) + 4 + value.shape[2] / 3
+        variance = self._sum_error(np.square(value) * relative) + self._stored(value)
+        # exp of what lies far below the maximum underflows to zero in float32.
+        variance += np.where(seen, np.square(2.0**FLOAT32.min_exponent), 0.0)
+        if np.any(scores.variance):
+            pooled = (np.square(value) * scores.variance).sum(axis=2, keepdims=True)
+            variance += np.square(value) * ((1 - 2 * value) * scores.variance + pooled)
+        return Estimate(value, variance)
+
+    def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
+        exact = self._exact.weighted_values
+        value = exact(softmax.value, v.value, num_kv_heads)
+        positions = softmax.value.shape[2]
+        wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
+        variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
+        variance += self._stored(value)
+        if np.any(softmax.variance) or np.any(v.variance):
+            variance += exact(softmax.variance, np.square(v.value), num_kv_heads)
+            variance += exact(np.square(softmax.value), v.variance, num_kv_heads)
+        return Estimate(value, variance)
+
+    def activation(self, x: Estimate, kind: str) -> Estimate:
+        value = self._exact.activation(x.value, kind)
+        # exp(-x) is off by u |x| relatively; a few more roundings follow.
+        variance = self._sum_error(np.square(value) * (4 + np.square(x.value)))
+        variance += self._stored(value)
+        if np.any(x.variance):
+            variance += np.square(self._slope(x.value, kind)) * x.variance
+        return Estimate(value, variance, x.token_dof)
+
+    def add(self, x: Estimate, y: Estimate) -> Estimate:
+        value = x.value + y.value
+        return Estimate(value, x.variance + y.variance + self._stored(value))
+
+    def multiply(self, x: Estimate, y: Estimate) -> Estimate:
+        value = x.value * y.value
+        carried = np.square(y.value) * x.variance + np.square(x.value) * y.variance
+        return Estimate(value, carried + self._stored(value))
+
+    def _slope(self, x: Float64, kind: str) -> Float64:
+        """The activation's derivative, for carrying an error through it."""
+        width = 1e-4 * np.maximum(1, np.abs(x))
+        above, below = (self._exact.activation(x + s * width, kind) for s in (1, -1))
+        return (above - below) / (2 * width)
+
+    def _profiles_of(self, rows: int) -> list[tuple[slice, Profile]]:
+        """The rows of every stacked side."""
+        if len(self._profiles) == 1:
+            return [(slice(0, rows), self._profiles[0][1])]
+        blocks, start = [], 0
+        for count, profile in self._profiles:
+            assert count is not None, "stacked sides say how many rows they have"
+            blocks.append((slice(start, start + count), profile))
+            start += count
+        assert start == rows, f"{rows} rows where the sides have {start}"
+        return blocks
+
+    def _any_weights_rounded(self) -> bool:
+        return any(profile.weights_rounded for _, profile in self._profiles)
+
+    def _by_side(self, x: Float64, function: Callable[[Float64, Profile], Float64]) -> Float64:
+        if len(self._profiles) == 1:
+            return function(x, self._profiles[0][1])
+        parts = [function(x[rows], profile) for rows, profile in self._profiles_of(x.shape[0])]
+        return np.concatenate(parts)
+
+    def _stored(self, x: Float64) -> Float64:
+        """Variance of rounding a result to the type that the engine stores."""
+        return self._by_side(x, lambda y, p: p.arithmetic.stored.rounding_variance(y))
+
+    def _rounded(self, energy: Float64) -> Float64:
+        """Variance of one rounding of something with this squared size."""
+        return self._by_side(
+            energy, lambda y, p: y * (p.arithmetic.stored.roundoff**2 / 3)
+        )
+
+    def _sum_error(self, weighted_energy: Float64) -> Float64:
+        """u^2/3 of the accumulating type times an energy that counts its roundings."""
+        return self._by_side(
+            weighted_energy, lambda y, p: y * (p.arithmetic.accumulated.roundoff**2 / 3)
+        )
+
+    def _weight_error(self, weight: Float64, steps: Float64) -> Float64:
+        """Variance of a weight used as it is, [1 or rows, C], from its squared steps."""
+
+        def error(profile: Profile) -> Float64:
+            if not profile.weights_rounded:
+                return np.zeros_like(weight)
+            return steps / 12 + profile.arithmetic.stored.rounding_variance(weight)
+
+        if len(self._profiles) == 1:
+            return error(self._profiles[0][1])
+        # A vector shared by all rows must become one row per side's row.
+        return np.concatenate(
+            [np.broadcast_to(error(p), (count or 1, weight.shape[1])) for count, p in self._profiles]
+        )
+
+
+class _Product:
+    """Rows of W times x for every stacked side, with the variance of each result."""
+
+    def __init__(self, x: Estimate, sides: list[tuple[slice, Profile]]) -> None:
+        self._x = np.ascontiguousarray(x.value.T)  # (K, T)
+        self._squares = np.ascontiguousarray(np.square(x.value).T, dtype=np.float32)
+        self._carried = x.variance.T.astype(np.float32) if np.any(x.variance) else None
+        self._sides = sides
+        self._width = x.value.shape[1]
+        self._activations = {
+            number: (profile.arithmetic.activations, profile.arithmetic.activations
+                     .rounding_variance(x.value[rows]).T.astype(np.float32))
+            for number, (rows, profile) in enumerate(sides)
+            if profile.arithmetic.activations is not None
+        }  # fmt: skip
+
+    def rows(self, weight: Weight, start: int, stop: int) -> tuple[Float64, Float64]:
+        """Values and variances of output columns start..stop, [T, stop - start] each."""
+        narrow = weight.read(start, stop)
+        value = (narrow.astype(np.float64) @ self._x).T
+        squares = np.square(narrow)
+        wander = (squares @ self._squares).T.astype(np.float64)  # sum_k w^2 x^2
+        variance = np.empty_like(value)
+        for number, (rows, profile) in enumerate(self._sides):
+            arithmetic = profile.arithmetic
+            unit = arithmetic.accumulated.roundoff
+            variance[rows] = wander[rows] * (unit**2 / 3 * (self._width / 2 + 1))
+            if profile.weights_rounded:
+                variance[rows] += self._stored_steps(weight, start, stop, rows)
+                variance[rows] += self._cast(narrow, wander[rows], rows, arithmetic.stored)
+            if number in self._activations:
+                blocks, rounding = self._activations[number]
+                variance[rows] += (_block_sums(squares, blocks.block) @ rounding).T
+        if self._carried is not None:
+            variance += (squares @ self._carried).T
+        return value, variance
+
+    def _stored_steps(self, weight: Weight, start: int, stop: int, rows: slice) -> Float64:
+        """sum_k x_k^2 d_jk^2 / 12 from the steps in the file."""
+        if weight.dtype in ("F32", "F64"):
+            return np.zeros(())  # far below the roundoff of a float32 sum
+        steps, group = weight.step_squares(start, stop)
+        energy = _block_sums(self._squares[:, rows].T, group)  # (T, groups)
+        return (steps.astype(np.float64) @ energy.T.astype(np.float64)).T / 12
+
+    def _cast(
+        self, narrow: NDArray[np.float32], wander: Float64, rows: slice, stored: FloatType
+    ) -> Float64:
+        """The other side's own cast of the weights to a half type, from sum_k w^2 x^2."""
+        if stored.digits >= FLOAT32.digits or _fits(narrow, stored):
+            return np.zeros(())
+        relative = (2 * stored.roundoff) ** 2 / 12 * MEAN_SQUARED_SPACING
+        smallest = np.ldexp(1.0, stored.min_exponent - (stored.digits - 1)) ** 2 / 12
+        energy = self._squares[:, rows].sum(axis=0, dtype=np.float64)
+        return wander * relative + smallest * energy[:, None]
+
+
+def _fits(x: NDArray[np.float32], kind: FloatType) -> bool:
+    """Whether values of a weight are numbers of a half type already."""
+    lost = FLOAT32.digits - kind.digits
+    bits = x.view(np.uint32)
+    return not np.any(bits & np.uint32((1 << lost) - 1))
+
+
+def _block_sums(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """Sums over `block` consecutive columns, the last one short: [rows, ceil(C / block)]."""
+    if block == 1:
+        return x
+    return np.add.reduceat(x, np.arange(0, x.shape[1], block), axis=1)
+
+
+def _steps(weight: Weight, start: int, stop: int) -> Float64:
+    """Squared steps of every value of rows start..stop, [rows, C]."""
+    steps, group = weight.step_squares(start, stop)
+    columns = int(np.prod(weight.shape[1:], dtype=np.int64))
+    return np.repeat(steps.astype(np.float64), group, axis=1)[:, :columns]
+
+
+def _independent_rows(x: Float64) -> float:
+    """How many of the rows count as independent directions: (tr G)^2 / |G|^2 of the Gram matrix."""
+    gram = x @ x.T
+    total = float(np.square(gram).sum())
+    return float(np.trace(gram)) ** 2 / total if total > 0 else 1.0

@@ -1,0 +1,471 @@
+"""Metrics of two tensors, accumulated in float64 in one pass over memory.
+
+Throughout, `a` is the tensor under test and `b` the reference. Figures cover the positions where
+both sides are finite; non-finite values are counted beside them and never hidden in a mean.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.parallel import available_threads, for_each
+
+Floats = NDArray[np.floating[Any]]
+Float64 = NDArray[np.float64]
+
+# Long enough that two threads seldom meet at the interpreter lock, short enough for a shared cache
+# (measured: 32 Ki values gain nothing from a second thread, 128 Ki a quarter, more no more).
+CHUNK_VALUES = 128 * 1024
+
+# Products are summed in pieces that a BLAS library computes on the calling thread (OpenBLAS hands
+# longer ones to threads of its own, which then fight with ours), and that keep sums accurate.
+BLOCK_VALUES = 8 * 1024
+
+# Relative gap under which two candidates for the next token count as tied (FORMATS.md).
+NEAR_TIE_GAP = 0.15
+
+
+class Difference(NamedTuple):
+    """One position: flat index, both values and |a - b|."""
+
+    index: int
+    a: float
+    b: float
+    abs_diff: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The largest differences in order, as arrays because a report keeps thousands of them.
+
+    Attributes:
+        indices: Flat indices: unequal non-finite positions first, then by |a - b|, ties by index.
+        a, b: The values there, float64.
+    """
+
+    indices: NDArray[np.int64]
+    a: Float64
+    b: Float64
+
+    def __len__(self) -> int:
+        return int(self.indices.size)
+
+    def __iter__(self) -> Iterator[Difference]:
+        for index, a, b in zip(self.indices.tolist(), self.a.tolist(), self.b.tolist()):
+            yield Difference(index, a, b, abs(a - b))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """How two tensors of one size differ.
+
+    Attributes:
+        count: Values on each side.
+        finite_count: Positions at which both sides are finite; the figures below cover these.
+        cosine: Cosine similarity; 1 if both are all zero, 0 if one is.
+        relative_l2: |a - b| / |b|; 0 if both are zero, infinite if only b is.
+        rms_a, rms_b, rms_diff: Root mean squares.
+        max_abs_diff: Largest |a - b|, at flat index `max_index` (-1 if nothing is finite).
+        nonfinite_a, nonfinite_b: NaN and infinities on each side.
+        unequal_nonfinite: Positions where a side is not finite and the two differ (NaN equals NaN).
+        first_nonfinite: Flat index of the first position where either side is not finite, or -1.
+        top: The k largest differences.
+    """
+
+    count: int
+    finite_count: int
+    cosine: float
+    relative_l2: float
+    rms_a: float
+    rms_b: float
+    rms_diff: float
+    max_abs_diff: float
+    max_index: int
+    nonfinite_a: int
+    nonfinite_b: int
+    unequal_nonfinite: int
+    first_nonfinite: int
+    top: Ranking
+
+    @property
+    def nmse(self) -> float:
+        """|a - b|^2 / |b|^2, as llama.cpp's test-backend-ops reports it."""
+        return self.relative_l2**2
+
+    @property
+    def identical(self) -> bool:
+        """Every value equal, NaN equal to NaN at the same place."""
+        return self.max_abs_diff == 0 and self.unequal_nonfinite == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One tensor on its own; figures cover its finite values and are NaN when there are none."""
+
+    count: int
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    rms: float
+    zeros: int
+    nans: int
+    infinities: int
+
+    @property
+    def nonfinite(self) -> int:
+        """NaN and infinite values."""
+        return self.nans + self.infinities
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsComparison:
+    """What two sets of logits would make the model say.
+
+    Attributes:
+        argmax_a, argmax_b: The greedy tokens (the first of equals).
+        top_a, top_b: Token ids with the largest logits, best first.
+        values_a, values_b: Their logits.
+        kl: KL(softmax(b) || softmax(a)) in nats; NaN if a logit is not finite.
+        gap: How far the tested side's token lies below the best on the reference side,
+            (max b - b[argmax a]) / (max b - min b).
+        near_tie: The tokens differ, but by no more than `NEAR_TIE_GAP`.
+    """
+
+    argmax_a: int
+    argmax_b: int
+    top_a: tuple[int, ...]
+    top_b: tuple[int, ...]
+    values_a: tuple[float, ...]
+    values_b: tuple[float, ...]
+    kl: float
+    gap: float
+    near_tie: bool
+
+    @property
+    def agree(self) -> bool:
+        """Whether both sides choose the same token."""
+        return self.argmax_a == self.argmax_b
+
+
+def compare(a: Floats, b: Floats, k: int = 0) -> Comparison:
+    """Compare two tensors of the same number of values.
+
+    Args:
+        a: The tensor under test, any shape; flat indices are row-major.
+        b: The reference.
+        k: How many of the largest differences to keep.
+
+    Raises:
+        ValueError: The sizes differ.
+    """
+    a, b = np.ascontiguousarray(a).reshape(-1), np.ascontiguousarray(b).reshape(-1)
+    if a.size != b.size:
+        raise ValueError(f"cannot compare {a.size} values with {b.size}")
+    starts = range(0, a.size, CHUNK_VALUES)
+    parts: list[_Part | None] = [None] * len(starts)
+    floor = _Floor(k)
+    threads = min(available_threads(), len(starts))
+
+    def share(first: int) -> None:
+        for number in range(first, len(starts), threads):
+            chunk = slice(starts[number], starts[number] + CHUNK_VALUES)
+            parts[number] = _compare_chunk(a[chunk], b[chunk], chunk.start, floor)
+
+    for_each(share, range(threads), threads)
+    return _merge([part for part in parts if part is not None], k)
+
+
+def compare_pieces(pieces: Iterable[tuple[Floats, Floats]], k: int = 0) -> Comparison:
+    """As `compare`, for two tensors that arrive piece by piece and are never held whole.
+
+    Args:
+        pieces: Consecutive pieces of both tensors, flat and pairwise of one size. Each pair is
+            read before the next is asked for, so buffers may be reused.
+        k: How many of the largest differences to keep.
+    """
+    floor = _Floor(k)
+    parts = []
+    start = 0
+    for a, b in pieces:
+        for offset in range(0, a.size, CHUNK_VALUES):
+            chunk = slice(offset, offset + CHUNK_VALUES)
+            parts.append(_compare_chunk(a[chunk], b[chunk], start + offset, floor))
+        start += a.size
+    return _merge(parts, k)
+
+
+def describe(x: Floats) -> Statistics:
+    """Statistics of one tensor, accumulated in float64."""
+    x = x.reshape(-1)
+    values = x.astype(np.float64)
+    finite = np.isfinite(values)
+    nans = int(np.count_nonzero(np.isnan(values)))
+    infinities = int(x.size - np.count_nonzero(finite)) - nans
+    if nans or infinities:
+        values = values[finite]
+    if values.size == 0:
+        nan = math.nan
+        return Statistics(x.size, nan, nan, nan, nan, nan, 0, nans, infinities)
+    return Statistics(
+        count=x.size,
+        mean=float(values.mean()),
+        std=float(values.std()),
+        minimum=float(values.min()),
+        maximum=float(values.max()),
+        rms=math.sqrt(float(values @ values) / values.size),
+        zeros=int(np.count_nonzero(values == 0)),
+        nans=nans,
+        infinities=infinities,
+    )
+
+
+def compare_logits(
+    a: Floats, b: Floats, *, k: int = 5, temperature: float = 1.0
+) -> LogitsComparison:
+    """Compare two sets of logits of one token, [V] each, in float64.
+
+    NaN counts as the lowest logit when tokens are ranked.
+
+    Raises:
+        ValueError: The sizes differ or are zero, or the temperature is not positive.
+    """
+    if a.size != b.size or a.size == 0:
+        raise ValueError(f"cannot compare {a.size} logits with {b.size}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    wide_a, wide_b = (x.reshape(-1).astype(np.float64) for x in (a, b))
+    rank_a, rank_b = (np.where(np.isnan(x), -np.inf, x) for x in (wide_a, wide_b))
+    top_a, top_b = (np.argsort(-x, kind="stable")[:k] for x in (rank_a, rank_b))
+    argmax_a, argmax_b = int(top_a[0]), int(top_b[0])
+    spread = float(rank_b.max() - rank_b.min())
+    gap = 0.0 if argmax_a == argmax_b else math.nan
+    if argmax_a != argmax_b and math.isfinite(spread):
+        gap = float(rank_b[argmax_b] - rank_b[argmax_a]) / spread if spread > 0 else 0.0
+    kl = math.nan
+    if np.isfinite(wide_a).all() and np.isfinite(wide_b).all():
+        log_a, log_b = (_log_softmax(x / temperature) for x in (wide_a, wide_b))
+        kl = max(0.0, float(np.exp(log_b) @ (log_b - log_a)))
+    return LogitsComparison(
+        argmax_a=argmax_a,
+        argmax_b=argmax_b,
+        top_a=tuple(int(i) for i in top_a),
+        top_b=tuple(int(i) for i in top_b),
+        values_a=tuple(float(x) for x in wide_a[top_a]),
+        values_b=tuple(float(x) for x in wide_b[top_b]),
+        kl=kl,
+        gap=gap,
+        near_tie=argmax_a != argmax_b and gap <= NEAR_TIE_GAP,
+    )
+
+
+def _log_softmax(x: Float64) -> Float64:
+    shifted = x - x.max()
+    return np.asarray(shifted - math.log(float(np.exp(shifted).sum())), dtype=np.float64)
+
+
+@dataclass(slots=True)
+class _Part:
+    """Sums over one chunk, and its candidates for the largest differences with their values."""
+
+    size: int
+    aa: float
+    bb: float
+    ab: float
+    dd: float
+    count: int
+    nonfinite_a: int
+    nonfinite_b: int
+    unequal_nonfinite: int
+    first_nonfinite: int
+    largest: float
+    largest_index: int
+    leading: Ranking
+    ranked: Ranking
+
+
+class _Floor:
+    """The k-th largest difference seen so far (the largest for k = 0): below it, no ranking.
+
+    Threads share it without a lock on the reading side: a stale floor is only lower, which costs
+    work and never a candidate.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.value = 0.0
+        self._best = np.empty(0)
+        self._lock = threading.Lock()
+
+    def offer(self, diffs: Float64) -> None:
+        with self._lock:
+            merged = np.sort(np.concatenate([self._best, diffs]))[-max(1, self.k) :]
+            self._best = merged
+            if merged.size >= self.k:
+                self.value = float(merged[0])
+
+
+_NOWHERE = np.empty(0, dtype=np.int64)
+_NO_RANKING = Ranking(_NOWHERE, np.empty(0), np.empty(0))
+_scratch = threading.local()
+
+
+def _buffers(size: int) -> Float64:
+    """Scratch of this thread for a, b and a - b as float64, [3, size], zeros where padded."""
+    buffers: Float64 | None = getattr(_scratch, "buffers", None)
+    if buffers is None or buffers.shape[1] < size:
+        buffers = np.empty((3, size))
+        _scratch.buffers = buffers
+    return buffers[:, :size]
+
+
+def _compare_chunk(a: Floats, b: Floats, start: int, floor: _Floor) -> _Part:
+    block = min(BLOCK_VALUES, max(1, a.size))
+    padded = _buffers(-(-a.size // block) * block)
+    padded[:, a.size :] = 0
+    blocks = padded.reshape(3, -1, block)
+    rows = padded[:, : a.size]
+    wide_a, wide_b, diff = rows
+    with np.errstate(invalid="ignore"):  # inf - inf; signalling NaN
+        wide_a[:] = a
+        wide_b[:] = b
+        np.subtract(wide_a, wide_b, out=diff)
+        aa, bb, dd = np.vecdot(blocks, blocks).sum(axis=1).tolist()
+    unequal = _NOWHERE
+    nonfinite_a = nonfinite_b = 0
+    first = -1
+    count = a.size
+    bad: NDArray[np.bool_] | None = None
+    # The sum of squares is finite exactly when every float32 is: no separate pass to look.
+    if not (math.isfinite(aa) and math.isfinite(bb) and math.isfinite(dd)):
+        bad_a, bad_b = ~np.isfinite(wide_a), ~np.isfinite(wide_b)
+        bad = bad_a | bad_b
+        nonfinite_a, nonfinite_b = int(bad_a.sum()), int(bad_b.sum())
+        equal = (wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))
+        unequal = np.flatnonzero(bad & ~equal)
+        if bad.any():
+            first = int(np.argmax(bad)) + start
+        rows[:, bad] = 0
+        count -= int(bad.sum())
+        aa, bb, dd = np.vecdot(blocks, blocks).sum(axis=1).tolist()
+    ab = float(np.vecdot(blocks[0], blocks[1]).sum())
+    largest = max(float(diff.max(initial=0)), -float(diff.min(initial=0))) if count else -1.0
+    ranked, largest_index = _NOWHERE, -1
+    if largest >= floor.value:
+        np.abs(diff, out=diff)
+        if bad is not None:
+            diff[bad] = -1  # neither the largest difference nor one of the k largest
+        largest_index = int(diff.argmax()) + start
+        ranked = _candidates(diff, largest, floor)
+    return _Part(
+        a.size, aa, bb, ab, dd, count, nonfinite_a, nonfinite_b, unequal.size, first,
+        largest, largest_index,
+        leading=_ranking(unequal[: floor.k], a, b, start), ranked=_ranking(ranked, a, b, start),
+    )  # fmt: skip
+
+
+def _candidates(diff: Float64, largest: float, floor: _Floor) -> NDArray[np.int64]:
+    """Positions of a chunk that may be among the k largest of the tensor; `diff` is |a - b|."""
+    k = floor.k
+    if k == 0:
+        floor.offer(np.array([largest]))
+        return _NOWHERE
+    if largest == 0:  # equal tensors: the first k finite positions
+        first = np.flatnonzero(diff == 0)[:k]
+        floor.offer(diff[first])
+        return first
+    indices = np.flatnonzero(diff >= max(floor.value, _lower_bound(diff, k)))
+    diffs = diff[indices]
+    if diffs.size > k:
+        threshold = float(np.partition(diffs, diffs.size - k)[diffs.size - k])
+        # Of ties at the threshold (zeros, say) the first k suffice.
+        ties = np.flatnonzero(diffs == threshold)[:k]
+        kept = np.sort(np.concatenate([np.flatnonzero(diffs > threshold), ties]))
+        indices, diffs = indices[kept], diffs[kept]
+    floor.offer(diffs)
+    return indices
+
+
+def _lower_bound(diff: Float64, k: int) -> float:
+    """A value that at least k of a chunk's reach, and not many more.
+
+    Deals the values into 4 k groups or more: where k groups have a maximum that large, k values
+    are. Ten times faster than ranking all of them.
+    """
+    groups = max(4 * k, diff.size // 64)
+    if diff.size < groups:
+        return -1.0
+    maxima = diff[: diff.size // groups * groups].reshape(-1, groups).max(axis=0)
+    return float(np.partition(maxima, groups - k)[groups - k])
+
+
+def _ranking(indices: NDArray[np.int64], a: Floats, b: Floats, start: int) -> Ranking:
+    if indices.size == 0:
+        return _NO_RANKING
+    wide_a, wide_b = (x[indices].astype(np.float64) for x in (a, b))
+    return Ranking(indices + start, wide_a, wide_b)
+
+
+def _merge(parts: list[_Part], k: int) -> Comparison:
+    aa, bb, ab, dd = (
+        math.fsum(getattr(p, name) for p in parts) for name in ("aa", "bb", "ab", "dd")
+    )
+    finite_count = sum(part.count for part in parts)
+    largest = max((part.largest for part in parts), default=0.0)
+    max_index = -1
+    if finite_count:
+        max_index = next(part.largest_index for part in parts if part.largest == largest)
+    firsts = [part.first_nonfinite for part in parts if part.first_nonfinite >= 0]
+    per_value = 1 / finite_count if finite_count else 0.0
+    return Comparison(
+        count=sum(part.size for part in parts),
+        finite_count=finite_count,
+        cosine=_cosine(ab, aa, bb),
+        relative_l2=_ratio(dd, bb),
+        rms_a=math.sqrt(aa * per_value),
+        rms_b=math.sqrt(bb * per_value),
+        rms_diff=math.sqrt(dd * per_value),
+        max_abs_diff=largest if finite_count else 0.0,
+        max_index=max_index,
+        nonfinite_a=sum(part.nonfinite_a for part in parts),
+        nonfinite_b=sum(part.nonfinite_b for part in parts),
+        unequal_nonfinite=sum(part.unequal_nonfinite for part in parts),
+        first_nonfinite=min(firsts, default=-1),
+        top=_top(parts, k),
+    )
+
+
+def _top(parts: list[_Part], k: int) -> Ranking:
+    leading = _join([part.leading for part in parts])
+    ranked = _join([part.ranked for part in parts])
+    order = np.lexsort((ranked.indices, -np.abs(ranked.a - ranked.b)))
+    best = Ranking(ranked.indices[order], ranked.a[order], ranked.b[order])
+    joined = _join([leading, best])
+    return Ranking(joined.indices[:k], joined.a[:k], joined.b[:k])
+
+
+def _join(rankings: list[Ranking]) -> Ranking:
+    columns = [[r.indices, r.a, r.b] for r in [_NO_RANKING, *rankings]]
+    return Ranking(*(np.concatenate(column) for column in zip(*columns)))
+
+
+def _cosine(ab: float, aa: float, bb: float) -> float:
+    if aa == 0 and bb == 0:
+        return 1.0
+    if aa == 0 or bb == 0:
+        return 0.0
+    # Square roots first: the product of two sums of squares can leave float64's range.
+    return max(-1.0, min(1.0, ab / (math.sqrt(aa) * math.sqrt(bb))))
+
+
+def _ratio(dd: float, bb: float) -> float:
+    if dd == 0:
+        return 0.0
+    return math.inf if bb == 0 else math.sqrt(dd / bb)

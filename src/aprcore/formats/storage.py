@@ -1,0 +1,431 @@
+"""Bytes on disk: an open file, a cursor for headers, a tensor that is read a few rows at a time.
+
+Files are read with `pread`, never mapped: a mapped file that shrinks kills the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import stat
+import struct
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.errors import FormatError, TruncatedError, UnsupportedError, Where
+from aprcore.quant import (
+    SCALE_BYTES,
+    BlockFormat,
+    Bytes,
+    Layout,
+    dequantize,
+    find_format,
+    locate,
+    row_bytes,
+    storage_size,
+)
+from aprcore.steps import join_rows, step_squares
+from aprcore.weights import Float32
+
+# Stored bytes are expanded in pieces of about this size: they stay in a core's cache, and the
+# scratch buffer that each thread keeps stays small.
+PIECE_BYTES = 512 * 1024
+
+_SCRATCH_BYTES = PIECE_BYTES + 64  # a piece that starts inside a block takes one block more
+
+_CURSOR_BYTES = 64 * 1024
+
+# numpy cannot even shape an empty array whose other axes multiply to more than it can address.
+_MOST_VALUES = 1 << 60
+
+
+class DataFile:
+    """An open regular file that is read by position. Any number of threads may read at once.
+
+    Attributes:
+        path: As given.
+        size_bytes: Its length when it was opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open `path`; the descriptor is closed by `close` or with the last reference.
+
+        Raises:
+            FormatError: The file is missing, unreadable, empty or not a regular file.
+        """
+        self.path = Path(path)
+        descriptor = _open_regular(self.path)
+        self._descriptor = descriptor
+        self._finalizer = weakref.finalize(self, os.close, descriptor)
+        self.size_bytes = os.fstat(descriptor).st_size
+        if self.size_bytes == 0:
+            self.close()
+            raise FormatError("the file is empty", where=path, hint="fetch or write it again")
+
+    def read_into(self, offset_bytes: int, buffer: memoryview | NDArray[Any]) -> None:
+        """Fill `buffer` (C-contiguous) with the bytes from `offset_bytes`.
+
+        Raises:
+            TruncatedError: The file ends before the buffer is full.
+            FormatError: The system reports a read error.
+        """
+        if buffer.nbytes == 0:
+            return
+        if not self._finalizer.alive:
+            raise ValueError(f"{self.path} is closed")
+        view = (buffer if isinstance(buffer, memoryview) else buffer.data).cast("B")
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], offset_bytes + done)
+            except OSError as error:
+                raise FormatError(
+                    f"cannot be read: {error.strerror}", where=self.path, offset_bytes=offset_bytes
+                ) from error
+            if count == 0:
+                raise TruncatedError(
+                    f"the file ends {len(view) - done} bytes early",
+                    where=self.path,
+                    offset_bytes=offset_bytes + done,
+                    hint="the file may have been truncated or replaced while open",
+                )
+            done += count
+
+    def read_bytes(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """The bytes at a position; the size is checked against the file before allocating.
+
+        Raises:
+            TruncatedError: The file ends before them.
+        """
+        if offset_bytes + size_bytes > self.size_bytes:
+            raise TruncatedError(
+                f"{size_bytes} bytes are promised but the file has {self.size_bytes} bytes in all",
+                where=self.path,
+                offset_bytes=offset_bytes,
+            )
+        buffer = bytearray(size_bytes)
+        self.read_into(offset_bytes, memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Close the file. Reading from it is an error from then on."""
+        self._finalizer()
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor of a regular file; never blocks on a pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a NUL inside the name
+        raise FormatError("not a file name", where=repr(str(path))) from error
+    except OSError as error:
+        raise _open_error(path, error) from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise FormatError("is a directory", where=path, hint="name a file in it")
+    raise FormatError("is not a regular file", where=path)
+
+
+def _open_error(path: Path, error: OSError) -> FormatError:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return FormatError("no such file", where=path, hint="check the path")
+        case errno.EACCES | errno.EPERM:
+            return FormatError(
+                "permission denied", where=path, hint="make the file readable for this user"
+            )
+    return FormatError(f"cannot be opened: {error.strerror}", where=path)
+
+
+class Cursor:
+    """Reads little-endian numbers and text one after the other, never past its end.
+
+    Attributes:
+        offset_bytes: The position in the file of what is read next.
+        end_bytes: The position that nothing is read beyond.
+    """
+
+    def __init__(
+        self, file: DataFile, offset_bytes: int = 0, end_bytes: int | None = None, what: str = ""
+    ) -> None:
+        """Start at `offset_bytes`; `what` names the part of the file in error messages."""
+        self.file = file
+        self.offset_bytes = offset_bytes
+        self.end_bytes = file.size_bytes if end_bytes is None else min(end_bytes, file.size_bytes)
+        self._what = what or "header"
+        self._window = b""
+        self._window_start = offset_bytes
+
+    @property
+    def path(self) -> Path:
+        """The file that is read."""
+        return self.file.path
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Bytes left before the end."""
+        return max(0, self.end_bytes - self.offset_bytes)
+
+    def take(self, size_bytes: int) -> bytes:
+        """The next bytes.
+
+        Raises:
+            TruncatedError: Fewer are left.
+        """
+        if size_bytes > self.remaining_bytes:
+            raise TruncatedError(
+                f"the {self._what} needs {size_bytes} bytes where {self.remaining_bytes} are left",
+                where=self.path,
+                offset_bytes=self.offset_bytes,
+            )
+        start = self.offset_bytes - self._window_start
+        if start + size_bytes > len(self._window):
+            window_bytes = min(max(size_bytes, _CURSOR_BYTES), self.remaining_bytes)
+            self._window = self.file.read_bytes(self.offset_bytes, window_bytes)
+            self._window_start, start = self.offset_bytes, 0
+        self.offset_bytes += size_bytes
+        return self._window[start : start + size_bytes]
+
+    def u8(self) -> int:
+        """The next byte."""
+        return self.take(1)[0]
+
+    def u16(self) -> int:
+        """The next unsigned 16-bit number."""
+        return int.from_bytes(self.take(2), "little")
+
+    def u32(self) -> int:
+        """The next unsigned 32-bit number."""
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        """The next unsigned 64-bit number."""
+        return int.from_bytes(self.take(8), "little")
+
+    def text(self, size_bytes: int) -> str:
+        """The next bytes as UTF-8.
+
+        Raises:
+            TruncatedError: Fewer are left.
+            FormatError: They are not UTF-8.
+        """
+        start = self.offset_bytes
+        try:
+            return self.take(size_bytes).decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(
+                f"text in the {self._what} is not UTF-8", where=self.path, offset_bytes=start
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: a `Weight` that is read and expanded a few rows at a time.
+
+    Attributes:
+        name: As the reader spells it.
+        shape: Sizes, row-major.
+        dtype: A name in `aprcore.quant.FORMATS`.
+        file: Where it is.
+        offset_bytes: Its first byte in the file.
+        size_bytes: Its bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: DataFile
+    offset_bytes: int
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        """Check the size against shape and type, and the extent against the file.
+
+        Raises:
+            UnsupportedError: The type is unknown.
+            FormatError: The size does not fit the shape.
+            TruncatedError: The file ends before the tensor does.
+        """
+        try:
+            expected = storage_size(self.dtype, self.shape)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"tensor {self.name!r}: {error.what}", where=self.file.path, hint=error.hint
+            ) from None
+        if math.prod(size for size in self.shape if size) >= _MOST_VALUES:
+            raise FormatError(f"tensor {self.name!r} has an absurd shape", where=self.file.path)
+        if expected != self.size_bytes:
+            raise size_error(self.file.path, self.name, self.shape, self.dtype, expected,
+                             self.size_bytes)  # fmt: skip
+        end = self.offset_bytes + self.size_bytes
+        if self.offset_bytes < 0 or end > self.file.size_bytes:
+            raise TruncatedError(
+                f"tensor {self.name!r} ends at byte {end} but the file has "
+                f"{self.file.size_bytes} bytes",
+                where=self.file.path,
+                hint="the file is cut short; fetch or write it again",
+            )
+
+    def read(self, start: int, stop: int, out: Float32 | None = None) -> Float32:
+        """Rows `start` to `stop` (along the first axis) as float32, dequantised. Thread-safe.
+
+        Args:
+            start, stop: Rows; a tensor without axes counts as one row.
+            out: Flat, C-contiguous, at least as many values as the rows have.
+
+        Returns:
+            Shape (stop - start, *shape[1:]); a view of `out` where it is given.
+
+        Raises:
+            IndexError: The rows are out of range.
+            ValueError: `out` cannot take the rows.
+            TruncatedError: The file has shrunk since it was opened.
+        """
+        total_rows = self.shape[0] if self.shape else 1
+        if not 0 <= start <= stop <= total_rows:
+            raise IndexError(f"rows {start} to {stop} of {self.name!r}, which has {total_rows}")
+        row_values = math.prod(self.shape[1:])
+        count = (stop - start) * row_values
+        values = np.empty(count, np.float32) if out is None else _take(out, count)
+        if self.dtype == "F32":
+            self.file.read_into(self.offset_bytes + 4 * start * row_values, values)
+        elif count:
+            self._expand(start * row_values, values)
+        return values.reshape((stop - start, *self.shape[1:]))
+
+    def read_raw(self, start: int, stop: int) -> Bytes:
+        """The stored bytes of rows of blocks or of plain numbers, uint8.
+
+        Raises:
+            IndexError: The rows are out of range.
+            ValueError: The type's blocks do not start anew at every row.
+        """
+        row = find_format(self.dtype)
+        if row.layout in (Layout.FLAT, Layout.SCALED):
+            raise ValueError(f"rows of {self.dtype} have no bytes of their own")
+        total_rows = self.shape[0] if self.shape else 1
+        if not 0 <= start <= stop <= total_rows:
+            raise IndexError(f"rows {start} to {stop} of {self.name!r}, which has {total_rows}")
+        stride = self.size_bytes // total_rows if total_rows else 0
+        raw = np.empty((stop - start) * stride, np.uint8)
+        self.file.read_into(self.offset_bytes + start * stride, raw)
+        return raw
+
+    def step_squares(self, start: int, stop: int) -> tuple[Float32, int]:
+        """See `Weight.step_squares`."""
+        total_rows = self.shape[0] if self.shape else 1
+        if not 0 <= start <= stop <= total_rows:
+            raise IndexError(f"rows {start} to {stop} of {self.name!r}, which has {total_rows}")
+        row, row_values = find_format(self.dtype), math.prod(self.shape[1:])
+        if row.layout not in (Layout.ROWS, Layout.PADDED_ROWS):
+            return self._row_steps(start * row_values, (stop - start) * row_values, row_values)
+        row_length = self.shape[-1] if self.shape else 1
+        if len(self.shape) < 2:  # its blocks span its rows, so they are read from the first on
+            squares, group = self._row_steps(0, row_length, row_length)
+            return join_rows(squares, group, row_length, 1)[0][start:stop], 1
+        squares, group = self._row_steps(
+            start * row_values, (stop - start) * row_values, row_length
+        )
+        if row_values == row_length:
+            return squares, group
+        return join_rows(squares, group, row_length, row_values)
+
+    def _row_steps(self, first: int, count: int, row_length: int) -> tuple[Float32, int]:
+        row = find_format(self.dtype)
+        span = locate(row, row_length, first, count)
+        raw = np.empty(span.size_bytes, np.uint8)
+        self.file.read_into(self.offset_bytes + span.offset_bytes, raw)
+        return step_squares(
+            self.dtype,
+            raw,
+            count,
+            row_length=row_length,
+            skip_values=span.skip_values,
+            scale=self._scale(),
+        )
+
+    def _scale(self) -> float:
+        """The scale of an AprQ8 tensor; 1 for every other."""
+        if find_format(self.dtype).layout is not Layout.SCALED:
+            return 1.0
+        scale: float = struct.unpack("<f", self.file.read_bytes(self.offset_bytes, SCALE_BYTES))[0]
+        return scale
+
+    def _expand(self, first: int, values: Float32) -> None:
+        """Read and expand the values from the flat index `first`, piece by piece."""
+        row = find_format(self.dtype)
+        row_length = self.shape[-1] if self.shape else 1
+        scale = self._scale()
+        step = _piece_values(row, row_length)
+        for done in range(0, values.size, step):
+            piece = values[done : done + step]
+            span = locate(row, row_length, first + done, piece.size)
+            raw = _scratch(span.size_bytes)
+            self.file.read_into(self.offset_bytes + span.offset_bytes, raw)
+            dequantize(
+                self.dtype,
+                raw,
+                piece,
+                row_length=row_length,
+                skip_values=span.skip_values,
+                scale=scale,
+            )
+
+
+def size_error(
+    path: Where, name: str, shape: tuple[int, ...], dtype: str, expected: int, found: int
+) -> FormatError:
+    """The error for a tensor whose bytes do not fit its shape."""
+    shape_text = "x".join(map(str, shape)) or "scalar"
+    return FormatError(
+        f"tensor {name!r} ({dtype}, {shape_text}) takes {expected} bytes but {found} are stored",
+        where=path,
+    )
+
+
+def _take(out: Float32, count: int) -> Float32:
+    if out.dtype != np.float32 or not out.flags.c_contiguous or out.size < count:
+        raise ValueError(f"need {count} contiguous float32 values, got {out.dtype} {out.shape}")
+    return out.reshape(-1)[:count]
+
+
+def _piece_values(row: BlockFormat, row_length: int) -> int:
+    """How many values to expand at once: whole rows for types in rows of blocks."""
+    if row.layout in (Layout.ROWS, Layout.PADDED_ROWS):
+        return max(1, PIECE_BYTES // max(1, row_bytes(row, row_length))) * row_length
+    return PIECE_BYTES // row.block_bytes * row.block_values
+
+
+_threads = threading.local()
+
+
+def _scratch(size_bytes: int) -> Bytes:
+    """A buffer of this thread, valid until the next call; a larger one is not kept."""
+    if size_bytes > _SCRATCH_BYTES:
+        return np.empty(size_bytes, np.uint8)
+    buffer: Bytes | None = getattr(_threads, "buffer", None)
+    if buffer is None:
+        buffer = _threads.buffer = np.empty(_SCRATCH_BYTES, np.uint8)
+    return buffer[:size_bytes]

@@ -1,0 +1,116 @@
+"""The forward pass: walk the table of stages on a backend and hand out every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.base import Array, Backend, Site
+from aprcore.config import ModelConfig
+from aprcore.errors import ConfigError
+from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
+from aprcore.weights import Weight
+
+
+def check_length(config: ModelConfig, num_tokens: int) -> None:
+    """Refuse a pass that this table would compute differently from the model.
+
+    Raises:
+        ConfigError: The pass reaches the model's sliding window, which full attention ignores.
+    """
+    window = config.sliding_window
+    if window is not None and num_tokens > window:
+        raise ConfigError(
+            f"the model attends within a sliding window of {window} tokens, and {num_tokens} were"
+            " given; windowed attention is not supported",
+            hint=f"use at most {window} tokens",
+        )
+
+
+Wants = Callable[[StageKey], bool]
+
+
+def everything(key: StageKey) -> bool:
+    """Wants every stage."""
+    return True
+
+
+def needed_keys(config: ModelConfig, wants: Wants) -> list[StageKey]:
+    """The stages that must be computed, in order: the wanted ones and all that they read."""
+    order = list(stage_keys(config.num_layers, config.features))
+    needed: set[StageKey] = set()
+    for key in reversed(order):
+        if key in needed or wants(key):
+            needed.add(key)
+            needed.update(input_keys(key, config.num_layers, config.features))
+    return [key for key in order if key in needed]
+
+
+def trace(
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    backend: Backend,
+    tokens: Sequence[int],
+    wants: Wants = everything,
+) -> Iterator[tuple[StageKey, NDArray[np.floating[Any]]]]:
+    """As `forward`, with each tensor on the host in the shape of the table."""
+    sizes = config.sizes(len(tokens))
+    for key, tensor in forward(config, weights, backend, tokens, wants):
+        shape = resolve_shape(BY_NAME[key.stage].shape, sizes)
+        yield key, backend.to_host(tensor).reshape(shape)
+
+
+def forward(
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    backend: Backend,
+    tokens: Sequence[int],
+    wants: Wants = everything,
+) -> Iterator[tuple[StageKey, Array]]:
+    """Run a full pass and yield each wanted tensor as soon as it is made.
+
+    A tensor is kept only until the last stage that reads it, so a long prompt does not accumulate.
+    Whether anyone keeps what is yielded does not change the arithmetic: nothing is written into.
+
+    Args:
+        config: The model's configuration.
+        weights: Its weights, by canonical name.
+        backend: Where to compute.
+        tokens: Token ids, [T], already checked against the vocabulary.
+        wants: Which tensors to yield; what no wanted stage reads is not computed.
+
+    Yields:
+        The key and the backend's array, in the order of computation: canonical layout, with a
+        leading axis of one row for a stage of the last token only.
+
+    Raises:
+        ConfigError: As `check_length`.
+        WeightError: The model lacks a tensor.
+        TruncatedError: A weight can no longer be read.
+    """
+    check_length(config, len(tokens))
+    keys = needed_keys(config, wants)
+    reads = {key: input_keys(key, config.num_layers, config.features) for key in keys}
+    last_reader = {source: key for key in keys for source in reads[key]}
+    ids = np.asarray(tokens, dtype=np.int64)
+    positions = np.arange(ids.size)
+    alive: dict[StageKey, Array] = {}
+    for key in keys:
+        operation = BY_NAME[key.stage].operation
+        assert operation is not None, f"{key.stage} is read from dumps, never computed"
+        site = Site(config, ids, positions, key.layer, weights)
+        inputs = [alive[source] for source in reads[key]]
+        if BY_NAME[key.stage].last_token:
+            inputs = [backend.rows(x, ids.size - 1, ids.size) for x in inputs]
+        tensor = operation(backend, site, *inputs)
+        if key in last_reader:
+            alive[key] = tensor
+        for source in reads[key]:
+            if last_reader[source] == key:
+                alive.pop(source, None)
+        if wants(key):
+            yield key, tensor

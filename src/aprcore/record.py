@@ -1,0 +1,116 @@
+"""Recording a trace: run a model and write the chosen stage tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.numpy import NumpyBackend
+from aprcore.errors import PlanError
+from aprcore.forward import needed_keys, trace
+from aprcore.plan import Plan
+from aprcore.stages import StageKey
+from aprcore.trace import Sidecar, TraceWriter
+
+if TYPE_CHECKING:
+    from aprcore.model import Model
+
+Progress = Callable[[StageKey], None]
+LOGITS = StageKey(None, "lm_head")
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Versions of installed packages, for a sidecar; those that are absent are left out."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def trace_sidecar(model: Model, tokens: Sequence[int], prompt: str | None) -> Sidecar:
+    """What a trace of `model` on the CPU path says of itself."""
+    return Sidecar(
+        tokens=tuple(tokens),
+        prompt=prompt,
+        positions=tuple(range(len(tokens))),
+        model={
+            "file": model.path.name,
+            "sha256": model.sha256,
+            "size_bytes": sum(file.size_bytes for file in model.files),
+            "architecture": model.config.architecture,
+        },
+        backend="numpy",
+        device="cpu",
+        arithmetic="f32",
+        dtype="float32",
+        attention="eager",
+        versions=package_versions("aprtui", "numpy"),
+    )
+
+
+def record_trace(
+    model: Model,
+    tokens: Sequence[int],
+    *,
+    prompt: str | None = None,
+    plan: Plan | None = None,
+    directory: Path | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[int, NDArray[np.float32]]:
+    """Run a full pass; write the tensors of `plan` to `directory` if one is given.
+
+    The arithmetic is the same whether or not anything is written.
+
+    Args:
+        model: An open model.
+        tokens: Token ids, [T], within the vocabulary.
+        prompt: The text they came from, for the sidecar.
+        plan: What to write.
+        directory: Where to.
+        threads: Threads; None for one per processor.
+        progress: Called with every stage that was computed and is wanted.
+
+    Returns:
+        The number of tensors written, and the logits of the last token, [V].
+
+    Raises:
+        PlanError: The plan selects no stage of this model.
+        TraceError: The directory cannot be written.
+    """
+    plan = Plan() if plan is None else plan
+    kept = [key for key in needed_keys(model.config, plan.wants) if plan.wants(key)]
+    if directory is not None and not kept:
+        raise PlanError(f"the plan selects no stage of {model.path.name}")
+    logits = np.empty(0, dtype=np.float32)
+    writer = None if directory is None else TraceWriter(
+        directory, trace_sidecar(model, tokens, prompt)
+    )  # fmt: skip
+
+    def run(write: Callable[[StageKey, NDArray[Any]], None] | None) -> None:
+        nonlocal logits
+        backend = NumpyBackend(threads)
+        wanted = {*kept, LOGITS} if write is not None else {LOGITS}
+        stream = trace(model.config, model.weights, backend, tokens, wanted.__contains__)
+        for key, values in stream:
+            if key == LOGITS:
+                logits = values
+            if write is not None and plan.wants(key):
+                write(key, values)
+            if progress is not None:
+                progress(key)
+
+    if writer is None:
+        run(None)
+        return 0, logits
+    with writer:
+        run(writer.write)
+    return len(kept), logits

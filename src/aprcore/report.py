@@ -1,0 +1,272 @@
+"""What a run found: plain frozen records, streamed stage by stage, and their JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from aprcore.compare import Comparison, LogitsComparison, Statistics
+from aprcore.judge import Verdict
+from aprcore.layouts import Layout
+from aprcore.stages import StageKey
+
+REPORT_SCHEMA = "aprtui-report-v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a comparison, for people and for the report.
+
+    Attributes:
+        path: The model, directory or file.
+        label: What it is in a few words: "float32 .apr, numpy", "HF float16".
+        dtype: Type of its activations, if known.
+    """
+
+    path: str
+    label: str
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunHeader:
+    """What will be judged, known before the first stage is computed.
+
+    Attributes:
+        trace: The side under test.
+        oracle: The reference, or None when there is none (statistics only).
+        model: File name of the model, if there is one.
+        architecture: Its architecture.
+        num_layers: Layers of the model, or of the directories.
+        prompt: The text, if known.
+        tokens: Token ids, if known.
+        token_texts: Text of each token, where a tokenizer is at hand.
+        keys: Every tensor that will be reported, in the order of computation.
+        bound: The largest cumulative relative L2 that passes.
+        backend: What computes the trace: "numpy", or None for a dump.
+        notes: Sentences that the user should read.
+    """
+
+    trace: Side
+    oracle: Side | None
+    model: str | None
+    architecture: str | None
+    num_layers: int
+    prompt: str | None
+    tokens: tuple[int, ...] | None
+    token_texts: tuple[str, ...] | None
+    keys: tuple[StageKey, ...]
+    bound: float
+    backend: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsReport:
+    """`lm_head` in words: both sides' best tokens with their text.
+
+    Attributes:
+        comparison: The figures.
+        texts: Text of every token id named in the comparison, where a tokenizer is at hand.
+    """
+
+    comparison: LogitsComparison
+    texts: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage, judged.
+
+    Attributes:
+        key: Which tensor.
+        layout: Its canonical shape; None if neither side has it.
+        verdict: None when there is nothing to judge against.
+        reason: One sentence that says why.
+        comparison: Trace against oracle, where both have it.
+        trace, oracle: Statistics of a side that stands alone (no oracle, or missing on one side).
+        logits: For `lm_head` with both sides.
+        elapsed_s: Seconds to compute or read, and compare, this stage.
+    """
+
+    key: StageKey
+    layout: Layout | None
+    verdict: Verdict | None
+    reason: str
+    comparison: Comparison | None = None
+    trace: Statistics | None = None
+    oracle: Statistics | None = None
+    logits: LogitsReport | None = None
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A finished run."""
+
+    header: RunHeader
+    stages: tuple[StageReport, ...]
+    elapsed_s: float
+
+    @property
+    def first_divergence(self) -> StageReport | None:
+        """The first diverging stage in the order of computation."""
+        return next((s for s in self.stages if s.verdict and s.verdict.is_divergence), None)
+
+    @property
+    def counts(self) -> dict[Verdict, int]:
+        """How many stages got each verdict, in the order of `Verdict`; absent ones left out."""
+        found = [stage.verdict for stage in self.stages]
+        return {verdict: found.count(verdict) for verdict in Verdict if verdict in found}
+
+    def diverges(self, *, strict: bool = False) -> bool:
+        """Whether the run ends with exit code 1; `strict` counts missing stages too."""
+        if self.first_divergence is not None:
+            return True
+        return strict and Verdict.MISSING in self.counts
+
+    def summary(self) -> str:
+        """The finding in one sentence."""
+        first = self.first_divergence
+        counts = ", ".join(f"{n} {verdict.value}" for verdict, n in self.counts.items())
+        if first is not None:
+            assert first.verdict is not None
+            return f"first divergence: {first.key} {first.verdict.value}: {first.reason} ({counts})"
+        if self.header.oracle is None:
+            return f"{len(self.stages)} stages traced; no oracle to hold them against"
+        return f"no divergence in {len(self.stages)} stages ({counts})"
+
+
+def to_json(report: Report, *, top_k: int = 10) -> dict[str, Any]:
+    """A report as JSON-ready values, with `schema`; non-finite numbers become strings."""
+    header = report.header
+    first = report.first_divergence
+    data = {
+        "schema": REPORT_SCHEMA,
+        "summary": report.summary(),
+        "diverges": report.diverges(),
+        "first_divergence": None if first is None else first.key.path,
+        "counts": {verdict.value: n for verdict, n in report.counts.items()},
+        "model": header.model,
+        "architecture": header.architecture,
+        "trace": _side(header.trace),
+        "oracle": None if header.oracle is None else _side(header.oracle),
+        "backend": header.backend,
+        "prompt": header.prompt,
+        "tokens": header.tokens,
+        "token_texts": header.token_texts,
+        "num_layers": header.num_layers,
+        "bound_relative_l2": header.bound,
+        "notes": header.notes,
+        "elapsed_s": report.elapsed_s,
+        "stages": [stage_to_json(stage, top_k=top_k) for stage in report.stages],
+    }
+    cleaned: dict[str, Any] = json_ready(data)
+    return cleaned
+
+
+def stage_to_json(stage: StageReport, *, top_k: int = 10) -> dict[str, Any]:
+    """One stage as JSON-ready values."""
+    data: dict[str, Any] = {
+        "path": stage.key.path,
+        "layer": stage.key.layer,
+        "stage": stage.key.stage,
+        "shape": None if stage.layout is None else stage.layout.shape,
+        "verdict": None if stage.verdict is None else stage.verdict.value,
+        "reason": stage.reason,
+        "elapsed_s": stage.elapsed_s,
+    }
+    if stage.comparison is not None and stage.layout is not None:
+        data["cumulative"] = _comparison(stage.comparison, stage.layout, top_k)
+    for name, statistics in (("trace", stage.trace), ("oracle", stage.oracle)):
+        if statistics is not None:
+            data[name] = _statistics(statistics)
+    if stage.logits is not None:
+        data["logits"] = _logits(stage.logits)
+    cleaned: dict[str, Any] = json_ready(data)
+    return cleaned
+
+
+def json_ready(value: Any) -> Any:
+    """`value` with tuples as lists and non-finite numbers as "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return value
+
+
+def _side(side: Side) -> dict[str, Any]:
+    return {"path": side.path, "label": side.label, "dtype": side.dtype}
+
+
+def _comparison(comparison: Comparison, layout: Layout, top_k: int) -> dict[str, Any]:
+    return {
+        "count": comparison.count,
+        "finite_count": comparison.finite_count,
+        "cosine": comparison.cosine,
+        "relative_l2": comparison.relative_l2,
+        "nmse": comparison.nmse,
+        "max_abs_diff": comparison.max_abs_diff,
+        "max_abs_diff_index": comparison.max_index,
+        "max_abs_diff_position": _position(layout, comparison.max_index),
+        "rms_trace": comparison.rms_a,
+        "rms_oracle": comparison.rms_b,
+        "rms_diff": comparison.rms_diff,
+        "nonfinite_trace": comparison.nonfinite_a,
+        "nonfinite_oracle": comparison.nonfinite_b,
+        "top_diffs": [
+            {
+                "index": d.index,
+                "position": _position(layout, d.index),
+                "trace": d.a,
+                "oracle": d.b,
+                "abs_diff": d.abs_diff,
+            }
+            for d in _first(comparison.top, top_k)
+        ],
+    }
+
+
+def _first(items: Iterable[Any], count: int) -> list[Any]:
+    return [item for _, item in zip(range(count), items)]
+
+
+def _position(layout: Layout, index: int) -> dict[str, int] | None:
+    return None if index < 0 else dict(zip(layout.axes, layout.position(index)))
+
+
+def _statistics(statistics: Statistics) -> dict[str, Any]:
+    return {
+        "count": statistics.count,
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "min": statistics.minimum,
+        "max": statistics.maximum,
+        "rms": statistics.rms,
+        "zeros": statistics.zeros,
+        "nan": statistics.nans,
+        "inf": statistics.infinities,
+    }
+
+
+def _logits(logits: LogitsReport) -> dict[str, Any]:
+    found = logits.comparison
+
+    def tokens(ids: tuple[int, ...], values: tuple[float, ...]) -> list[dict[str, Any]]:
+        return [{"id": i, "text": logits.texts.get(i), "logit": v} for i, v in zip(ids, values)]
+
+    return {
+        "argmax_trace": found.argmax_a,
+        "argmax_oracle": found.argmax_b,
+        "agree": found.agree,
+        "top_trace": tokens(found.top_a, found.values_a),
+        "top_oracle": tokens(found.top_b, found.values_b),
+        "kl_oracle_trace": found.kl,
+        "gap": found.gap,
+        "near_tie": found.near_tie,
+    }

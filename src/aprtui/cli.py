@@ -1,0 +1,123 @@
+"""The command line: parses arguments, maps outcomes to exit codes.
+
+`aprtui --help` must not pay for numpy: modules of commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from aprtui import __version__
+from aprtui.commands import (
+    bisect,
+    demo,
+    diff,
+    explore,
+    import_model,
+    inspect,
+    oracle,
+    trace,
+)
+
+# Exit codes (DESIGN.md): 0 nothing wrong found, 1 a divergence was found.
+UNUSABLE = 2
+# As shells report a signal: 128 + SIGINT, 128 + SIGPIPE. Not 0: nobody has seen the verdict.
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+# Two lists of some thousand token ids must fit: a user compares them.
+LINE_LIMIT = 20_000
+
+COMMANDS = {
+    "explore": explore,
+    "bisect": bisect,
+    "trace": trace,
+    "diff": diff,
+    "oracle": oracle,
+    "import": import_model,
+    "inspect": inspect,
+    "demo": demo,
+}
+
+DESCRIPTION = """\
+git bisect for an LLM's arithmetic: run a transformer with every intermediate tensor in view, hold
+each against a Hugging Face oracle, and find the one operation that is wrong."""
+
+EXAMPLES = """\
+main use:
+  aprtui MODEL --oracle DIR         explore MODEL (.apr, .gguf or a Hugging Face directory)
+  aprtui --trace DIR --oracle DIR   explore another engine's stage files
+
+exit codes: 0 nothing wrong found, 1 a divergence was found, 2 the arguments or a file are unusable
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        from aprtui.text import visible
+
+        self.exit(UNUSABLE, f"{self.prog}: {visible(message)}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = _Parser(
+        prog="aprtui",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"aprtui {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for command in COMMANDS.values():
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return the exit code."""
+    from aprcore.errors import AprError
+    from aprtui.text import visible
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # where the terminal has no ✓, say "\\u2713"
+        sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        arguments.insert(0, "explore")
+    try:
+        args = build_parser().parse_args(arguments)
+        code = int(args.run(args))
+        sys.stdout.flush()
+    except AprError as error:
+        return _fail(visible(str(error), limit=LINE_LIMIT))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()  # the reader (head, less) has gone
+        return BROKEN_PIPE
+    except OSError as error:  # a full disk behind stdout, a file name that is too long
+        _drop_output()
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(visible(f"{where}{error.strerror or error}", limit=LINE_LIMIT))
+    except MemoryError:
+        return _fail("out of memory; try fewer tokens, layers or stages")
+    except SystemExit as end:  # argparse has printed its line
+        return end.code if isinstance(end.code, int) else UNUSABLE
+    return code
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere, so that nothing is said at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(line: str) -> int:
+    print(f"aprtui: {line}", file=sys.stderr)
+    return UNUSABLE

@@ -1,0 +1,1 @@
+"""The subcommands, one module each: `add_parser` declares it, `run` carries it out."""

@@ -1,0 +1,80 @@
+"""Options shared by the commands that judge a run: what to run, and which part of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aprcore.bisect import Request
+
+
+def add_token_options(parser: argparse.ArgumentParser) -> None:
+    """`--prompt` or `--tokens`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--prompt", metavar="TEXT", help="text to run")
+    group.add_argument("--tokens", metavar="1,2,3", help="token ids to run; needs no tokenizer")
+
+
+def add_thread_option(parser: argparse.ArgumentParser) -> None:
+    """`--threads`."""
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads (default: one per processor)"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Everything that makes a `Request`."""
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL",
+        help="a .apr or .gguf file or a Hugging Face directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--oracle", type=Path, metavar="DIR",
+        help="stage files to hold it against (see `aprtui oracle`)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace", type=Path, metavar="DIR",
+        help="judge these stage files of another engine instead of tracing MODEL",
+    )  # fmt: skip
+    add_token_options(parser)
+    parser.add_argument(
+        "--layers", metavar="START..END", help="layers, END exclusive, or all (default: the oracle's)"
+    )
+    parser.add_argument(
+        "--stages", metavar="A,B", help="stages, or all (default: the oracle's)"
+    )
+    add_thread_option(parser)
+
+
+def make_request(args: argparse.Namespace) -> Request:
+    """The run that the options ask for; nothing is opened.
+
+    Raises:
+        PlanError: An option is malformed.
+    """
+    from aprcore.bisect import Request
+    from aprcore.errors import PlanError
+    from aprcore.plan import Plan, check_prompt, parse_layers, parse_stages, parse_tokens
+
+    if args.model is None and args.trace is None:
+        raise PlanError("no model given", hint="name one, or a directory with --trace; see --help")
+    plan = None
+    if args.layers is not None or args.stages is not None:
+        plan = Plan(parse_stages(args.stages or "all"), parse_layers(args.layers or "all"))
+    return Request(
+        model=args.model,
+        oracle=args.oracle,
+        trace=args.trace,
+        prompt=None if args.prompt is None else check_prompt(args.prompt),
+        tokens=None if args.tokens is None else parse_tokens(args.tokens),
+        plan=plan,
+        threads=args.threads,
+    )
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)

@@ -1,0 +1,266 @@
+"""What the detail pane says of a row, as renderables for any width. No widget and no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from aprcore.stages import BY_NAME
+from aprtui.formatting import (
+    format_cosine,
+    format_figure,
+    format_position,
+    format_ratio,
+    format_shape,
+    format_short,
+    quoted,
+)
+from aprtui.rows import summarise_layer
+from aprtui.run_state import RunState
+from aprtui.text import visible
+from aprtui.theme import PENDING, Mark, Paint, cosine_ink, mark_of, mark_of_verdict
+from aprtui.widgets.verdict_bar import token_name
+
+if TYPE_CHECKING:
+    from aprcore.compare import Comparison, Statistics
+    from aprcore.layouts import Layout
+    from aprcore.report import LogitsReport, RunHeader, Side, StageReport
+
+# Symbols of FORMATS.md beside a shape; more than a line of tokens is cut.
+TOKENS_SHOWN = 200
+Fact = tuple[str, Text]
+
+
+def describe_run(state: RunState, paint: Paint) -> RenderableType:
+    """The run: both sides, the tokens, the bound, the notes."""
+    header = state.header
+    if header is None:
+        return Text("")
+    facts: list[Fact] = [("model", Text(visible(header.model)))] if header.model else []
+    if header.architecture:
+        facts.append(("architecture", Text(visible(header.architecture))))
+    facts.append(("layers", Text(str(header.num_layers))))
+    facts.append(("trace", _side(header.trace, "ink-trace", paint)))
+    if header.oracle is not None:
+        facts.append(("oracle", _side(header.oracle, "ink-oracle", paint)))
+        facts.append(("bound", Text(f"relative L2 {header.bound:g}")))
+    if header.backend:
+        facts.append(("backend", Text(visible(header.backend))))
+    if header.prompt is not None:
+        facts.append(("prompt", Text(quoted(header.prompt))))
+    facts.append(("tokens", _tokens(header, paint)))
+    parts: list[RenderableType] = [_facts(facts, paint)]
+    if state.counts:
+        parts.append(Padding(_counts(state, paint), (1, 0, 0, 0)))
+    for note in header.notes:
+        label = ("note  ", paint("verdict-inherited", bold=True))
+        parts.append(Padding(Text.assemble(label, visible(note)), (1, 0, 0, 0)))
+    return Group(*parts)
+
+
+def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
+    """A layer: how far it is, its worst verdict and its lowest cosine."""
+    summary = summarise_layer(state, layer)
+    facts: list[Fact] = [("judged", Text(f"{summary.done} of {summary.total} stages"))]
+    if summary.worst is not None:
+        facts.append(("worst", _mark(mark_of_verdict(summary.worst), paint)))
+    lowest = summary.lowest
+    if lowest is not None and lowest.comparison is not None:
+        cosine = lowest.comparison.cosine
+        shown = (format_cosine(cosine), paint(cosine_ink(cosine)))
+        text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
+        facts.append(("lowest cosine", text))
+    diverging = [key for key in state.divergences if key.layer == layer]
+    if diverging:
+        facts.append(("diverging", Text(", ".join(key.stage for key in diverging))))
+    return _facts(facts, paint)
+
+
+def describe_pending(stage: str, paint: Paint) -> RenderableType:
+    """A stage that is not judged yet."""
+    return Group(Text(BY_NAME[stage].title), _mark(PENDING, paint))
+
+
+def describe_stage(report: StageReport, header: RunHeader, paint: Paint) -> RenderableType:
+    """A stage: its verdict and why, then every figure there is."""
+    parts: list[RenderableType] = [_heading(report, paint)]
+    mark = mark_of(report)
+    verdict = (f"{mark.glyph} {mark.word}".rstrip(), paint(mark.ink, bold=True))
+    parts.append(Text.assemble(verdict, f" {report.reason}"))
+    if report.comparison is not None:
+        figures = _comparison(report.comparison, report.layout, header, paint)
+        parts.append(Padding(_facts(figures, paint), (1, 0, 0, 0)))
+        parts.append(_sides(report.comparison, paint))
+    if report.trace is not None or report.oracle is not None:
+        parts.append(Padding(_statistics(report, paint), (1, 0, 0, 0)))
+    if report.logits is not None:
+        parts.append(Padding(_logits(report.logits, paint), (1, 0, 0, 0)))
+    return Group(*parts)
+
+
+def _heading(report: StageReport, paint: Paint) -> Text:
+    row = BY_NAME[report.key.stage]
+    text = Text(row.title)
+    if report.layout is not None:
+        text.append(f"  {format_shape(report.layout.shape)}", "bold")
+        if report.layout.axes != ("index",):
+            text.append(f" = {row.shape}", paint("ink-quiet"))
+    return text
+
+
+def _comparison(
+    found: Comparison, layout: Layout | None, header: RunHeader, paint: Paint
+) -> list[Fact]:
+    cosine = Text(format_cosine(found.cosine), paint(cosine_ink(found.cosine), bold=True))
+    is_beyond = not found.relative_l2 <= header.bound
+    error = Text.assemble(
+        (format_figure(found.relative_l2), paint("verdict-fail", bold=True) if is_beyond else ""),
+        (f"  bound {header.bound:g}", paint("ink-quiet")),
+    )
+    facts = [
+        ("cosine", cosine),
+        ("relative L2", error),
+        ("NMSE", Text(format_figure(found.nmse))),
+        ("max|diff|", Text(format_figure(found.max_abs_diff))),
+    ]
+    if found.max_index >= 0 and layout is not None and found.max_abs_diff > 0:
+        facts.append(("  at", _position(found.max_index, layout, header, paint)))
+    if found.first_nonfinite >= 0 and layout is not None:
+        facts.append(("first NaN/Inf", _position(found.first_nonfinite, layout, header, paint)))
+    return facts
+
+
+def _position(index: int, layout: Layout, header: RunHeader, paint: Paint) -> Text:
+    """A position in words, with the token's text where an axis counts tokens."""
+    position = layout.position(index)
+    text = Text(format_position(layout.axes, position))
+    texts = header.token_texts
+    if texts is None or "token" not in layout.axes:
+        return text
+    token = position[layout.axes.index("token")]
+    if layout.shape[0] == len(texts) or layout.axes[0] != "token":
+        text.append(f" {quoted(texts[token])}" if token < len(texts) else "", paint("ink-trace"))
+    return text
+
+
+def _sides(found: Comparison, paint: Paint) -> Table:
+    """Both sides next to each other, and their difference."""
+    table = _columns(("", "trace", "oracle", "diff"), paint)
+    rms = (found.rms_a, found.rms_b, found.rms_diff)
+    table.add_row(_label("RMS", paint), *(Text(format_short(x)) for x in rms))
+    counts = (found.nonfinite_a, found.nonfinite_b)
+    table.add_row(
+        _label("NaN/Inf", paint),
+        *(Text(f"{n:,}", paint("verdict-nonfinite", bold=True) if n else "") for n in counts),
+        Text(f"{found.unequal_nonfinite:,}"),
+    )
+    return table
+
+
+def _statistics(report: StageReport, paint: Paint) -> Table:
+    """The statistics of a side that stands alone, or of both when their sizes differ."""
+    sides = [(name, x) for name, x in (("trace", report.trace), ("oracle", report.oracle)) if x]
+    table = _columns(("", *(name for name, _ in sides)), paint)
+    for name, texts in _statistic_rows([statistics for _, statistics in sides]):
+        table.add_row(_label(name, paint), *texts)
+    return table
+
+
+def _statistic_rows(sides: Sequence[Statistics]) -> Iterator[tuple[str, list[Text]]]:
+    yield "values", [Text(f"{side.count:,}") for side in sides]
+    for name, attribute in (
+        ("mean", "mean"), ("std", "std"), ("min", "minimum"), ("max", "maximum"), ("RMS", "rms"),
+    ):  # fmt: skip
+        yield name, [Text(format_figure(getattr(side, attribute))) for side in sides]
+    for name, attribute in (("zeros", "zeros"), ("NaN", "nans"), ("Inf", "infinities")):
+        yield name, [Text(f"{getattr(side, attribute):,}") for side in sides]
+
+
+def _logits(logits: LogitsReport, paint: Paint) -> Group:
+    """The next token on both sides, and the five best of each."""
+    found = logits.comparison
+    said = "near-tie" if found.near_tie else ("same token" if found.agree else "another token")
+    quiet = paint("ink-quiet")
+    figures = Text.assemble(
+        ("KL ", quiet), f"{format_ratio(found.kl)} nats",
+        ("   gap ", quiet), f"{format_ratio(found.gap)} {said}",
+    )  # fmt: skip
+    table = Table.grid(padding=(0, 2))
+    for number in range(5):
+        table.add_column(justify="right" if number % 2 == 0 else "left", no_wrap=True)
+    table.add_row("", Text("trace", paint("ink-trace")), "", Text("oracle", paint("ink-oracle")))
+    pairs = zip(found.top_a, found.values_a, found.top_b, found.values_b)
+    for rank, (a, value_a, b, value_b) in enumerate(pairs, 1):
+        style = "" if a == b else "bold"
+        table.add_row(
+            Text(str(rank), paint("ink-quiet")),
+            Text(token_name(logits, a), style), Text(f"{value_a:.3f}"),
+            Text(token_name(logits, b), style), Text(f"{value_b:.3f}"),
+        )  # fmt: skip
+    return Group(figures, table)
+
+
+def _side(side: Side, ink: str, paint: Paint) -> Text:
+    text = Text.assemble((visible(side.path), paint(ink, bold=True)))
+    for said in (side.label, side.dtype):
+        if said and said not in text.plain:
+            text.append(f"  {visible(said)}", paint("ink-quiet"))
+    return text
+
+
+def _tokens(header: RunHeader, paint: Paint) -> Text:
+    if header.tokens is None:
+        return Text("not recorded on either side", paint("ink-quiet"))
+    text = Text(f"{len(header.tokens)}: ")
+    texts = header.token_texts or ()
+    for number, token in enumerate(header.tokens[:TOKENS_SHOWN]):
+        text.append(f"{token}", paint("ink-quiet"))
+        if number < len(texts):
+            text.append(f" {quoted(texts[number])}")
+        text.append("  ")
+    if len(header.tokens) > TOKENS_SHOWN:
+        text.append("…")
+    return text
+
+
+def _counts(state: RunState, paint: Paint) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    for verdict, count in state.counts.items():
+        table.add_row(Text(f"{count}"), _mark(mark_of_verdict(verdict), paint))
+    waiting = len(state.keys) - len(state.reports)
+    if waiting and state.is_running:
+        table.add_row(Text(f"{waiting}"), _mark(PENDING, paint))
+    return table
+
+
+def _mark(mark: Mark, paint: Paint) -> Text:
+    return Text(f"{mark.glyph} {mark.word}", paint(mark.ink, bold=mark is not PENDING))
+
+
+def _facts(facts: Iterable[Fact], paint: Paint) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in facts:
+        table.add_row(_label(name, paint), text)
+    return table
+
+
+def _columns(names: Sequence[str], paint: Paint) -> Table:
+    table = Table.grid(padding=(0, 2))
+    inks = {"trace": "ink-trace", "oracle": "ink-oracle"}
+    table.add_column(no_wrap=True)
+    for _ in names[1:]:
+        table.add_column(justify="right", no_wrap=True)
+    table.add_row(*(Text(name, paint(inks.get(name, "ink-quiet"))) for name in names))
+    return table
+
+
+def _label(name: str, paint: Paint) -> Text:
+    return Text(name, paint("ink-quiet"))

@@ -1,0 +1,66 @@
+"""Figures as text, in widths that stay put while they change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from aprtui.text import visible
+
+# A cosine in seven decimals tells rounding (1 - 1e-7) from equality; four are for narrow columns.
+COSINE_PLACES = 7
+NARROW_COSINE_PLACES = 4
+
+
+def format_cosine(cosine: float, places: int = COSINE_PLACES) -> str:
+    """A cosine with a fixed number of decimals: "0.8312000"."""
+    return f"{cosine:.{places}f}"
+
+
+def format_ratio(ratio: float) -> str:
+    """An error figure, whose exponent is what matters: "3.2e-07"; an exact zero is "0"."""
+    return _plain(ratio) or f"{ratio:.1e}"
+
+
+def format_figure(figure: float) -> str:
+    """A figure for reading closely: "8.312e-01"; an exact zero is "0"."""
+    return _plain(figure) or f"{figure:.3e}"
+
+
+def format_value(value: float) -> str:
+    """A tensor's value: "-3.310e-01", "NaN", "-Inf"."""
+    return _plain(value) or f"{value:.3e}"
+
+
+def format_short(value: float) -> str:
+    """A tensor's value in nine cells at most: "-3.31e-01"."""
+    return _plain(value) or f"{value:.2e}"
+
+
+def format_position(axes: Sequence[str], position: Sequence[int]) -> str:
+    """A position in words: "token 6, head 12, dim 63"."""
+    return ", ".join(f"{axis} {index}" for axis, index in zip(axes, position))
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """A shape as numpy and torch print it: "[7, 3584]"."""
+    return f"[{', '.join(str(size) for size in shape)}]"
+
+
+def quoted(text: str) -> str:
+    """Text from a file in double quotes, so that spaces at its ends can be seen."""
+    return f'"{visible(text)}"'
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: "1 token", "7 tokens"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _plain(x: float) -> str:
+    """The text of a figure that has no mantissa, else nothing."""
+    if math.isnan(x):
+        return "NaN"
+    if math.isinf(x):
+        return "Inf" if x > 0 else "-Inf"
+    return "0" if x == 0 else ""

@@ -1,0 +1,166 @@
+"""Which rows the tree shows, and in what order: a pure function of the run and of what was chosen.
+
+The rows are arranged anew whenever something changes; for 80 layers of 23 stages that takes about
+a millisecond, and nothing can then be out of step with the run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from aprcore.stages import StageKey
+from aprtui.run_state import RunState
+from aprtui.theme import SEVERITY, mark_of
+
+if TYPE_CHECKING:
+    from aprcore.judge import Verdict
+    from aprcore.report import StageReport
+
+
+class Row(NamedTuple):
+    """A line of the tree: the run, a layer or a stage.
+
+    Attributes:
+        layer: Of a layer's row.
+        key: Of a stage's row.
+    """
+
+    layer: int | None = None
+    key: StageKey | None = None
+
+    @property
+    def group(self) -> int | None:
+        """The layer whose row folds this row away."""
+        return None if self.key is None else self.key.layer
+
+
+RUN_ROW = Row()
+
+
+class SortOrder(Enum):
+    """The order of the rows. The value is what the screen calls it."""
+
+    COMPUTATION = "order of computation"
+    COSINE = "lowest cosine first"
+    RELATIVE_L2 = "largest relative L2 first"
+
+    @property
+    def following(self) -> SortOrder:
+        """The next one in the cycle."""
+        orders = list(SortOrder)
+        return orders[(orders.index(self) + 1) % len(orders)]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Words that a row has to contain, all of them.
+
+    Attributes:
+        layers: Layers asked for ("layer 3", "l3" or a bare "3"); empty: any.
+        words: Parts of a stage's name or of its verdict's word.
+    """
+
+    layers: frozenset[int] = frozenset()
+    words: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Filter:
+        """Read what was typed; anything is a valid filter."""
+        lowered = text.lower().replace("·", " ")
+        layer = re.compile(r"(?<!\S)(?:layer[\s-]*|l)?(\d+)(?!\S)", re.ASCII)
+        numbers = frozenset(int(number) for number in layer.findall(lowered))
+        return cls(numbers, tuple(layer.sub(" ", lowered).split()))
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.words)
+
+    def accepts(self, key: StageKey, report: StageReport | None) -> bool:
+        """Whether a stage has every word and is in one of the layers."""
+        if self.layers and key.layer not in self.layers:
+            return False
+        scope = "whole-model" if key.layer is None else "layer"
+        text = f"{scope} {key.stage} {mark_of(report).word.lower()}"
+        return all(word in text for word in self.words)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """A layer in one line.
+
+    Attributes:
+        done, total: Stages judged, and all.
+        worst: The gravest verdict so far.
+        lowest: The stage with the lowest cosine so far.
+        nonfinite: NaN and infinities of the stages that stand alone.
+    """
+
+    done: int
+    total: int
+    worst: Verdict | None
+    lowest: StageReport | None
+    nonfinite: int
+
+
+def summarise_layer(state: RunState, layer: int) -> LayerSummary:
+    """What the row of a layer says."""
+    keys = state.keys_by_layer.get(layer, ())
+    reports = [state.reports[key] for key in keys if key in state.reports]
+    verdicts = [report.verdict for report in reports if report.verdict is not None]
+    compared = [report for report in reports if report.comparison is not None]
+    return LayerSummary(
+        done=len(reports),
+        total=len(keys),
+        worst=worst_of(verdicts),
+        lowest=min(compared, key=cosine_of, default=None),
+        nonfinite=sum(report.trace.nonfinite for report in reports if report.trace is not None),
+    )
+
+
+def worst_of(verdicts: Iterable[Verdict]) -> Verdict | None:
+    """The gravest of some verdicts."""
+    return max(verdicts, key=lambda verdict: SEVERITY.index(verdict.value), default=None)
+
+
+def arrange(
+    state: RunState, *, expanded: Collection[int], filter: Filter, order: SortOrder
+) -> list[Row]:
+    """The rows in view, from top to bottom; none before the run is open.
+
+    A filter unfolds the layers that have a match and leaves out the others. A sort is flat.
+    """
+    if state.header is None:
+        return []
+    if order is not SortOrder.COMPUTATION:
+        return [RUN_ROW, *(Row(key=key) for key in matching_keys(state, filter, order))]
+    rows = [RUN_ROW]
+    for layer, keys in state.keys_by_layer.items():
+        matching = [key for key in keys if filter.accepts(key, state.reports.get(key))]
+        if layer is not None and matching:
+            rows.append(Row(layer=layer))
+        if layer is None or filter or layer in expanded:
+            rows.extend(Row(key=key) for key in matching)
+    return rows
+
+
+def matching_keys(state: RunState, filter: Filter, order: SortOrder) -> list[StageKey]:
+    """The stages that pass the filter, folded away or not, in the order shown."""
+    keys = [key for key in state.keys if filter.accepts(key, state.reports.get(key))]
+    if order is SortOrder.COSINE:
+        keys.sort(key=lambda key: cosine_of(state.reports.get(key)))
+    elif order is SortOrder.RELATIVE_L2:
+        keys.sort(key=lambda key: -_relative_l2_of(state.reports.get(key)))
+    return keys
+
+
+def cosine_of(report: StageReport | None) -> float:
+    """For sorting: stages without a cosine come after all others."""
+    return math.inf if report is None or report.comparison is None else report.comparison.cosine
+
+
+def _relative_l2_of(report: StageReport | None) -> float:
+    return -1.0 if report is None or report.comparison is None else report.comparison.relative_l2

@@ -1,0 +1,100 @@
+"""What is known of a run so far: the events of the engine, gathered for the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aprcore.stages import StageKey
+
+if TYPE_CHECKING:
+    from aprcore.judge import Verdict
+    from aprcore.report import LogitsReport, Report, RunHeader, StageReport
+
+
+@dataclass(eq=False)
+class RunState:
+    """A run as seen from outside. Only the screen's message handlers change it.
+
+    Attributes:
+        header: What will be judged; None until the files are open.
+        reports: Stages judged so far, in the order of computation.
+        report: The finished run.
+        error: What ended the run early.
+        keys_by_layer: Every tensor, by its layer (None: the whole model), in order.
+        divergences: Stages that diverge, in the order of computation.
+    """
+
+    header: RunHeader | None = None
+    reports: dict[StageKey, StageReport] = field(default_factory=dict)
+    report: Report | None = None
+    error: Exception | None = None
+    keys_by_layer: dict[int | None, tuple[StageKey, ...]] = field(default_factory=dict)
+    divergences: list[StageKey] = field(default_factory=list)
+
+    def open(self, header: RunHeader) -> None:
+        """The files are open and every row is known."""
+        self.header = header
+        grouped: dict[int | None, list[StageKey]] = {}
+        for key in header.keys:
+            grouped.setdefault(key.layer, []).append(key)
+        self.keys_by_layer = {layer: tuple(keys) for layer, keys in grouped.items()}
+
+    def add(self, report: StageReport) -> None:
+        """A stage has been judged."""
+        self.reports[report.key] = report
+        if report.verdict is not None and report.verdict.is_divergence:
+            self.divergences.append(report.key)
+
+    @property
+    def keys(self) -> tuple[StageKey, ...]:
+        """Every tensor of the run, in the order of computation."""
+        return () if self.header is None else self.header.keys
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a tensor."""
+        return tuple(layer for layer in self.keys_by_layer if layer is not None)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether more is to come."""
+        return self.report is None and self.error is None
+
+    @property
+    def has_oracle(self) -> bool:
+        """Whether there is something to hold the trace against."""
+        return self.header is not None and self.header.oracle is not None
+
+    @property
+    def first_divergence(self) -> StageReport | None:
+        """The first diverging stage in the order of computation."""
+        return self.reports[self.divergences[0]] if self.divergences else None
+
+    @property
+    def latest(self) -> StageKey | None:
+        """The stage judged last."""
+        return next(reversed(self.reports), None)
+
+    @property
+    def counts(self) -> Mapping[Verdict, int]:
+        """How many stages got each verdict so far, in the order in which they first came."""
+        counts: dict[Verdict, int] = {}
+        for report in self.reports.values():
+            if report.verdict is not None:
+                counts[report.verdict] = counts.get(report.verdict, 0) + 1
+        return counts
+
+    @property
+    def logits(self) -> LogitsReport | None:
+        """What the head says, once it is judged."""
+        report = self.reports.get(StageKey(None, "lm_head"))
+        return None if report is None else report.logits
+
+    @property
+    def exit_code(self) -> int:
+        """0 nothing wrong found, 1 a divergence was found, 2 the run failed."""
+        if self.error is not None:
+            return 2
+        return int(self.report is not None and self.report.diverges())

@@ -1,0 +1,306 @@
+"""The explorer: the tree of stages, what is known of the one under the cursor, the finding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.command import Provider
+from textual.containers import Horizontal
+from textual.reactive import reactive
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Footer, Input
+from textual.worker import Worker, get_current_worker
+
+from aprcore.stages import StageKey
+from aprtui.palette import ExplorerCommands
+from aprtui.rows import Filter, SortOrder, matching_keys
+from aprtui.run_state import RunState
+from aprtui.screens.error import ErrorScreen
+from aprtui.screens.help import HelpScreen
+from aprtui.session import RunFailed, RunFinished, RunOpened, StageJudged, stream_run
+from aprtui.text import visible
+from aprtui.widgets.divergence_table import DEFAULT_TOP_K, TOP_K_STEPS
+from aprtui.widgets.run_title import RunTitle, base_name
+from aprtui.widgets.stage_detail import StageDetail
+from aprtui.widgets.stage_tree import StageHeadings, StagePane, StageTree
+from aprtui.widgets.verdict_bar import VerdictBar
+
+if TYPE_CHECKING:
+    from aprcore.bisect import Request
+    from aprtui.session import Engine
+
+# Stages can come every two milliseconds; the screen follows them this often.
+REFRESH_S = 1 / 20
+# Long enough that a held arrow key does not fill a table per row, too short to be noticed.
+DETAIL_DELAY_S = 0.05
+
+
+class ExplorerScreen(Screen[None]):
+    """The first screen. It owns the run's state; its message handlers are all that change it.
+
+    Attributes:
+        state: What is known of the run.
+        engine_worker: Runs the engine; None until the first screen is painted.
+        top_k: How many of the largest differences are shown.
+    """
+
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ExplorerCommands}
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("n", "next_divergence", "next", id="explorer.next",
+                tooltip="Go to the next divergence"),
+        Binding("p", "previous_divergence", "previous", id="explorer.previous",
+                tooltip="Go to the previous divergence"),
+        Binding("slash", "filter", "filter", id="explorer.filter", key_display="/",
+                tooltip="Show only stages with these words: a name, a layer, a verdict"),
+        Binding("escape", "clear_filter", "clear filter", id="explorer.clear-filter",
+                tooltip="Show all stages again"),
+        Binding("s", "sort", "sort", id="explorer.sort",
+                tooltip="Sort: order of computation, lowest cosine, largest relative L2"),
+        Binding("k", "top_k", "top-K", id="explorer.top-k",
+                tooltip="Show 5, 10, 20, 50, 100 or 200 of the largest differences"),
+        Binding("tab", "app.focus_next", "next pane", id="explorer.next-pane", show=False,
+                tooltip="Go to the next pane: stages, figures, differences"),
+        Binding("question_mark", "help", "help", id="explorer.help", key_display="?",
+                tooltip="Every key, and what the verdicts mean"),
+    ]  # fmt: skip
+
+    top_k = reactive(DEFAULT_TOP_K)
+    # What the footer offers depends on these; setting them draws it anew.
+    is_open = reactive(False, bindings=True)
+    is_filtered = reactive(False, bindings=True)
+    has_divergence = reactive(False, bindings=True)
+    has_top_k = reactive(False, bindings=True)
+
+    def __init__(self, request: Request, engine: Engine | None = None) -> None:
+        super().__init__()
+        self._request = request
+        self._engine = engine
+        self.state = RunState()
+        opening = f"opening {_subject(request)}…"
+        self.tree_of_stages = StageTree(self.state, opening, id="tree")
+        self.title_line = RunTitle(self.state, opening, id="title")
+        self.verdict_bar = VerdictBar(self.state, opening, id="verdict")
+        self.detail = StageDetail(self.state, id="detail")
+        self.engine_worker: Worker[None] | None = None
+        self._refresh_timer: Timer | None = None
+        self._detail_timer: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        """Title, finding, stages and detail side by side, keys."""
+        yield self.title_line
+        yield self.verdict_bar
+        with Horizontal(id="body"):
+            words = Input(placeholder="words: q_post_rope, layer 3, fail", id="filter")
+            pane = StagePane(self.tree_of_stages, words, id="stages")
+            pane.border_title = "Stages"
+            yield pane
+            yield self.detail
+        yield Footer(compact=True)
+
+    def on_mount(self) -> None:
+        """Paint first, then run."""
+        self.tree_of_stages.focus()
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_all())
+        self.call_after_refresh(self._start_run)
+
+    def _start_run(self) -> None:
+        self.engine_worker = self._run_engine()
+
+    @work(thread=True, exclusive=True, exit_on_error=False, group="run")
+    def _run_engine(self) -> None:
+        worker = get_current_worker()
+        stream_run(self._request, self.post_message, lambda: worker.is_cancelled, self._engine)
+
+    # The run
+
+    @on(RunOpened)
+    def _open_run(self, event: RunOpened) -> None:
+        self.state.open(event.header)
+        if self.state.layers:
+            self.tree_of_stages.expanded.add(self.state.layers[0])
+        self.is_open = True
+        self._show_all()
+        if event.header.notes:
+            notes = "\n".join(visible(note) for note in event.header.notes)
+            self.notify(notes, severity="warning", timeout=8, markup=False)
+
+    @on(StageJudged)
+    def _add_stage(self, event: StageJudged) -> None:
+        self.state.add(event.report)
+        if self.state.divergences and not self.has_divergence:
+            self.has_divergence = True
+            layer = self.state.divergences[0].layer
+            if layer is not None and not self.tree_of_stages.user_moved:
+                self.tree_of_stages.expanded = {layer}
+        if self._refresh_timer is None:
+            self._refresh_timer = self.set_timer(REFRESH_S, self._show_progress)
+
+    @on(RunFinished)
+    def _finish_run(self, event: RunFinished) -> None:
+        self.state.report = event.report
+        if self.state.divergences and not self.tree_of_stages.user_moved:
+            self.tree_of_stages.go_to(self.state.divergences[0])
+        self._show_all()
+
+    @on(RunFailed)
+    def _fail_run(self, event: RunFailed) -> None:
+        self.state.error = event.error
+        self._show_all()
+        self.app.push_screen(ErrorScreen(event.error, has_rows=self.state.header is not None))
+
+    def _show_progress(self) -> None:
+        self._refresh_timer = None
+        self._show_all()
+
+    def _show_all(self) -> None:
+        """Draw everything from the state."""
+        self.tree_of_stages.rearrange()
+        self.query_one(StageHeadings).refresh()
+        self.title_line.refresh()
+        self.verdict_bar.refresh()
+        self._show_detail()
+
+    # The cursor and the detail pane
+
+    @on(StageTree.Highlighted)
+    def _highlight(self) -> None:
+        if self._detail_timer is not None:
+            self._detail_timer.stop()
+        self._detail_timer = self.set_timer(DETAIL_DELAY_S, self._show_detail)
+
+    def _show_detail(self) -> None:
+        row = self.tree_of_stages.row
+        self.detail.show(row, self.top_k)
+        report = None if row.key is None else self.state.reports.get(row.key)
+        self.has_top_k = report is not None and report.comparison is not None
+
+    def on_resize(self) -> None:
+        """Columns depend on the width."""
+        self.call_after_refresh(self._show_all)
+
+    def watch_top_k(self) -> None:
+        """Fill the table anew."""
+        if self.is_mounted:
+            self._show_detail()
+
+    def go_to(self, key: StageKey) -> None:
+        """Put the cursor on a stage because the user asked for it."""
+        self.tree_of_stages.user_moved = True
+        self.tree_of_stages.go_to(key)
+        self.tree_of_stages.focus()
+
+    # Actions
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Which keys work now; the footer shows those."""
+        match action:
+            case "filter" | "next_divergence":
+                return self.is_open
+            case "previous_divergence":
+                return self.has_divergence
+            case "sort":
+                return self.is_open and self.state.has_oracle
+            case "top_k":
+                return self.has_top_k
+            case "clear_filter":
+                return self.is_filtered
+        return True
+
+    def action_next_divergence(self) -> None:
+        """Go to the next divergence in the order shown."""
+        self._step(1)
+
+    def action_previous_divergence(self) -> None:
+        """Go to the previous divergence in the order shown."""
+        self._step(-1)
+
+    def _step(self, step: int) -> None:
+        tree = self.tree_of_stages
+        keys = matching_keys(self.state, tree.filter, tree.order)
+        diverging = set(self.state.divergences)
+        here = self._place_among(keys)
+        if step < 0:
+            found = next((key for key in reversed(keys[: max(0, here)]) if key in diverging), None)
+        else:
+            found = next((key for key in keys[max(-1, here) + 1 :] if key in diverging), None)
+        if found is not None:
+            self.go_to(found)
+        elif not diverging:
+            self.notify("no divergence so far" if self.state.is_running else "no divergence")
+        else:
+            self.notify("no divergence after this row" if step > 0 else "none before this row")
+
+    def _place_among(self, keys: list[StageKey]) -> int:
+        """Where the cursor is in a list of stages; a layer counts as just before its first."""
+        row = self.tree_of_stages.row
+        if row.key in keys:
+            return keys.index(row.key)
+        if row.layer is None:
+            return -1
+        return next((i for i, key in enumerate(keys) if key.layer == row.layer), 0) - 1
+
+    def action_filter(self) -> None:
+        """Ask for words."""
+        self.is_filtered = True
+        words = self.query_one("#filter", Input)
+        words.display = True
+        words.focus()
+
+    @on(Input.Changed, "#filter")
+    def _filter_rows(self, event: Input.Changed) -> None:
+        self.tree_of_stages.choose(filter=Filter.parse(event.value))
+
+    @on(Input.Submitted, "#filter")
+    def _leave_filter(self) -> None:
+        self.tree_of_stages.focus()
+
+    def action_clear_filter(self) -> None:
+        """Show all stages again."""
+        words = self.query_one("#filter", Input)
+        words.value = ""
+        words.display = False
+        self.is_filtered = False
+        self.tree_of_stages.choose(filter=Filter())
+        self.tree_of_stages.focus()
+
+    def action_sort(self) -> None:
+        """Sort another way."""
+        order = self.tree_of_stages.order.following
+        self.tree_of_stages.choose(order=order)
+        title = "Stages" if order is SortOrder.COMPUTATION else f"Stages, {order.value}"
+        self.query_one("#stages").border_title = title
+
+    def action_top_k(self) -> None:
+        """Show more of the largest differences, then few again."""
+        self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
+
+    def action_help(self) -> None:
+        """Show every key."""
+        self.app.push_screen(HelpScreen(self.active_bindings.values()))
+
+    def palette_actions(self) -> Iterator[tuple[str, str, str]]:
+        """What the palette offers: (name, tooltip, action) of every key that works now."""
+        seen = set()
+        for active in self.active_bindings.values():
+            binding = active.binding
+            name = binding.description
+            if not binding.tooltip or binding.system or not active.enabled or name in seen:
+                continue
+            if active.node in (self, self.app) and binding.action != "command_palette":
+                seen.add(name)
+                space = "app." if active.node is self.app else ""
+                action = binding.action.removeprefix("app.")
+                yield name, binding.tooltip, f"{space}{action}"
+        yield "theme", "Change the colours", "app.change_theme"
+
+
+def _subject(request: Request) -> str:
+    """What is being opened, in one name."""
+    path = request.model or request.trace or request.oracle
+    return "" if path is None else base_name(str(path))

@@ -1,0 +1,133 @@
+"""The headless table: one line per stage, printed as it is judged."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from aprcore.judge import Verdict
+from aprcore.report import Report, RunHeader, StageReport
+from aprcore.stages import StageKey
+from aprtui.text import visible
+from aprtui.theme import VARIABLES, mark_of_verdict
+
+# Wide enough for "layer-127/post_attn_residual"; shapes and figures follow in fixed columns.
+PATH_WIDTH = 28
+SHAPE_WIDTH = 14
+
+
+class _Stdout(Console):
+    """A console whose broken pipe reaches the command line, which knows the exit code."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class StageTable:
+    """Prints a run to stdout. Whole runs of rows that one side lacks become one line."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or _Stdout(highlight=False, markup=False, emoji=False)
+        self._missing: list[StageReport] = []
+        self._judged = True
+
+    def open(self, header: RunHeader) -> None:
+        """Print what is compared."""
+        against = "no oracle" if header.oracle is None else f"{header.oracle.path}"
+        self._line(f"trace   {header.trace.path} ({header.trace.label})")
+        label = "" if header.oracle is None else f" ({header.oracle.label})"
+        self._line(f"oracle  {against}{label}")
+        if header.tokens is not None:
+            self._line(f"tokens  {_tokens(header)}")
+        for note in header.notes:
+            self._line(f"note    {note}")
+        self._judged = header.oracle is not None
+        names = ("cosine", "relative L2", "max|diff|") if self._judged else ("RMS", "min", "max")
+        self._line("")
+        self._line(_row("stage", "shape", *names, "verdict" if self._judged else "non-finite"))
+
+    def add(self, stage: StageReport) -> None:
+        """Print one stage."""
+        if stage.verdict is Verdict.MISSING:
+            if self._missing and self._missing[-1].reason != stage.reason:
+                self._flush_missing()
+            self._missing.append(stage)
+            return
+        self._flush_missing()
+        self._print_row(stage)
+
+    def close(self, report: Report) -> None:
+        """Print the finding."""
+        self._flush_missing()
+        self._line("")
+        logits = next((s.logits for s in report.stages if s.logits is not None), None)
+        if logits is not None:
+            found = logits.comparison
+            ours, theirs = (
+                _token(token, logits.texts.get(token)) for token in (found.argmax_a, found.argmax_b)
+            )
+            tie = f", a near-tie (gap {found.gap:.3f})" if found.near_tie else ""
+            verdict = "the same" if found.agree else f"the oracle says {theirs}{tie}"
+            self._line(f"next token: {ours}, {verdict}; KL {found.kl:.3g}")
+        self._line(report.summary())
+
+    def _print_row(self, stage: StageReport) -> None:
+        shape = "-" if stage.layout is None else "x".join(map(str, stage.layout.shape))
+        lone = stage.trace or stage.oracle
+        if stage.comparison is not None:
+            found = stage.comparison
+            figures = (f"{found.cosine:.7f}", f"{found.relative_l2:.3e}", f"{found.max_abs_diff:.3e}")
+        elif lone is not None and not self._judged:
+            figures = tuple(f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum))
+        else:
+            figures = ("-", "-", "-")
+        line = Text(_row(stage.key.path, shape, *figures, ""))
+        if stage.verdict is None:
+            line.append(str(0 if lone is None else lone.nonfinite))
+        else:
+            line.append_text(_verdict(stage.verdict))
+            if stage.verdict is not Verdict.PASS:
+                line.append(f"  {visible(stage.reason)}")
+        self._console.print(line, soft_wrap=True)
+
+    def _flush_missing(self) -> None:
+        rows, self._missing = self._missing, []
+        if len(rows) <= 3:
+            for row in rows:
+                self._print_row(row)
+            return
+        first, last = rows[0].key, rows[-1].key
+        line = Text(f"{_span(first, last):<{PATH_WIDTH}} {len(rows)} stages  ")
+        line.append_text(_verdict(Verdict.MISSING))
+        line.append(f"  {rows[0].reason}")
+        self._console.print(line, soft_wrap=True)
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(visible(text, limit=4000)), soft_wrap=True)
+
+
+def _span(first: StageKey, last: StageKey) -> str:
+    return f"{first.path} … {last.path}"
+
+
+def _row(path: str, shape: str, one: str, two: str, three: str, verdict: str) -> str:
+    return (
+        f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {one:>12} {two:>12} {three:>12}  {verdict}"
+    )
+
+
+def _tokens(header: RunHeader) -> str:
+    assert header.tokens is not None
+    ids = ",".join(map(str, header.tokens))
+    if header.token_texts is None:
+        return ids
+    return f"{ids}  {' '.join(repr(text) for text in header.token_texts)}"
+
+
+def _token(token: int, text: str | None) -> str:
+    return f"{token}" if text is None else f"{token} {text!r}"
+
+
+def _verdict(verdict: Verdict) -> Text:
+    mark = mark_of_verdict(verdict)
+    return Text(f"{mark.glyph} {mark.word}", style=VARIABLES[mark.ink])

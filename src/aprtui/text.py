@@ -1,0 +1,30 @@
+"""Text that came from a file, made safe to show.
+
+A tensor's name is anybody's text: it may hold escape sequences that move the cursor, or a
+direction mark that makes the line read otherwise.
+"""
+
+from __future__ import annotations
+
+LINE_LIMIT = 300
+
+
+def visible(text: str, limit: int = LINE_LIMIT) -> str:
+    r"""`text` on one line with everything that does not print spelled out ("\x1b", "\u202e").
+
+    Longer text ends in an ellipsis.
+    """
+    shown = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def byte_count(size: int) -> str:
+    """A number of bytes for people: "1.2 GiB"."""
+    number, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if number < 1024:
+            break
+        number, unit = number / 1024, larger
+    return f"{size} B" if unit == "B" else f"{number:.1f} {unit}"

@@ -1,0 +1,62 @@
+"""The title line: what is held against what."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+from textual.widget import Widget
+
+from aprtui.formatting import plural
+from aprtui.run_state import RunState
+from aprtui.text import visible
+from aprtui.theme import Paint
+
+if TYPE_CHECKING:
+    from aprcore.report import RunHeader, Side
+
+
+def base_name(path: str) -> str:
+    """The last part of a path, made visible."""
+    return visible(PurePath(path).name or path)
+
+
+class RunTitle(Widget):
+    """One line: the program, both sides, the tokens and what computes."""
+
+    def __init__(self, state: RunState, opening: str, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._state = state
+        self._opening = opening
+
+    def render(self) -> Text:
+        """The line for the present width; the right part goes first when it does not fit."""
+        paint = Paint(self.app.theme_variables)
+        header = self._state.header
+        line = Text.assemble((" aprtui  ", paint("ink-oracle", bold=True)))
+        line.no_wrap, line.overflow = True, "ellipsis"
+        if header is None:
+            return line.append(self._opening, paint("ink-quiet"))
+        line.append_text(self._side(header.trace, "ink-trace", paint))
+        if header.oracle is not None:
+            line.append("  vs  ", paint("ink-quiet"))
+            line.append_text(self._side(header.oracle, "ink-oracle", paint))
+        facts = Text(self._facts(header) + " ", paint("ink-quiet"))
+        room = self.size.width - line.cell_len - facts.cell_len
+        if room >= 2:
+            line.append(" " * room).append_text(facts)
+        return line
+
+    @staticmethod
+    def _side(side: Side, ink: str, paint: Paint) -> Text:
+        text = Text.assemble((base_name(side.path), paint(ink, bold=True)))
+        return text.append(f" ({visible(side.label)})" if side.label else "", paint("ink-quiet"))
+
+    @staticmethod
+    def _facts(header: RunHeader) -> str:
+        facts = [visible(header.architecture) if header.architecture else None]
+        facts.append(plural(header.num_layers, "layer"))
+        facts.append(None if header.tokens is None else plural(len(header.tokens), "token"))
+        facts.append(visible(header.backend) if header.backend else None)
+        return "   ".join(fact for fact in facts if fact)

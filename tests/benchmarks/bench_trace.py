@@ -1,0 +1,261 @@
+"""Trace and compare a Qwen2.5-0.5B-shaped model, against transformers with every stage captured.
+
+Both sides live in processes of their own with the model open, and take turns. The model is random
+and float32; making it takes a minute, so it is kept in $APRTUI_BENCH_DIR (default:
+~/.cache/aprtui-bench) between runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from figures import Figure, interleave, median_ratio, milliseconds, report
+
+TOKENS = (3838, 374, 220, 17, 10, 17, 30)
+SHAPE = {
+    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+MOST_TIME = 1.3
+MOST_MEMORY = 0.25
+REPEATS = 9
+SAMPLING_S = 0.002
+
+
+def main() -> int:
+    """Measure and print; with --side, be one of the two sides."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--side", choices=SIDES)
+    side = parser.parse_args().side
+    if side is not None:
+        return serve(SIDES[side]())
+    prepare()
+    names = ("ours", "transformers", "transformers, no capture")
+    sides = {name: Side(name) for name in names}
+    try:
+        laps = dict(zip(names, interleave([sides[name].run for name in names], REPEATS)))
+        peaks = {name: sides[name].peak_bytes() for name in names}
+    finally:
+        for one in sides.values():
+            one.close()
+    ratio = median_ratio(laps["ours"], laps["transformers"])
+    share = peaks["ours"] / peaks["transformers"]
+    plain = median_ratio(laps["ours"], laps["transformers, no capture"])
+    return report(
+        [
+            Figure(
+                "trace + compare, 0.5B shape, 7 tokens",
+                f"{ratio:.2f}x ({milliseconds(laps['ours'])})",
+                f"<= {MOST_TIME}x",
+                ratio <= MOST_TIME,
+                f"transformers, same stages captured ({milliseconds(laps['transformers'])})",
+            ),
+            Figure(
+                "the same",
+                f"{plain:.2f}x",
+                "none",
+                True,
+                "transformers, nothing captured "
+                f"({milliseconds(laps['transformers, no capture'])})",
+            ),
+            Figure(
+                "peak anonymous memory",
+                f"{share:.3f}x ({peaks['ours'] >> 20} MiB)",
+                f"<= {MOST_MEMORY}x",
+                share <= MOST_MEMORY,
+                f"transformers ({peaks['transformers'] >> 20} MiB)",
+            ),
+        ]
+    )
+
+
+def folder() -> Path:
+    """Where the model is kept."""
+    return Path(os.environ.get("APRTUI_BENCH_DIR") or Path.home() / ".cache" / "aprtui-bench")
+
+
+def prepare() -> None:
+    """Make the model in both formats and its oracle, unless they are there."""
+    if (folder() / "complete").exists():
+        return
+    print(f"making the model in {folder()} ...", file=sys.stderr)
+    folder().mkdir(parents=True, exist_ok=True)
+    # In a process of its own: what it leaves in memory must not slow the measurement.
+    subprocess.run([sys.executable, __file__, "--side", "maker"], check=True, input=b"run\n")
+    (folder() / "complete").touch()
+
+
+class Side:
+    """A process that has the model open and runs it on demand."""
+
+    def __init__(self, name: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--side", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self) -> float:
+        """Seconds of one pass."""
+        return float(self._ask("run"))
+
+    def peak_bytes(self) -> int:
+        """The most anonymous memory that any pass needed, the interpreter included."""
+        return int(self._ask("peak"))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, what: str) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit("a side of the benchmark has ended early")
+        return json.loads(answer)
+
+
+def serve(run: Callable[[], float]) -> int:
+    """Answer the questions of `Side` on stdin."""
+    peak = 0
+    for line in sys.stdin:
+        if line.strip() == "run":
+            with PeakMemory() as memory:
+                seconds = run()
+            peak = max(peak, memory.peak_bytes)
+            print(json.dumps(seconds), flush=True)
+        else:
+            print(json.dumps(peak), flush=True)
+    return 0
+
+
+class PeakMemory:
+    """Samples the anonymous resident memory of this process."""
+
+    def __enter__(self) -> PeakMemory:
+        self.peak_bytes = anonymous_bytes()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._over.wait(SAMPLING_S):
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this system does not say how much anonymous memory a process has")
+
+
+def ours() -> Callable[[], float]:
+    """Our trace of the .apr, compared stage by stage; opening is not counted."""
+    from aprcore.bisect import Request, bisect
+
+    request = Request(model=folder() / "model.apr", oracle=folder() / "oracle", tokens=TOKENS)
+
+    def run() -> float:
+        events = bisect(request)
+        next(events)
+        started = time.perf_counter()
+        for event in events:
+            last = event
+        seconds = time.perf_counter() - started
+        if last.diverges(strict=True):
+            raise SystemExit(last.summary())
+        return seconds
+
+    return run
+
+
+def transformers_captured() -> Callable[[], float]:
+    """transformers with `aprcore.capture`'s hooks; what they show is kept until the next pass."""
+    from aprcore.capture import capture
+
+    model = load()
+
+    def run() -> float:
+        kept = {}
+        started = time.perf_counter()
+        capture(model, TOKENS, kept.__setitem__)
+        return time.perf_counter() - started
+
+    return run
+
+
+def transformers_plain() -> Callable[[], float]:
+    """transformers alone."""
+    import torch
+
+    model = load()
+    ids = torch.tensor([TOKENS])
+
+    def run() -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return time.perf_counter() - started
+
+    return run
+
+
+def load() -> Any:
+    """The transformers model in float32."""
+    from aprcore.oracle import OracleRequest, load_model, quiet_transformers
+
+    request = OracleRequest(source=folder() / "hf", tokens=TOKENS)
+    with quiet_transformers():
+        return load_model(request)
+
+
+def maker() -> Callable[[], float]:
+    """Makes everything; takes a minute."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import models
+
+    from aprcore.convert import import_model
+    from aprcore.oracle import OracleRequest, write_oracle
+
+    def run() -> float:
+        model = models.build(models.RandomModel("qwen2", SHAPE))
+        models.save(model, folder() / "hf")
+        import_model(folder() / "hf", folder() / "model.apr", overwrite=True)
+        write_oracle(OracleRequest(source=folder() / "hf", tokens=TOKENS), folder() / "oracle")
+        return 0.0
+
+    return run
+
+
+SIDES: dict[str, Callable[[], Callable[[], float]]] = {
+    "ours": ours,
+    "transformers": transformers_captured,
+    "transformers, no capture": transformers_plain,
+    "maker": maker,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

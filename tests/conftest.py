@@ -1,0 +1,30 @@
+"""Fixtures for every kind of test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from syrupy.location import PyTestLocation
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference files beside the repository, which is not part of it."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder of reference files (../shared) is absent")
+    return SHARED
+
+
+def pytest_configure() -> None:
+    """Keep pictures of screens under `snapshots/<test file>` rather than beside the tests."""
+    import pytest_textual_snapshot
+
+    class Pictures(pytest_textual_snapshot.SVGImageExtension):
+        @classmethod
+        def dirname(cls, *, test_location: PyTestLocation) -> str:
+            return str(Path(__file__).parents[1] / "snapshots" / Path(test_location.filepath).stem)
+
+    pytest_textual_snapshot.SVGImageExtension = Pictures

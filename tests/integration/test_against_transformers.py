@@ -1,0 +1,111 @@
+"""Our float32 trace against transformers' own float32 eager pass, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aprcore.backends.numpy import NumpyBackend
+from aprcore.compare import compare
+from aprcore.forward import forward
+from aprcore.model import open_model
+from aprcore.stages import StageKey
+from models import build, gguf_can_hold, random_config, save, write_apr, write_gguf
+
+pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
+pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
+
+from aprcore.capture import capture
+from aprcore.oracle import OracleRequest, load_model, quiet_transformers
+
+# Float32 on both sides, only the order of additions differs; the worst seen is 2.8e-6.
+RELATIVE_L2_BOUND = 1e-5
+
+QUICK_SEEDS = range(40)
+ALL_SEEDS = range(200)
+
+
+def capture_all(model, tokens) -> dict[StageKey, np.ndarray]:
+    tensors: dict[StageKey, np.ndarray] = {}
+    capture(model, tokens, lambda key, x: tensors.__setitem__(key, x.copy()))
+    return tensors
+
+
+def assert_trace_matches(path: Path, tokens, oracle: dict[StageKey, np.ndarray]) -> None:
+    """Trace the model at `path` and hold every stage against `oracle`."""
+    backend = NumpyBackend()
+    seen = []
+    with open_model(path) as model:
+        for key, array in forward(model.config, model.weights, backend, tokens):
+            x = backend.to_host(array)
+            seen.append(key)
+            assert x.shape == oracle[key].shape, key
+            result = compare(x, oracle[key])
+            assert result.relative_l2 <= RELATIVE_L2_BOUND, (key, result.relative_l2)
+            assert result.nonfinite_a == 0, key
+    assert seen[-1] == StageKey(None, "lm_head")
+    assert x.argmax() == oracle[seen[-1]].argmax()
+    assert set(seen) == set(oracle)
+
+
+def check_random_model(seed: int, folder: Path) -> None:
+    recipe = random_config(seed)
+    model = build(recipe)
+    oracle = capture_all(model, recipe.tokens)
+    assert_trace_matches(save(model, folder / "hf"), recipe.tokens, oracle)
+    # Residues mod 4 are architectures, so halves are taken of blocks of four.
+    rope_type = 0 if seed // 4 % 2 else 2
+    apr = write_apr(model, folder / "model.apr", rope_type=rope_type)
+    assert_trace_matches(apr, recipe.tokens, oracle)
+    if gguf_can_hold(recipe):
+        gguf = write_gguf(model, folder / "model.gguf")
+        assert_trace_matches(gguf, recipe.tokens, oracle)
+
+
+@pytest.mark.parametrize("seed", QUICK_SEEDS)
+def test_random_models(seed, tmp_path):
+    check_random_model(seed, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ALL_SEEDS[len(QUICK_SEEDS) :])
+def test_more_random_models(seed, tmp_path):
+    check_random_model(seed, tmp_path)
+
+
+def test_the_random_models_cover_what_they_should():
+    recipes = [random_config(seed) for seed in ALL_SEEDS]
+    assert recipes == [random_config(seed) for seed in ALL_SEEDS]
+    for some in (recipes, recipes[: len(QUICK_SEEDS)]):
+        settings = [recipe.settings for recipe in some]
+        heads = [(s["num_attention_heads"], s["num_key_value_heads"]) for s in settings]
+        assert any(h % 2 and h > 1 for h, _ in heads)
+        assert any(k == 1 < h for h, k in heads)
+        assert any(1 < k < h for h, k in heads)
+        assert any(s["head_dim"] * h != s["hidden_size"] for s, (h, _) in zip(settings, heads))
+        assert {s["tie_word_embeddings"] for s in settings} == {True, False}
+        kinds = {s["rope_parameters"]["rope_type"] for s in settings}
+        assert kinds == {"default", "linear", "llama3", "yarn"}
+        assert any(s.get("attention_bias") for s in settings)
+        assert any(s.get("mlp_bias") for s in settings)
+    assert {recipe.num_tokens for recipe in recipes} >= {1, 65}
+    assert sum(map(gguf_can_hold, recipes)) >= 50
+
+
+def test_stories260k(shared):
+    path = shared / "data" / "stories260k"
+    tokens = (1, 403, 407, 261, 378)
+    with quiet_transformers():
+        model = load_model(OracleRequest(path))
+    assert_trace_matches(path, tokens, capture_all(model, tokens))
+
+
+def test_the_demo_model():
+    from aprcore.trace import TraceDirectory
+    from aprtui.demo import demo_path
+
+    trace = TraceDirectory(demo_path() / "oracle")
+    oracle = {key: trace.read(key).reshape(trace.shape(key)) for key in trace.counts}
+    assert_trace_matches(demo_path() / "sound.apr", trace.sidecar.tokens, oracle)

@@ -1,0 +1,304 @@
+"""Small random transformers models for tests, and writers of their other file formats.
+
+Random initialisation makes every bias zero and every norm one, so that a test of them passes
+whatever the code does: every parameter is drawn anew here, at the scale of a trained model's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aprcore.formats.apr_writer import AprWriter, TensorEntry
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+VOCAB_SIZE = 96
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A recipe: the same one always gives the same weights.
+
+    Attributes:
+        architecture: `model_type`.
+        settings: Arguments of the transformers configuration.
+        seed: Of the weights and the tokens.
+        num_tokens: Length of the pass.
+    """
+
+    architecture: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    num_tokens: int = 7
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        generator = random.Random(self.seed + 1)
+        size = self.settings.get("vocab_size", VOCAB_SIZE)
+        return tuple(generator.randrange(size) for _ in range(self.num_tokens))
+
+    def __str__(self) -> str:
+        return f"{self.seed}-{self.architecture}-T{self.num_tokens}"
+
+
+def small_model(architecture: str, *, seed: int = 0, num_tokens: int = 7, **settings: Any):
+    """A recipe of two layers with grouped kv heads; `settings` override."""
+    defaults = {
+        "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        **({"sliding_window": None} if architecture == "mistral" else {}),
+        **({"head_dim": 8} if architecture == "qwen3" else {}),
+    }  # fmt: skip
+    return RandomModel(architecture, {**defaults, **settings}, seed, num_tokens)
+
+
+def random_config(seed: int) -> RandomModel:
+    """A recipe of an odd shape; seeds of one residue mod 4 share the architecture."""
+    draw = random.Random(seed)
+    architecture = ARCHITECTURES[seed % 4]
+    heads = draw.choice([1, 2, 3, 4, 5, 6, 7, 9])
+    kv_heads = draw.choice([n for n in (1, 2, 3, heads) if heads % n == 0])
+    head_dim = draw.choice([2, 4, 6, 8, 10, 16, 20])
+    hidden = heads * draw.choice([4, 6, 8, 12])
+    if architecture != "llama":  # which refuses a hidden size that the heads do not divide
+        hidden += draw.choice([0, 0, 1, 5])
+    settings: dict[str, Any] = {
+        "vocab_size": draw.choice([17, 64, VOCAB_SIZE, 131]),
+        "hidden_size": hidden,
+        "intermediate_size": draw.choice([7, 24, 40, 65]),
+        "num_hidden_layers": draw.choice([1, 2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": draw.choice([16, 128, 4096]),
+        "rms_norm_eps": draw.choice([1e-5, 1e-6]),
+        "tie_word_embeddings": draw.random() < 0.5,
+        "hidden_act": draw.choice(["silu"] * 6 + ["gelu", "gelu_pytorch_tanh"]),
+        "rope_parameters": _random_rope(draw),
+    }
+    if architecture == "llama":
+        settings["attention_bias"] = draw.random() < 0.4
+        settings["mlp_bias"] = draw.random() < 0.4
+    if architecture == "qwen3":
+        settings["attention_bias"] = draw.random() < 0.4
+    if architecture == "mistral":
+        settings["sliding_window"] = draw.choice([None, 65])
+    return RandomModel(architecture, settings, seed, draw.randint(1, 65))
+
+
+def _random_rope(draw: random.Random) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": draw.choice([100.0, 10000.0, 500000.0, 1e6])}
+    kind = draw.choice(["default", "default", "linear", "llama3", "yarn"])
+    rope["rope_type"] = kind
+    if kind != "default":
+        rope["factor"] = draw.choice([2.0, 4.0, 8.0])
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = draw.choice([16, 64, 512])
+    if kind == "yarn" and draw.random() < 0.5:
+        rope |= draw.choice([
+            {"attention_factor": 1.25},
+            {"beta_fast": 16.0, "beta_slow": 2.0},
+            {"mscale": 1.0, "mscale_all_dim": 0.7},
+            {"truncate": False},
+        ])  # fmt: skip
+    return rope
+
+
+def build(recipe: RandomModel, dtype: str = "float32") -> Any:
+    """The transformers model of a recipe, with eager attention, in evaluation mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _silence()
+    config = AutoConfig.for_model(recipe.architecture, **recipe.settings)
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        generator = torch.Generator().manual_seed(recipe.seed)
+        perturb(model, generator)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def perturb(model: Any, generator: Any) -> None:
+    """Draw every parameter: products keep their input's size, norms are near one."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+
+
+def save(model: Any, directory: Path, **options: Any) -> Path:
+    """Save a model as a Hugging Face directory."""
+    _silence()
+    model.save_pretrained(directory, **options)
+    return directory
+
+
+def save_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Put a tokenizer beside a model: one token per printable character."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(32 + i): i for i in range(min(vocab_size, 95))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=" "))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+
+
+def _silence() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _weights(model: Any) -> Iterator[tuple[str, np.ndarray]]:
+    tied = model.config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            yield name, tensor.float().numpy()
+
+
+def to_adjacent_pairs(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows of q or k [N·D, ...] reordered for RoPE on adjacent pairs.
+
+    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py.
+    """
+    halves = rows.reshape(num_heads, 2, rows.shape[0] // num_heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _paired(name: str, values: np.ndarray, config: Any) -> np.ndarray:
+    if ".q_proj." in name:
+        return to_adjacent_pairs(values, config.num_attention_heads)
+    if ".k_proj." in name:
+        return to_adjacent_pairs(values, config.num_key_value_heads)
+    if name.endswith(("q_norm.weight", "k_norm.weight")):  # one head, applied before RoPE
+        return to_adjacent_pairs(values, 1)
+    return values
+
+
+def write_apr(model: Any, path: Path, *, rope_type: int = 2) -> Path:
+    """Write a model as float32 .apr without a tokenizer.
+
+    Args:
+        model: A transformers model.
+        path: The file.
+        rope_type: 2 for split halves, 0 for q and k rows stored as adjacent pairs.
+    """
+    config = model.config
+    rope = dict(config.rope_parameters)
+    metadata = {
+        "architecture": config.model_type, "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers, "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads, "head_dim": head_dim(config),
+        "vocab_size": config.vocab_size, "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": rope.pop("rope_theta"), "rope_type": rope_type,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "hidden_act": config.hidden_act, "rms_norm_eps": config.rms_norm_eps,
+    }  # fmt: skip
+    weights = dict(_weights(model))
+    if rope_type == 0:
+        weights = {name: _paired(name, values, config) for name, values in weights.items()}
+    entries = [TensorEntry(name, "F32", values.shape) for name, values in weights.items()]
+    with AprWriter(path, metadata, entries) as writer:
+        for entry in writer.entries:
+            writer.write(entry.name, np.ascontiguousarray(weights[entry.name]))
+    return path
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "lm_head": "output",
+}  # fmt: skip
+
+
+def write_gguf(model: Any, path: Path) -> Path:
+    """Write a model as llama.cpp's converter would, in float32 and without a tokenizer."""
+    import gguf
+
+    config = model.config
+    paired = config.model_type in ("llama", "mistral")
+    writer = gguf.GGUFWriter(path, "llama" if paired else config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    _add_gguf_rope(writer, model)
+    for name, values in _weights(model):
+        if paired:
+            values = _paired(name, values, config)
+        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_gguf_rope(writer: Any, model: Any) -> None:
+    import gguf
+
+    rope = model.config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    match rope["rope_type"]:
+        case "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        case "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        case "llama3":
+            half = np.arange(0, head_dim(model.config), 2) / head_dim(model.config)
+            plain = rope["rope_theta"] ** -half
+            scaled = model.model.rotary_emb.inv_freq.double().numpy()
+            writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+
+
+def _gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module.startswith("model.layers."):
+        number, _, inner = module.removeprefix("model.layers.").partition(".")
+        return f"blk.{number}.{GGUF_NAMES[inner]}.{kind}"
+    return f"{GGUF_NAMES[module]}.{kind}"
+
+
+def gguf_can_hold(recipe: RandomModel) -> bool:
+    """Whether GGUF has keys for all of a recipe: no activation, nor yarn's rarer fields."""
+    rare = {"attention_factor", "beta_fast", "mscale", "truncate"}
+    rope = recipe.settings["rope_parameters"]
+    return recipe.settings["hidden_act"] == "silu" and not rare & set(rope)
+
+
+def head_dim(config: Any) -> int:
+    """D of a transformers configuration."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,49 @@
+"""Driving the explorer from tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from textual.pilot import Pilot
+
+from aprtui.app import ExplorerApp
+from aprtui.screens.explorer import ExplorerScreen
+
+# Longer than the debounce of the detail pane and the interval between refreshes.
+QUIET_S = 0.1
+
+
+async def settle(pilot: Pilot[Any]) -> None:
+    """Wait until the run is over and all that it posted has been handled and drawn."""
+    while (worker := explorer_of(pilot).engine_worker) is None:
+        await pilot.pause(0.01)
+    await worker.wait()
+    handled = asyncio.Event()
+    explorer_of(pilot).call_later(handled.set)  # queued behind the run's messages
+    await handled.wait()
+    await pilot.pause(QUIET_S)
+
+
+def explorer_of(pilot: Pilot[Any]) -> ExplorerScreen:
+    """The explorer, also when another screen lies over it."""
+    assert isinstance(pilot.app, ExplorerApp)
+    return pilot.app.explorer
+
+
+def drive(
+    app: ExplorerApp,
+    steps: Callable[[Pilot[Any]], Coroutine[Any, Any, None]],
+    *,
+    size: tuple[int, int] = (120, 40),
+    wait: Callable[[Pilot[Any]], Awaitable[None]] = settle,
+) -> None:
+    """Run an app without a terminal, wait until the run is over, take some steps."""
+
+    async def run() -> None:
+        async with app.run_test(size=size) as pilot:
+            await wait(pilot)
+            await steps(pilot)
+
+    asyncio.run(run())

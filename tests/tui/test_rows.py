@@ -1,0 +1,134 @@
+"""Rows, filters, and how figures and verdicts are written."""
+
+from __future__ import annotations
+
+import ast
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import aprtui
+from aprcore.bisect import Request, bisect
+from aprcore.judge import Verdict
+from aprcore.report import Report, RunHeader, StageReport
+from aprcore.stages import StageKey
+from aprtui.formatting import format_cosine, format_figure, format_ratio, format_short, quoted
+from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, summarise_layer
+from aprtui.run_state import RunState
+from aprtui.theme import COSINE_INKS, MARKS, SEVERITY, VARIABLES, cosine_ink
+
+
+@pytest.fixture
+def state(failing_request: Request) -> RunState:
+    state = RunState()
+    for event in bisect(failing_request):
+        match event:
+            case RunHeader():
+                state.open(event)
+            case StageReport():
+                state.add(event)
+            case Report():
+                state.report = event
+    return state
+
+
+class TestFilter:
+    @pytest.mark.parametrize(
+        ("text", "key", "accepted"),
+        [
+            ("layer 3", StageKey(3, "attn_norm"), True),
+            ("layer 3", StageKey(30, "attn_norm"), False),
+            ("l3 norm", StageKey(3, "attn_norm"), True),
+            ("3 norm", StageKey(3, "qkv_bias"), False),
+            ("layer 3 · q_post_rope", StageKey(3, "q_post_rope"), True),
+            ("layer-3", StageKey(3, "attn_norm"), True),
+            ("PENDING rope", StageKey(1, "q_post_rope"), True),
+            ("fail", StageKey(1, "q_post_rope"), False),
+            ("lm_head", StageKey(None, "lm_head"), True),
+            ("", StageKey(None, "lm_head"), True),
+        ],
+    )
+    def test_words(self, text: str, key: StageKey, accepted: bool) -> None:
+        assert Filter.parse(text).accepts(key, None) is accepted
+
+    @given(st.text())
+    def test_anything_can_be_typed(self, text: str) -> None:
+        Filter.parse(text).accepts(StageKey(0, "embedding"), None)
+
+
+class TestArrange:
+    def test_nothing_before_the_run_is_open(self) -> None:
+        empty = RunState()
+        rows = arrange(empty, expanded=(), filter=Filter(), order=SortOrder.COMPUTATION)
+        assert rows == []
+
+    def test_layers_fold_and_the_model_comes_last(self, state: RunState) -> None:
+        rows = arrange(state, expanded={1}, filter=Filter(), order=SortOrder.COMPUTATION)
+        assert rows[:4] == [RUN_ROW, Row(0), Row(1), Row(key=StageKey(1, "attn_norm"))]
+        assert rows[-1] == Row(key=StageKey(None, "lm_head"))
+        assert sum(row.key is not None for row in rows) == 17 + 2
+
+    def test_a_filter_unfolds_and_leaves_out(self, state: RunState) -> None:
+        rows = arrange(
+            state, expanded=(), filter=Filter.parse("rope fail"), order=SortOrder.COMPUTATION
+        )
+        q1, q2 = StageKey(1, "q_post_rope"), StageKey(2, "q_post_rope")
+        assert rows == [RUN_ROW, Row(1), Row(key=q1), Row(2), Row(key=q2)]
+
+    def test_a_layer_says_its_worst(self, state: RunState) -> None:
+        assert summarise_layer(state, 0).worst is Verdict.PASS
+        summary = summarise_layer(state, 1)
+        assert summary.worst is Verdict.FAIL
+        assert (summary.done, summary.total) == (17, 17)
+        assert summary.lowest is not None
+        assert summary.lowest.key == StageKey(1, "q_post_rope")
+
+
+class TestLooks:
+    def test_every_verdict_has_a_mark_of_its_own(self) -> None:
+        words = {verdict.value for verdict in Verdict}
+        assert set(MARKS) == words == set(SEVERITY)
+        assert len({mark.glyph for mark in MARKS.values()}) == len(words)
+        assert all(mark.ink in VARIABLES for mark in MARKS.values())
+
+    def test_cosine_inks_are_in_order(self) -> None:
+        assert [cosine_ink(c) for c in (1, 0.9995, 0.99, 0.5, -1, math.nan)] == [
+            *(ink for _, ink in COSINE_INKS),
+            *["verdict-fail"] * 3,
+        ]
+
+    def test_figures(self) -> None:
+        assert format_cosine(0.8312) == "0.8312000"
+        assert format_ratio(3.21e-7) == "3.2e-07"
+        assert [format_figure(x) for x in (0.0, math.nan, -math.inf)] == ["0", "NaN", "-Inf"]
+
+    @given(st.floats())
+    def test_short_figures_are_short(self, x: float) -> None:
+        # Three-digit exponents are beyond float32.
+        assert len(format_short(x)) <= 10
+
+    @given(st.text())
+    def test_quoted_text_is_one_printable_line(self, text: str) -> None:
+        assert quoted(text).isprintable()
+
+
+class TestImports:
+    @pytest.mark.parametrize("module", ["aprtui.app", "aprtui.screens.explorer"])
+    def test_nothing_heavy_is_loaded(self, module: str) -> None:
+        code = f"import sys, {module}; print(sorted(m for m in sys.modules if '.' not in m))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        loaded = set(ast.literal_eval(done.stdout))
+        assert not loaded & {"torch", "transformers", "pyopencl", "gguf", "tokenizers", "numpy"}
+
+    def test_modules_stay_small(self) -> None:
+        own = ("app", "session", "rows", "run_state", "description", "theme", "palette")
+        root = Path(aprtui.__file__).parent
+        files = [root / f"{name}.py" for name in own]
+        files += [*(root / "widgets").glob("*.py"), *(root / "screens").glob("*.py")]
+        assert all(len(file.read_text("utf-8").splitlines()) < 400 for file in files)
