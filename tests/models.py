@@ -89,7 +89,9 @@ def random_config(seed: int) -> RandomModel:
         settings["attention_bias"] = draw.random() < 0.4
     if architecture == "mistral":
         settings["sliding_window"] = draw.choice([None, 65])
-    return RandomModel(architecture, settings, seed, draw.randint(1, 65))
+    # One token has no causal structure and 65 end a block of 64: more of both than chance gives.
+    num_tokens = draw.choice([1, 65, *(draw.randint(1, 65) for _ in range(6))])
+    return RandomModel(architecture, settings, seed, num_tokens)
 
 
 def _random_rope(draw: random.Random) -> dict[str, Any]:
@@ -150,13 +152,16 @@ def save(model: Any, directory: Path, **options: Any) -> Path:
     return directory
 
 
-def save_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
-    """Put a tokenizer beside a model: one token per printable character."""
-    from tokenizers import Tokenizer, models
+def save_tokenizer(directory: Path) -> None:
+    """Put a tokenizer beside a model: the id of a printable character is its code less 32."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {chr(32 + i): i for i in range(min(vocab_size, 95))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=" "))
+    # Byte-level, because that is what transformers makes of any Qwen2 tokenizer.
+    vocabulary = {"Ġ": 0, **{chr(32 + i): i for i in range(1, 95)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 

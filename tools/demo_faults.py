@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from wrong_engine import Mistake, run_engine
 
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.compare import compare, compare_logits
@@ -24,6 +23,7 @@ from aprcore.model import Model, open_model
 from aprcore.stages import StageKey
 from aprcore.trace import TraceDirectory, TraceWriter
 from aprcore.weights import read_all
+from wrong_engine import Mistake, run_engine
 
 Weights = dict[str, np.ndarray]
 Tensors = Iterable[tuple[StageKey, np.ndarray]]

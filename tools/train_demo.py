@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 import torch
-from demo_faults import plant_faults
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from aprcore.convert import import_model
 from aprcore.oracle import OracleRequest, quiet_transformers, write_oracle
 from aprcore.vocabulary import PATTERNS
+from demo_faults import plant_faults
 
 TARGET = Path(__file__).parents[1] / "src" / "aprtui" / "demo"
 SEED = 1

@@ -85,16 +85,16 @@ def capture(
         stack.enter_context(_registered_attention(model, taps.attend, where))
         stack.enter_context(explained("the model failed while it ran", where))
         stack.enter_context(torch.inference_mode())
-        ids = torch.tensor([list(tokens)], device=model.get_input_embeddings().weight.device)
+        device = model.get_input_embeddings().weight.device
+        # Weights that accelerate keeps elsewhere are on no device; its hooks move the ids.
+        ids = torch.tensor([list(tokens)], device="cpu" if device.type == "meta" else device)
         model(input_ids=ids, use_cache=False)
     if taps.pending:
         names = ", ".join(key.path for key in taps.pending)
         raise OracleError(f"the model ran without showing {names}", where=where)
 
 
-def expected_keys(
-    model: Module, layers: range | None, where: Where = None
-) -> tuple[StageKey, ...]:
+def expected_keys(model: Module, layers: range | None, where: Where = None) -> tuple[StageKey, ...]:
     """The tensors that a capture yields, in the table's order.
 
     Raises:
@@ -134,8 +134,7 @@ class _Taps:
         self._where = where
         sizes = _sizes(model, num_tokens)
         self.pending: dict[StageKey, tuple[int, ...]] = {
-            key: resolve_shape(BY_NAME[key.stage].shape, sizes)
-            for key in keys
+            key: resolve_shape(BY_NAME[key.stage].shape, sizes) for key in keys
         }
 
     def attach(self, stack: ExitStack) -> None:
@@ -249,7 +248,7 @@ class _Taps:
 
 
 def _product(linear: Module, x: Tensor) -> Tensor:
-    """x times the weight alone. Output minus bias would cancel x away in half precision."""
+    """Multiply x by the weight alone. Output minus bias would lose x in half precision."""
     from torch.nn.functional import linear as multiply
 
     aligned: Any = nullcontext()

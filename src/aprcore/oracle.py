@@ -227,9 +227,11 @@ def _read_source(request: OracleRequest) -> HuggingFaceFiles:
     if architecture not in ARCHITECTURES and not request.trust_remote_code:
         for file in held.files:
             file.close()
+        hint = f"supported are {', '.join(ARCHITECTURES)}"
+        if "auto_map" in held.config:
+            hint += ", and with --trust-remote-code models that are built like them"
         raise OracleError(f"architecture {architecture!r} is not supported",
-                          where=held.config_path,
-                          hint=f"supported are {', '.join(ARCHITECTURES)}")  # fmt: skip
+                          where=held.config_path, hint=hint)  # fmt: skip
     return held
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aprcore.compare import Comparison, LogitsComparison, Statistics
-from aprcore.judge import Verdict
+from aprcore.judge import Judgment, Verdict
 from aprcore.layouts import Layout
 from aprcore.stages import StageKey
 
@@ -88,6 +88,8 @@ class StageReport:
         comparison: Trace against oracle, where both have it.
         trace, oracle: Statistics of a side that stands alone (no oracle, or missing on one side).
         logits: For `lm_head` with both sides.
+        kernel: The stage on the trace's own inputs, where that can be judged.
+        model: The stage on the oracle's inputs, where that can be judged.
         elapsed_s: Seconds to compute or read, and compare, this stage.
     """
 
@@ -99,7 +101,19 @@ class StageReport:
     trace: Statistics | None = None
     oracle: Statistics | None = None
     logits: LogitsReport | None = None
+    kernel: Judgment | None = None
+    model: Judgment | None = None
     elapsed_s: float = 0.0
+
+    @property
+    def blamed(self) -> str | None:
+        """Which judgment a FAIL rests on: "kernel", "model", or "cumulative" where neither fails."""
+        if self.verdict is not Verdict.FAIL:
+            return None
+        for name, judgment in (("kernel", self.kernel), ("model", self.model)):
+            if judgment is not None and not judgment.passed:
+                return name
+        return "cumulative"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +190,13 @@ def stage_to_json(stage: StageReport, *, top_k: int = 10) -> dict[str, Any]:
         "shape": None if stage.layout is None else stage.layout.shape,
         "verdict": None if stage.verdict is None else stage.verdict.value,
         "reason": stage.reason,
+        "blamed": stage.blamed,
         "elapsed_s": stage.elapsed_s,
     }
     if stage.comparison is not None and stage.layout is not None:
         data["cumulative"] = _comparison(stage.comparison, stage.layout, top_k)
+    for name, judgment in (("kernel", stage.kernel), ("model", stage.model)):
+        data[name] = None if judgment is None else _judgment(judgment)
     for name, statistics in (("trace", stage.trace), ("oracle", stage.oracle)):
         if statistics is not None:
             data[name] = _statistics(statistics)
@@ -229,6 +246,20 @@ def _comparison(comparison: Comparison, layout: Layout, top_k: int) -> dict[str,
             }
             for d in _first(comparison.top, top_k)
         ],
+    }
+
+
+def _judgment(judgment: Judgment) -> dict[str, Any]:
+    worst = judgment.assessment.worst
+    return {
+        "passed": judgment.passed,
+        "relative_l2": judgment.relative_l2,
+        "cosine": judgment.cosine,
+        "bound_relative_l2": judgment.bound,
+        "noise_ratio": judgment.assessment.ratio,
+        "predicted_relative_l2": judgment.assessment.floor,
+        "worst_part": {"name": worst.name, "ratio": worst.ratio, "allowed": worst.factor},
+        "span": [key.path for key in judgment.span],
     }
 
 

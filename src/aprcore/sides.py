@@ -7,7 +7,7 @@ there or not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.backends.prediction import Profile
 from aprcore.errors import AprError, OracleError, PlanError, TokenizerError
 from aprcore.judge import cumulative_bound
-from aprcore.layouts import infer_sizes
+from aprcore.layouts import infer_sizes, layout_of, zero_above_diagonal
 from aprcore.plan import DEFAULT_PROMPT, Plan, check_layers
+from aprcore.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtype
+from aprcore.replay import RecordedSide
 from aprcore.report import RunHeader, Side
 from aprcore.stages import BY_NAME, StageKey, computation_order, parse_path, stage_keys
 from aprcore.trace import TraceDirectory
@@ -47,6 +50,8 @@ class RunRequest(Protocol):
     def plan(self) -> Plan | None: ...
     @property
     def threads(self) -> int | None: ...
+    @property
+    def arithmetic(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Sides:
         sizes: Numbers for the letters of symbolic shapes, as far as known.
         features: Features of the model, or those that the dumped stages give away.
         not_computed: Rows whose oracle is missing and which nothing else needs.
+        arithmetic: What the engine behind the trace computes in.
+        bound_alone: The cumulative bound where neither other judgment can be made.
         threads: Threads of the CPU path.
     """
 
@@ -71,33 +78,72 @@ class Sides:
     sizes: Mapping[str, int]
     features: frozenset[str]
     not_computed: frozenset[StageKey]
+    arithmetic: Arithmetic
+    bound_alone: float
     threads: int | None
 
+    def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
+        """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
+        model, num_tokens = self.model, self.sizes.get("T")
+        if model is None or num_tokens is None:
+            return None, None
+        trace = RecordedSide(
+            model.config, model.weights, self.header.tokens, num_tokens,
+            Profile(self.arithmetic, weights_rounded=False),
+            features=self.features, read=None if self.trace is None else self._reader(self.trace),
+        )  # fmt: skip
+        if self.oracle is None:
+            return trace, None
+        extra = {"qkv_bias"} if any(k.stage == "qkv_bias" for k in self.oracle.keys()) else set()
+        oracle = RecordedSide(
+            model.config, model.weights, self.header.tokens, num_tokens,
+            Profile(arithmetic_of_dtype(self.oracle.sidecar.dtype), weights_rounded=True),
+            features=model.config.features | extra, read=self._reader(self.oracle),
+        )  # fmt: skip
+        return trace, oracle
+
+    def _reader(self, directory: TraceDirectory) -> Callable[[StageKey], Floats | None]:
+        """Tensors of a directory in the shape of the table; None for other shapes."""
+
+        def read(key: StageKey) -> Floats | None:
+            if key not in directory:
+                return None
+            x = directory.read(key)
+            layout = layout_of(key, self.sizes, x.size)
+            if layout.axes == ("index",):
+                return None
+            return zero_above_diagonal(key, x, layout).reshape(layout.shape)
+
+        return read
+
     def tensors(self) -> Iterator[tuple[StageKey, Floats | None]]:
-        """Every row of the header in order, with the tensor under test (None: it lacks it)."""
+        """Every row of the header in order, with the tensor under test (None: it lacks it).
+
+        Tensors that rows read, but that are no rows themselves, come along in their place.
+        """
         if self.trace is not None:
             for key in self.header.keys:
                 yield key, self.trace.read(key) if key in self.trace else None
             return
         assert self.model is not None and self.header.tokens is not None
         from aprcore.backends.numpy import NumpyBackend
-        from aprcore.forward import trace
+        from aprcore.forward import needed_keys, trace
 
         config = self.model.config
         own = set(stage_keys(config.num_layers, config.features))
-        computed = [k for k in self.header.keys if k in own and k not in self.not_computed]
-        wanted = set(computed)
+        rows = {k for k in self.header.keys if k in own and k not in self.not_computed}
+        wanted = set(needed_keys(config, rows.__contains__))
         stream = trace(
             config, self.model.weights, NumpyBackend(self.threads), self.header.tokens,
             wanted.__contains__,
         )  # fmt: skip
-        for key in self.header.keys:
+        for key in sorted(wanted.union(self.header.keys), key=computation_order):
             if key not in wanted:
                 yield key, None
                 continue
             made, tensor = next(stream)
             assert made == key, f"{made} was computed where {key} was expected"
-            yield key, tensor
+            yield (key, tensor) if key not in self.not_computed else (key, None)
 
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """Text of token ids, as far as a tokenizer is at hand."""
@@ -150,17 +196,18 @@ def _match(
         raise PlanError(
             "the plan selects no stage of this run", hint="widen --stages or --layers"
         )
-    types = set() if model is None else set(model.weight_types)
+    dtypes = set()
     for directory, name in ((trace, "trace"), (oracle, "oracle")):
         if directory is None:
             continue
-        types.add(directory.sidecar.dtype or "float32")
+        dtypes.add(directory.sidecar.dtype or "float32")
         if directory.sidecar.dtype is None:
             notes.append(f"the {name} does not record its dtype; float32 is assumed")
         if directory.ignored:
             names = ", ".join(directory.ignored[:3])
             more = f" and {len(directory.ignored) - 3} more" if len(directory.ignored) > 3 else ""
             notes.append(f"files of the {name} that name no stage are left out: {names}{more}")
+    types = dtypes if model is None else dtypes | model.weight_types
     prompt = request.prompt
     for directory in (oracle, trace):
         if prompt is None and request.tokens is None and directory is not None:
@@ -178,7 +225,7 @@ def _match(
         tokens=tokens,
         token_texts=None,
         keys=keys,
-        bound=cumulative_bound(types),
+        bound=cumulative_bound(types if model is None else dtypes),
         backend="numpy" if trace is None else None,
         notes=(),
     )
@@ -191,6 +238,8 @@ def _match(
         sizes=_sizes(model, trace, oracle, tokens),
         features=features,
         not_computed=missing if trace is None else frozenset(),
+        arithmetic=_arithmetic(request, trace),
+        bound_alone=cumulative_bound(types),
         threads=request.threads,
     )
     texts = None
@@ -200,6 +249,16 @@ def _match(
         if not found:
             notes.append("the model has no usable tokenizer; token ids are shown without text")
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
+
+
+def _arithmetic(request: RunRequest, trace: TraceDirectory | None) -> Arithmetic:
+    """What the engine behind the trace computes in, as stated or recorded."""
+    if trace is None:
+        return ARITHMETICS["f32"]  # the CPU path
+    stated = request.arithmetic or trace.sidecar.arithmetic
+    if stated in ARITHMETICS:
+        return ARITHMETICS[stated]
+    return arithmetic_of_dtype(trace.sidecar.dtype)
 
 
 def _agree_on_tokens(

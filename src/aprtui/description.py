@@ -184,11 +184,10 @@ def _statistic_rows(sides: Sequence[Statistics]) -> Iterator[tuple[str, list[Tex
 def _logits(logits: LogitsReport, paint: Paint) -> Group:
     """The next token on both sides, and the five best of each."""
     found = logits.comparison
-    said = "near-tie" if found.near_tie else ("same token" if found.agree else "another token")
     quiet = paint("ink-quiet")
     figures = Text.assemble(
         ("KL ", quiet), f"{format_ratio(found.kl)} nats",
-        ("   gap ", quiet), f"{format_ratio(found.gap)} {said}",
+        ("   near-tie gap " if found.near_tie else "   gap ", quiet), format_ratio(found.gap),
     )  # fmt: skip
     table = Table.grid(padding=(0, 2))
     for number in range(5):

@@ -225,7 +225,7 @@ class TestDirectory:
         assert sidecar.backend == "transformers"
         assert (sidecar.dtype, sidecar.arithmetic, sidecar.device) == ("float32", "f32", "cpu")
         assert set(sidecar.versions) == {"torch", "transformers", "aprtui"}
-        assert summary.count == len(sidecar.stages) == 39
+        assert summary.count == len(sidecar.stages) == 37
         with open_model(source) as model:
             assert sidecar.model["sha256"] == model.sha256
         assert sidecar.model["architecture"] == "qwen2"
@@ -366,14 +366,52 @@ class TestBadInput:
     def test_unknown_dtype(self, source):
         self.fails(OracleRequest(source, tokens=(1,), dtype="int8"), "unknown dtype 'int8'")
 
-    def test_reads_nothing_from_the_network(self, source, monkeypatch):
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_reads_nothing_from_the_network(self, architecture, tmp_path, monkeypatch):
         import socket
 
         def refuse(*args, **kwargs):
-            raise AssertionError("a socket was opened")
+            raise AssertionError("a name was looked up or a connection made")
 
         monkeypatch.setattr(socket.socket, "connect", refuse)
-        write_oracle(OracleRequest(source, prompt="hello"), source.parent / "out")
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        source = save(build(small_model(architecture)), tmp_path / "model")
+        save_tokenizer(source)
+        assert write_oracle(OracleRequest(source, prompt="hello"), tmp_path / "out").count
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_remote_code_runs_only_when_trusted(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    recipe = small_model("llama")
+    model = build(recipe)
+    source = save(model, tmp_path / "model")
+    (source / "own.py").write_text(REMOTE_CODE)
+    config = json.loads((source / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": auto_map}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OracleError, match=r"'own' is not supported; .* --trust-remote-code"):
+        write_oracle(OracleRequest(source, tokens=recipe.tokens), tmp_path / "out")
+    trusting = OracleRequest(source, tokens=recipe.tokens, trust_remote_code=True)
+    write_oracle(trusting, tmp_path / "out")
+    trace = TraceDirectory(tmp_path / "out")
+    expected = capture_all(model, recipe.tokens)
+    assert set(trace.counts) == set(expected)
+    assert all(np.array_equal(trace.read(key), x.reshape(-1)) for key, x in expected.items())
 
 
 def run_command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -389,7 +427,7 @@ class TestCommand:
     def test_captures(self, source, tmp_path):
         done = run_command(source, "-o", tmp_path / "out", "--prompt", "2+2", "--layers", "0..1")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == f"21 tensors in {tmp_path / 'out'}, 3 tokens: 18,11,18\n"
+        assert done.stdout == f"20 tensors in {tmp_path / 'out'}, 3 tokens: 18,11,18\n"
 
     def test_error_is_one_line(self, source, tmp_path):
         done = run_command(source, "-o", tmp_path / "out", "--tokens", "1,2,400")

@@ -90,6 +90,7 @@ class ExplorerScreen(Screen[None]):
         self.engine_worker: Worker[None] | None = None
         self._refresh_timer: Timer | None = None
         self._detail_timer: Timer | None = None
+        self._is_detail_judged = False
 
     def compose(self) -> ComposeResult:
         """Title, finding, stages and detail side by side, keys."""
@@ -155,16 +156,20 @@ class ExplorerScreen(Screen[None]):
         self.app.push_screen(ErrorScreen(event.error, has_rows=self.state.header is not None))
 
     def _show_progress(self) -> None:
+        """Draw what changes while stages come in; a stage's own figures change but once."""
         self._refresh_timer = None
-        self._show_all()
+        self.tree_of_stages.rearrange()
+        self.verdict_bar.refresh()
+        row = self.tree_of_stages.row
+        if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
+            self._show_detail()
 
     def _show_all(self) -> None:
         """Draw everything from the state."""
-        self.tree_of_stages.rearrange()
         self.query_one(StageHeadings).refresh()
         self.title_line.refresh()
-        self.verdict_bar.refresh()
         self._show_detail()
+        self._show_progress()
 
     # The cursor and the detail pane
 
@@ -178,6 +183,7 @@ class ExplorerScreen(Screen[None]):
         row = self.tree_of_stages.row
         self.detail.show(row, self.top_k)
         report = None if row.key is None else self.state.reports.get(row.key)
+        self._is_detail_judged = report is not None
         self.has_top_k = report is not None and report.comparison is not None
 
     def on_resize(self) -> None:

@@ -1,0 +1,75 @@
+# make demo   the explorer on the bundled model       make test   all tests
+# make lint   linters, types, layers                  make bench  tables of figures
+#
+# Needs python3 >= 3.11 with venv, and a package index. Everything is installed into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where to look for torch besides the usual index. On Linux the usual one has it with CUDA
+# libraries; https://download.pytorch.org/whl/cpu has it without.
+TORCH_INDEX ?=
+# Passed to pytest: make test ARGS='-k diff'
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+	--no-compile --constraint constraints.txt
+# Stamps: what is installed, as of which pyproject.toml and constraints.txt.
+RUNTIME := $(VENV)/.runtime-installed
+EVERYTHING := $(VENV)/.everything-installed
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format bench dist clean
+
+# Without a terminal the table is printed. Exit code 1 is what the demo is there to show.
+demo: $(RUNTIME)
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/aprtui demo; else $(BIN)/aprtui demo --no-screen; fi \
+		|| [ $$? -eq 1 ]
+
+test: $(EVERYTHING)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(EVERYTHING)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(EVERYTHING)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(EVERYTHING)
+	@failed=0; for script in tests/benchmarks/bench_*.py; do \
+		$(BIN)/python $$script || failed=1; echo; done; exit $$failed
+
+dist: $(EVERYTHING)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache \
+		.import_linter_cache snapshot_report.html
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "aprtui: there is no $(PYTHON) here; install Python 3.11 or newer, or name one:" \
+			"make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "aprtui: $(PYTHON) is $$($(PYTHON) --version 2>&1), and 3.11 or newer is needed;" \
+			"name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "aprtui: $(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing aprtui into $(VENV) ..."
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(EVERYTHING): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing aprtui with its development tools, torch and transformers into $(VENV)" \
+		"(minutes, the first time) ..."
+	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
+	@touch $(RUNTIME) $@

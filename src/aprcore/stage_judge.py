@@ -1,0 +1,294 @@
+"""Judging one stage of a run after the other, from both sides' tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.compare import Comparison, compare, compare_logits, describe
+from aprcore.judge import Evidence, Judgment, Verdict, decide, within
+from aprcore.layouts import (
+    Layout,
+    alternatives,
+    last_token,
+    layout_of,
+    zero_above_diagonal,
+)
+from aprcore.noise import allowed_ratio, assess
+from aprcore.replay import Expectation, RecordedSide, expect_both
+from aprcore.report import LogitsReport, StageReport
+from aprcore.sides import Sides
+from aprcore.stages import BY_NAME, StageKey, input_keys
+
+Floats = NDArray[np.floating[Any]]
+
+LOGITS_TOP_K = 5
+
+
+class StageJudge:
+    """Judges the stages of a run in the order of computation, remembering what later ones need."""
+
+    def __init__(self, sides: Sides, top_k: int) -> None:
+        self._sides = sides
+        self._top_k = top_k
+        self._trace, self._oracle = sides.recorded()
+        self._finite: dict[StageKey, bool] = {}
+        self._oracle_finite: dict[StageKey, bool] = {}
+        self._verdicts: dict[StageKey, Verdict | None] = {}
+
+    def record(self, key: StageKey, traced: Floats) -> None:
+        """Keep a traced tensor that later stages read but nobody asked about."""
+        self._finite[key] = bool(np.isfinite(traced).all())
+        if self._trace is not None:
+            self._trace.enter(key)
+            self._trace.record(key, traced)
+
+    def judge(self, key: StageKey, traced: Floats | None) -> StageReport:
+        """The report of one stage.
+
+        Args:
+            key: Which stage.
+            traced: The tensor under test, or None where that side lacks it.
+        """
+        sides = self._sides
+        oracle = None
+        if sides.oracle is not None and key in sides.oracle:
+            oracle = sides.oracle.read(key)
+            self._oracle_finite[key] = self._is_finite(key, oracle)
+        if traced is not None:
+            traced = traced.reshape(-1)
+            self._finite[key] = self._is_finite(key, traced)
+        for side in (self._trace, self._oracle):
+            if side is not None:
+                side.enter(key)
+        result = self._judge(key, traced, oracle)
+        self._verdicts[key] = result.verdict
+        return result
+
+    def _judge(
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None
+    ) -> StageReport:
+        sizes = self._sides.sizes
+        present = [x for x in (oracle, traced) if x is not None]
+        if not present:
+            return StageReport(key, None, Verdict.MISSING, "both sides lack it")
+        layout = layout_of(key, sizes, present[0].size)
+        if traced is not None and oracle is not None and traced.size != oracle.size:
+            return self._other_size(key, traced, oracle)
+        return self._values(key, traced, oracle, layout)
+
+    def _other_size(self, key: StageKey, traced: Floats, oracle: Floats) -> StageReport:
+        """Sizes differ: the last token only on one side, or really another shape."""
+        sizes = self._sides.sizes
+        for whole, part, side in ((oracle, traced, "trace"), (traced, oracle, "oracle")):
+            last = last_token(whole, layout_of(key, sizes, whole.size), part.size)
+            if last is None:
+                continue
+            row, layout = last
+            pair = (part, row) if side == "trace" else (row, part)
+            *_, found, permuted = self._aligned(key, *pair, layout)
+            name = "; ".join(filter(None, (f"the last token only, in the {side}", permuted)))
+            evidence = self._evidence(key, found, layout=name)
+            if not within(found, evidence.bound_alone):
+                evidence = replace(evidence, layout=None)
+            verdict, reason = decide(evidence)
+            return StageReport(key, layout, verdict, reason, found)
+        layout = layout_of(key, sizes, oracle.size)
+        return StageReport(
+            key, layout, Verdict.SHAPE,
+            f"the trace has {traced.size} values, the oracle {oracle.size}",
+            trace=describe(traced), oracle=describe(oracle),
+        )  # fmt: skip
+
+    def _values(
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
+    ) -> StageReport:
+        expected_trace, expected_oracle = self._expect(key, traced, oracle)
+        dumped = traced, oracle
+        traced, kernel, permuted = self._canonical(
+            key, traced, expected_trace, layout, "the trace", self._sides.trace is not None
+        )
+        oracle, model, moved = self._canonical(
+            key, oracle, expected_oracle, layout, "the oracle", True
+        )
+        permuted = permuted or moved
+        self._keep(key, traced, oracle, layout)
+        comparison = None
+        if traced is not None and oracle is not None:
+            if permuted is None and kernel is None and model is None:
+                assert dumped[0] is not None and dumped[1] is not None
+                traced, oracle, comparison, permuted = self._aligned(key, *dumped, layout)
+                self._finite[key] = comparison.nonfinite_a == 0
+                self._oracle_finite[key] = comparison.nonfinite_b == 0
+            else:
+                comparison = compare(traced, oracle, self._top_k)
+        evidence = self._evidence(key, comparison, layout=permuted, kernel=kernel, model=model)
+        verdict, reason = decide(evidence)
+        if comparison is None and (verdict is None or not verdict.is_divergence):
+            verdict, reason = self._lone(key, traced, oracle, verdict, reason)
+        logits = None
+        if key.stage == "lm_head" and traced is not None and oracle is not None and traced.size:
+            found = compare_logits(traced, oracle, k=LOGITS_TOP_K)
+            texts = self._sides.token_texts({*found.top_a, *found.top_b})
+            logits = LogitsReport(found, texts)
+        return StageReport(
+            key, layout, verdict, reason, comparison, kernel=kernel, model=model,
+            trace=None if traced is None or comparison is not None else describe(traced),
+            oracle=None if oracle is None or comparison is not None else describe(oracle),
+            logits=logits,
+        )  # fmt: skip
+
+    def _lone(
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None,
+        verdict: Verdict | None, reason: str,
+    ) -> tuple[Verdict | None, str]:  # fmt: skip
+        """What to say of a tensor that only one side has."""
+        sides = self._sides
+        if sides.oracle is None:
+            return verdict, reason or "no oracle to hold it against"
+        if traced is not None or key in sides.not_computed:
+            return Verdict.MISSING, "the oracle lacks it"
+        feature = BY_NAME[key.stage].feature
+        if sides.model is not None and feature and feature not in sides.model.config.features:
+            return self._foreign(key, oracle)
+        return Verdict.MISSING, "the trace lacks it"
+
+    def _foreign(self, key: StageKey, oracle: Floats | None) -> tuple[Verdict, str]:
+        """A stage that the oracle has and this model's table has not: lost in conversion?"""
+        reads = BY_NAME[key.stage].reads
+        before = None
+        if len(reads) == 1 and self._sides.oracle is not None:
+            source = StageKey(key.layer, reads[0])
+            before = self._sides.oracle.read(source) if source in self._sides.oracle else None
+        if before is not None and oracle is not None and before.size == oracle.size:
+            found = compare(before, oracle)
+            if within(found, self._sides.header.bound):
+                return Verdict.MISSING, "this model has no such stage; in the oracle it does nothing"
+        return Verdict.FAIL, f"model: the oracle has {key.stage}, this model has no weights for it"
+
+    def _expect(
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None
+    ) -> tuple[Expectation | None, Expectation | None]:
+        """What either side should hold; only for sides that hold something finite."""
+        trace_side = self._trace if traced is not None and self._finite[key] else None
+        oracle_side = self._oracle if oracle is not None and self._oracle_finite[key] else None
+        return expect_both(trace_side, oracle_side, key)
+
+    def _canonical(
+        self, key: StageKey, x: Floats | None, expected: Expectation | None, layout: Layout,
+        side: str, may_permute: bool,
+    ) -> tuple[Floats | None, Judgment | None, str | None]:  # fmt: skip
+        """A tensor judged against its expectation, read in another layout if that explains it."""
+        if x is None:
+            return None, None, None
+        dumped, x = x, zero_above_diagonal(key, x, layout)
+        if expected is None or expected.estimate.value.size != x.size:
+            return x, None, None
+        judgment = make_judgment(x, expected, layout)
+        if judgment is None or judgment.passed or not may_permute:
+            return x, judgment, None
+        for name, reading in alternatives(key, dumped, layout):
+            permuted = zero_above_diagonal(key, reading, layout)
+            other = make_judgment(permuted, expected, layout)
+            if other is not None and other.passed:
+                return permuted, other, f"{name} in {side}"
+        return x, judgment, None
+
+    def _aligned(
+        self, key: StageKey, a: Floats, b: Floats, layout: Layout
+    ) -> tuple[Floats, Floats, Comparison, str | None]:
+        """Without other judgments, a permutation shows by the comparison of the sides alone."""
+        bound = self._sides.bound_alone
+        for name, ours, theirs in self._readings(key, a, b, layout):
+            if within(compare(ours, theirs), bound):
+                return ours, theirs, compare(ours, theirs, self._top_k), name
+        a, b = (zero_above_diagonal(key, x, layout) for x in (a, b))
+        return a, b, compare(a, b, self._top_k), None
+
+    def _readings(
+        self, key: StageKey, a: Floats, b: Floats, layout: Layout
+    ) -> Iterator[tuple[str | None, Floats, Floats]]:
+        """Both sides as they are, then one or each in another layout. Our own is canonical."""
+
+        def read(x: Floats, is_canonical: bool) -> Iterator[tuple[str | None, Floats]]:
+            yield None, zero_above_diagonal(key, x, layout)
+            for name, y in () if is_canonical else alternatives(key, x, layout):
+                yield name, zero_above_diagonal(key, y, layout)
+
+        for ours, x in read(a, is_canonical=self._sides.trace is None):
+            for theirs, y in read(b, is_canonical=False):
+                if ours is not None and ours == theirs:  # on both sides it changes nothing
+                    continue
+                parts = ((ours, "the trace"), (theirs, "the oracle"))
+                yield "; ".join(f"{name} in {side}" for name, side in parts if name) or None, x, y
+
+    def _keep(
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
+    ) -> None:
+        """Remember canonical tensors for the stages that read them."""
+        for side, x in ((self._trace, traced), (self._oracle, oracle)):
+            if side is not None and x is not None and layout.axes != ("index",):
+                side.record(key, x.reshape(layout.shape))
+
+    def _evidence(
+        self, key: StageKey, comparison: Comparison | None, *, layout: str | None,
+        kernel: Judgment | None = None, model: Judgment | None = None,
+    ) -> Evidence:  # fmt: skip
+        sources = self._sources(key)
+        known = [self._verdicts[source] for source in sources if source in self._verdicts]
+        return Evidence(
+            comparison=comparison,
+            bound=self._sides.header.bound,
+            bound_alone=self._sides.bound_alone,
+            kernel=kernel,
+            model=model,
+            traced_nonfinite=0 if self._finite.get(key, True) else self._nonfinite_count(comparison),
+            inputs_finite=self._ancestors_finite(key, self._finite),
+            oracle_inputs_finite=self._ancestors_finite(key, self._oracle_finite),
+            inputs_pass=all(verdict is Verdict.PASS for verdict in known),
+            layout=layout,
+        )
+
+    @staticmethod
+    def _nonfinite_count(comparison: Comparison | None) -> int:
+        return 1 if comparison is None else comparison.nonfinite_a
+
+    def _sources(self, key: StageKey) -> tuple[StageKey, ...]:
+        header = self._sides.header
+        return input_keys(key, header.num_layers, self._sides.features)
+
+    def _is_finite(self, key: StageKey, x: Floats) -> bool:
+        """Whether a tensor is finite wherever it counts: scores may be -inf above the diagonal."""
+        layout = layout_of(key, self._sides.sizes, x.size)
+        return bool(np.isfinite(zero_above_diagonal(key, x, layout)).all())
+
+    def _ancestors_finite(self, key: StageKey, finite: dict[StageKey, bool]) -> bool:
+        """Whether the nearest recorded ancestors of a stage were finite."""
+        unseen = [key]
+        visited = set()
+        while unseen:
+            for source in self._sources(unseen.pop()):
+                if source in visited:
+                    continue
+                visited.add(source)
+                if source not in finite:
+                    unseen.append(source)
+                elif not finite[source]:
+                    return False
+        return True
+
+
+def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:
+    """A tensor against what its side's own inputs say it should be; None if that is not finite."""
+    estimate = expected.estimate
+    if not np.isfinite(estimate.value).all() or not np.isfinite(x).all():
+        return None
+    found = compare(x, estimate.value)
+    assessment = assess(x, estimate, layout)
+    bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
+    return Judgment(found.relative_l2, found.cosine, bound, assessment, expected.span)
