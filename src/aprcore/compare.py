@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ BLOCK_VALUES = 8 * 1024
 NEAR_TIE_GAP = 0.15
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Difference:
     """One position: flat index, both values and |a - b|."""
 
     index: int
@@ -245,7 +246,7 @@ def compare_logits(
     rank_a, rank_b = (np.where(np.isnan(x), -np.inf, x) for x in (wide_a, wide_b))
     top_a, top_b = (np.argsort(-x, kind="stable")[:k] for x in (rank_a, rank_b))
     argmax_a, argmax_b = int(top_a[0]), int(top_b[0])
-    spread = float(rank_b.max() - rank_b.min())
+    spread = float(rank_b.max()) - float(rank_b.min())
     gap = 0.0 if argmax_a == argmax_b else math.nan
     if argmax_a != argmax_b and math.isfinite(spread):
         gap = float(rank_b[argmax_b] - rank_b[argmax_a]) / spread if spread > 0 else 0.0

@@ -170,9 +170,7 @@ def _diff_models(a: Path, b: Path, tolerance: float, top_k: int) -> Iterator[Dif
                 yield _row(name, None, found, tolerance)
 
 
-def _row_pieces(
-    a: Weight, b: Weight
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _row_pieces(a: Weight, b: Weight) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Both weights, dequantised, a cache-sized piece at a time."""
     chunks = list(row_chunks(a))
     largest = max((stop - start for start, stop in chunks), default=0) * row_values(a)

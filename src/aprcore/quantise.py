@@ -264,6 +264,8 @@ def _encode_q4_k(fitted: Float32, stored: Float32) -> Bytes:
     dmin = _half_above(minimum.max(axis=1) / np.float32(63))
     unit, unit_minimum = (half.astype(np.float32)[:, None] for half in (d, dmin))
     scales = np.minimum(np.rint(_divide(scale, np.broadcast_to(unit, scale.shape))), 63)
+    # A sub-block whose scale rounds to 0 is its minimum alone, best the mean of its values.
+    minimum = np.where(scales == 0, np.maximum(-fitted.mean(axis=2), 0), minimum)
     minima = np.minimum(np.rint(_divide(minimum, np.broadcast_to(unit_minimum, minimum.shape))), 63)
     step = np.broadcast_to((unit * scales)[:, :, None], stored.shape)
     places = _divide(stored + (unit_minimum * minima)[:, :, None], step)

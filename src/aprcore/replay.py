@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from aprcore.config import ModelConfig
 from aprcore.stages import BY_NAME, StageKey, input_keys
 from aprcore.weights import Weight
 
-Floats = NDArray[np.floating]  # type: ignore[type-arg]
+Floats = NDArray[np.floating[Any]]
 Int64 = NDArray[np.int64]
 Read = Callable[[StageKey], "Floats | None"]
 
@@ -57,13 +58,15 @@ class RecordedSide:
         features: Iterable[str] | None = None,
         read: Read | None = None,
     ) -> None:
-        """Args:
-        config, weights: The model whose operations are replayed.
-        tokens: Token ids; without them the embedding cannot be replayed.
-        num_tokens: T.
-        profile: What the side's engine rounds.
-        features: Features that decide which stages are read; default: the model's.
-        read: Fetches a tensor that was not put in by `record`, or None where there is none.
+        """Start with no tensor recorded.
+
+        Args:
+            config, weights: The model whose operations are replayed.
+            tokens: Token ids; without them the embedding cannot be replayed.
+            num_tokens: T.
+            profile: What the side's engine rounds.
+            features: Features that decide which stages are read; default: the model's.
+            read: Fetches a tensor that was not put in by `record`, or None where there is none.
         """
         self.profile = profile
         self.features = frozenset(config.features if features is None else features)
@@ -179,13 +182,18 @@ def expect_both(
     trace: RecordedSide | None, oracle: RecordedSide | None, key: StageKey
 ) -> tuple[Expectation | None, Expectation | None]:
     """`expect` of both sides; a stage that works row by row reads its weights once for both."""
-    if trace is None or oracle is None or not _row_wise(key):
-        return tuple(None if side is None else side.expect(key) for side in (trace, oracle))  # type: ignore[return-value]
-    inputs = trace.inputs(key), oracle.inputs(key)
-    if inputs[0] is None or inputs[1] is None or trace.features != oracle.features:
+    if trace is None or oracle is None:
+        return (
+            None if trace is None else trace.expect(key),
+            None if oracle is None else oracle.expect(key),
+        )
+    if not _row_wise(key):
+        return trace.expect(key), oracle.expect(key)
+    traced, captured = trace.inputs(key), oracle.inputs(key)
+    if traced is None or captured is None or trace.features != oracle.features:
         return trace.expect(key), oracle.expect(key)
     last = BY_NAME[key.stage].last_token
-    stacked = [_stack(a.estimate, b.estimate, last) for a, b in zip(*inputs)]
+    stacked = [_stack(a.estimate, b.estimate, last) for a, b in zip(traced, captured)]
     rows = stacked[0].value.shape[0] // 2
     backend = PredictionBackend([(rows, trace.profile), (rows, oracle.profile)])
     site = trace.site(key)
@@ -196,8 +204,8 @@ def expect_both(
     first = Estimate(both.value[:rows], both.variance[:rows])
     second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
     return (
-        Expectation(first, trace.span(key, inputs[0])),
-        Expectation(second, oracle.span(key, inputs[1])),
+        Expectation(first, trace.span(key, traced)),
+        Expectation(second, oracle.span(key, captured)),
     )
 
 

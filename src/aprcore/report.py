@@ -107,7 +107,7 @@ class StageReport:
 
     @property
     def blamed(self) -> str | None:
-        """Which judgment a FAIL rests on: "kernel", "model", or "cumulative" where neither fails."""
+        """The judgment that a FAIL rests on: "kernel", "model", else "cumulative"."""
         if self.verdict is not Verdict.FAIL:
             return None
         for name, judgment in (("kernel", self.kernel), ("model", self.model)):

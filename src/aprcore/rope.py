@@ -113,9 +113,7 @@ class Rope:
 
         def dimension_of(rotations: float) -> float:
             """The dimension whose wavelength makes that many turns over the original context."""
-            return (
-                dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
-            )
+            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
         if scaling.truncate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +53,8 @@ class RunRequest(Protocol):
     def threads(self) -> int | None: ...
     @property
     def arithmetic(self) -> str | None: ...
+    @property
+    def cumulative_only(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Sides:
         not_computed: Rows whose oracle is missing and which nothing else needs.
         arithmetic: What the engine behind the trace computes in.
         bound_alone: The cumulative bound where neither other judgment can be made.
+        cumulative_only: Whether neither other judgment is asked for.
         threads: Threads of the CPU path.
     """
 
@@ -80,12 +84,13 @@ class Sides:
     not_computed: frozenset[StageKey]
     arithmetic: Arithmetic
     bound_alone: float
+    cumulative_only: bool
     threads: int | None
 
     def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
         """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
         model, num_tokens = self.model, self.sizes.get("T")
-        if model is None or num_tokens is None:
+        if model is None or num_tokens is None or self.cumulative_only:
             return None, None
         trace = RecordedSide(
             model.config, model.weights, self.header.tokens, num_tokens,
@@ -193,9 +198,7 @@ def _match(
         check_layers(request.plan.layers, num_layers)
     keys = _rows(request.plan, model, trace, oracle)
     if not keys:
-        raise PlanError(
-            "the plan selects no stage of this run", hint="widen --stages or --layers"
-        )
+        raise PlanError("the plan selects no stage of this run", hint="widen --stages or --layers")
     dtypes = set()
     for directory, name in ((trace, "trace"), (oracle, "oracle")):
         if directory is None:
@@ -225,7 +228,7 @@ def _match(
         tokens=tokens,
         token_texts=None,
         keys=keys,
-        bound=cumulative_bound(types if model is None else dtypes),
+        bound=cumulative_bound(types if request.cumulative_only else dtypes),
         backend="numpy" if trace is None else None,
         notes=(),
     )
@@ -240,6 +243,7 @@ def _match(
         not_computed=missing if trace is None else frozenset(),
         arithmetic=_arithmetic(request, trace),
         bound_alone=cumulative_bound(types),
+        cumulative_only=request.cumulative_only,
         threads=request.threads,
     )
     texts = None
@@ -282,7 +286,7 @@ def _agree_on_tokens(
     for name, directory in (("the trace", trace), ("the oracle", oracle)):
         if directory is not None and directory.sidecar.tokens is not None:
             claims.append((name, directory.sidecar.tokens, directory.path))
-    for (first, a, _), (second, b, path) in zip(claims, claims[1:]):
+    for (first, a, _), (second, b, path) in pairwise(claims):
         if a != b:
             raise OracleError(
                 f"ran token ids {list(b)} ({second}), but {first} gives {list(a)}",

@@ -20,7 +20,7 @@ from aprcore.layouts import (
     zero_above_diagonal,
 )
 from aprcore.noise import allowed_ratio, assess
-from aprcore.replay import Expectation, RecordedSide, expect_both
+from aprcore.replay import Expectation, expect_both
 from aprcore.report import LogitsReport, StageReport
 from aprcore.sides import Sides
 from aprcore.stages import BY_NAME, StageKey, input_keys
@@ -42,8 +42,10 @@ class StageJudge:
         self._verdicts: dict[StageKey, Verdict | None] = {}
 
     def record(self, key: StageKey, traced: Floats) -> None:
-        """Keep a traced tensor that later stages read but nobody asked about."""
-        self._finite[key] = bool(np.isfinite(traced).all())
+        """Keep a traced tensor that later stages read but nobody asked about.
+
+        Whether it is finite is not remembered: a NaN must be reported once to be inherited.
+        """
         if self._trace is not None:
             self._trace.enter(key)
             self._trace.record(key, traced)
@@ -70,9 +72,7 @@ class StageJudge:
         self._verdicts[key] = result.verdict
         return result
 
-    def _judge(
-        self, key: StageKey, traced: Floats | None, oracle: Floats | None
-    ) -> StageReport:
+    def _judge(self, key: StageKey, traced: Floats | None, oracle: Floats | None) -> StageReport:
         sizes = self._sides.sizes
         present = [x for x in (oracle, traced) if x is not None]
         if not present:
@@ -121,8 +121,9 @@ class StageJudge:
         comparison = None
         if traced is not None and oracle is not None:
             if permuted is None and kernel is None and model is None:
-                assert dumped[0] is not None and dumped[1] is not None
-                traced, oracle, comparison, permuted = self._aligned(key, *dumped, layout)
+                ours, theirs = dumped
+                assert ours is not None and theirs is not None
+                traced, oracle, comparison, permuted = self._aligned(key, ours, theirs, layout)
                 self._finite[key] = comparison.nonfinite_a == 0
                 self._oracle_finite[key] = comparison.nonfinite_b == 0
             else:
@@ -159,7 +160,7 @@ class StageJudge:
         return Verdict.MISSING, "the trace lacks it"
 
     def _foreign(self, key: StageKey, oracle: Floats | None) -> tuple[Verdict, str]:
-        """A stage that the oracle has and this model's table has not: lost in conversion?"""
+        """A stage that the oracle has and this model's table has not: perhaps lost on import."""
         reads = BY_NAME[key.stage].reads
         before = None
         if len(reads) == 1 and self._sides.oracle is not None:
@@ -168,7 +169,10 @@ class StageJudge:
         if before is not None and oracle is not None and before.size == oracle.size:
             found = compare(before, oracle)
             if within(found, self._sides.header.bound):
-                return Verdict.MISSING, "this model has no such stage; in the oracle it does nothing"
+                return (
+                    Verdict.MISSING,
+                    "this model has no such stage; in the oracle it does nothing",
+                )
         return Verdict.FAIL, f"model: the oracle has {key.stage}, this model has no weights for it"
 
     def _expect(
@@ -201,7 +205,7 @@ class StageJudge:
 
     def _aligned(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout
-    ) -> tuple[Floats, Floats, Comparison, str | None]:
+    ) -> tuple[Comparison, str | None]:
         """Without other judgments, a permutation shows by the comparison of the sides alone."""
         bound = self._sides.bound_alone
         for name, ours, theirs in self._readings(key, a, b, layout):
@@ -247,7 +251,9 @@ class StageJudge:
             bound_alone=self._sides.bound_alone,
             kernel=kernel,
             model=model,
-            traced_nonfinite=0 if self._finite.get(key, True) else self._nonfinite_count(comparison),
+            traced_nonfinite=0
+            if self._finite.get(key, True)
+            else self._nonfinite_count(comparison),
             inputs_finite=self._ancestors_finite(key, self._finite),
             oracle_inputs_finite=self._ancestors_finite(key, self._oracle_finite),
             inputs_pass=all(verdict is Verdict.PASS for verdict in known),

@@ -86,8 +86,8 @@ class Stage:
     title: str = ""
 
 
-Q, K, V, O = ("self_attn.%s_proj" % letter for letter in "qkvo")  # noqa: E741
-GATE, UP, DOWN = ("mlp.%s_proj" % name for name in ("gate", "up", "down"))
+Q, K, V, O = (f"self_attn.{letter}_proj" for letter in "qkvo")  # noqa: E741
+GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 def _linear(*modules: str) -> Operation:

@@ -98,7 +98,7 @@ def read_stage_file(path: Path, key: StageKey | None = None) -> tuple[int | None
             header = file.read(HEADER.size)
             layer, count = _parse_header(header, size, path)
             values = np.empty(count, dtype="<f4")
-            got = file.readinto(memoryview(values).cast("B")) if count else 0
+            got = file.readinto(values.data.cast("B")) if count else 0
     except OSError as error:
         raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
     if got != 4 * count:
@@ -122,7 +122,9 @@ def _parse_header(header: bytes, size: int, path: Path) -> tuple[int | None, int
         )
     magic, layer, count = HEADER.unpack(header)
     if magic != MAGIC:
-        raise FormatError(f"is not a stage file: it begins with {magic!r}, not {MAGIC!r}", where=path)
+        raise FormatError(
+            f"is not a stage file: it begins with {magic!r}, not {MAGIC!r}", where=path
+        )
     expected = HEADER.size + 4 * count
     if size != expected:
         error = TruncatedError if size < expected else FormatError
@@ -140,7 +142,7 @@ def write_stage_file(path: Path, layer: int | None, values: NDArray[Any]) -> Non
     number = WHOLE_MODEL if layer is None else layer
     with path.open("wb") as file:
         file.write(HEADER.pack(MAGIC, number, flat.size))
-        file.write(memoryview(flat).cast("B"))
+        file.write(flat.data.cast("B"))
 
 
 class TraceDirectory:
@@ -393,7 +395,9 @@ class TraceWriter:
 
     def _commit(self) -> None:
         assert self._staging is not None
-        stages = {key.path: self._written[key] for key in sorted(self._written, key=computation_order)}
+        stages = {
+            key.path: self._written[key] for key in sorted(self._written, key=computation_order)
+        }
         sidecar = replace(self._sidecar, stages=stages)
         if sidecar.created_utc is None:
             sidecar = replace(sidecar, created_utc=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -407,8 +411,8 @@ class TraceWriter:
                 self._made.insert(0, target.parent)
                 target.parent.mkdir()
             self._moved.append(target)
-            os.replace(self._staging / f"{key.path}.bin", target)
-        os.replace(staged, self.directory / SIDECAR_NAME)
+            (self._staging / f"{key.path}.bin").replace(target)
+        staged.replace(self.directory / SIDECAR_NAME)
 
     def _discard(self) -> None:
         if self._staging is not None:

@@ -243,7 +243,7 @@ def _mark(mark: Mark, paint: Paint) -> Text:
 
 
 def _facts(facts: Iterable[Fact], paint: Paint) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in facts:

@@ -76,7 +76,11 @@ class StageTable:
         lone = stage.trace or stage.oracle
         if stage.comparison is not None:
             found = stage.comparison
-            figures = (f"{found.cosine:.7f}", f"{found.relative_l2:.3e}", f"{found.max_abs_diff:.3e}")
+            figures = (
+                f"{found.cosine:.7f}",
+                f"{found.relative_l2:.3e}",
+                f"{found.max_abs_diff:.3e}",
+            )
         elif lone is not None and not self._judged:
             figures = tuple(f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum))
         else:
@@ -111,9 +115,7 @@ def _span(first: StageKey, last: StageKey) -> str:
 
 
 def _row(path: str, shape: str, one: str, two: str, three: str, verdict: str) -> str:
-    return (
-        f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {one:>12} {two:>12} {three:>12}  {verdict}"
-    )
+    return f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {one:>12} {two:>12} {three:>12}  {verdict}"
 
 
 def _tokens(header: RunHeader) -> str:

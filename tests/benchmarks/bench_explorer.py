@@ -22,7 +22,7 @@ import numpy as np
 
 from aprcore.bisect import Request
 from aprcore.compare import compare
-from aprcore.judge import judge_values
+from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
 from aprcore.report import RunHeader, Side, StageReport
 from aprcore.stages import BY_NAME, resolve_shape, stage_keys
@@ -144,8 +144,8 @@ def streaming_run(request: Request) -> Iterator[Any]:
             noise = 1e-7 if number % 7 else 1e-2
             trace = oracle + noise * random.standard_normal(oracle.size).astype(np.float32)
             comparison = compare(trace, oracle, 200)
-            verdict, reason = judge_values(comparison, 1e-4, inputs_finite=True)
-            yield StageReport(key, layout, verdict, reason, comparison)
+            verdict = Verdict.FAIL if number % 7 == 0 else Verdict.PASS
+            yield StageReport(key, layout, verdict, "made up", comparison)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,11 @@ class Backend(Protocol):
         ...
 
     def linear(self, x: Array, weights: Sequence[Weight]) -> Array:
-        """x @ W.T for each W [out, C], side by side -> [T, sum of out]."""
+        """X @ W.T for each W [out, C], side by side -> [T, sum of out]."""
         ...
 
     def add_bias(self, x: Array, biases: Sequence[Weight]) -> Array:
-        """x plus the concatenated biases, on every row."""
+        """X plus the concatenated biases, on every row."""
         ...
 
     def columns(self, x: Array, start: int, stop: int) -> Array:
@@ -97,7 +97,7 @@ class Backend(Protocol):
         ...
 
     def attention_scores(self, q: Array, k: Array, num_heads: int, num_kv_heads: int) -> Array:
-        """q [T, H·D] · k [S, K·D] / sqrt(D) -> [H, T, S], zero where s is after t."""
+        """Q [T, H·D] · k [S, K·D] / sqrt(D) -> [H, T, S], zero where s is after t."""
         ...
 
     def causal_softmax(self, scores: Array) -> Array:
@@ -105,7 +105,7 @@ class Backend(Protocol):
         ...
 
     def weighted_values(self, softmax: Array, v: Array, num_kv_heads: int) -> Array:
-        """softmax [H, T, S] · v [S, K·D] -> [T, H·D]."""
+        """Softmax [H, T, S] · v [S, K·D] -> [T, H·D]."""
         ...
 
     def activation(self, x: Array, kind: str) -> Array:
@@ -113,11 +113,11 @@ class Backend(Protocol):
         ...
 
     def add(self, x: Array, y: Array) -> Array:
-        """x + y."""
+        """X + y."""
         ...
 
     def multiply(self, x: Array, y: Array) -> Array:
-        """x * y, elementwise."""
+        """X * y, elementwise."""
         ...
 
     def rows(self, x: Array, start: int, stop: int) -> Array:

@@ -44,7 +44,9 @@ class NumpyBackend:
     def rms_norm(self, x: Float32, weight: Weight, eps: float) -> Float32:
         gain = read_all(weight)
         groups = x.reshape(-1, gain.size)
-        mean_square = np.einsum("ij,ij->i", groups, groups, dtype=np.float32) / np.float32(gain.size)
+        mean_square = np.einsum("ij,ij->i", groups, groups, dtype=np.float32) / np.float32(
+            gain.size
+        )
         scale = 1 / np.sqrt(mean_square + np.float32(eps))
         return (groups * scale[:, None] * gain).reshape(x.shape)
 

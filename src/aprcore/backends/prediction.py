@@ -281,9 +281,7 @@ class PredictionBackend:
 
     def _rounded(self, energy: Float64) -> Float64:
         """Variance of one rounding of something with this squared size."""
-        return self._by_side(
-            energy, lambda y, p: y * (p.arithmetic.stored.roundoff**2 / 3)
-        )
+        return self._by_side(energy, lambda y, p: y * (p.arithmetic.stored.roundoff**2 / 3))
 
     def _sum_error(self, weighted_energy: Float64) -> Float64:
         """u^2/3 of the accumulating type times an energy that counts its roundings."""
@@ -303,7 +301,10 @@ class PredictionBackend:
             return error(self._profiles[0][1])
         # A vector shared by all rows must become one row per side's row.
         return np.concatenate(
-            [np.broadcast_to(error(p), (count or 1, weight.shape[1])) for count, p in self._profiles]
+            [
+                np.broadcast_to(error(p), (count or 1, weight.shape[1]))
+                for count, p in self._profiles
+            ]
         )
 
 

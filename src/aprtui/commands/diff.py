@@ -56,7 +56,9 @@ def _print(diff: Diff, *, strict: bool) -> None:
 
     width = max(28, *(len(visible(row.name)) for row in diff.rows))
     print(f"A {visible(str(diff.path_a))}\nB {visible(str(diff.path_b))}\n")
-    print(f"{'tensor':<{width}} {'values':>11} {'cosine':>12} {'relative L2':>12} {'max|diff|':>12}")
+    print(
+        f"{'tensor':<{width}} {'values':>11} {'cosine':>12} {'relative L2':>12} {'max|diff|':>12}"
+    )
     for row in diff.rows:
         print(_line(row, width))
     if len(diff.rows) == 1 and diff.rows[0].comparison is not None:

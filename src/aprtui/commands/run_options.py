@@ -40,12 +40,21 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_token_options(parser)
     parser.add_argument(
-        "--layers", metavar="START..END", help="layers, END exclusive, or all (default: the oracle's)"
+        "--layers",
+        metavar="START..END",
+        help="layers, END exclusive, or all (default: the oracle's)",
     )
-    parser.add_argument(
-        "--stages", metavar="A,B", help="stages, or all (default: the oracle's)"
-    )
+    parser.add_argument("--stages", metavar="A,B", help="stages, or all (default: the oracle's)")
     add_thread_option(parser)
+    parser.add_argument(
+        "--arithmetic", choices=("f32", "f16", "bf16", "q8_0", "q8_1", "q8_k", "auto"),
+        default="auto",
+        help="precision that the engine behind --trace computes in (default: auto, find out)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cumulative-only", action="store_true",
+        help="only compare with the oracle; no model and kernel judgments, about 3 times faster",
+    )  # fmt: skip
 
 
 def make_request(args: argparse.Namespace) -> Request:
@@ -71,6 +80,8 @@ def make_request(args: argparse.Namespace) -> Request:
         tokens=None if args.tokens is None else parse_tokens(args.tokens),
         plan=plan,
         threads=args.threads,
+        arithmetic=None if args.arithmetic == "auto" else args.arithmetic,
+        cumulative_only=args.cumulative_only,
     )
 
 

@@ -75,7 +75,6 @@ class ExplorerScreen(Screen[None]):
     is_open = reactive(False, bindings=True)
     is_filtered = reactive(False, bindings=True)
     has_divergence = reactive(False, bindings=True)
-    has_top_k = reactive(False, bindings=True)
 
     def __init__(self, request: Request, engine: Engine | None = None) -> None:
         super().__init__()
@@ -184,7 +183,6 @@ class ExplorerScreen(Screen[None]):
         self.detail.show(row, self.top_k)
         report = None if row.key is None else self.state.reports.get(row.key)
         self._is_detail_judged = report is not None
-        self.has_top_k = report is not None and report.comparison is not None
 
     def on_resize(self) -> None:
         """Columns depend on the width."""
@@ -210,10 +208,8 @@ class ExplorerScreen(Screen[None]):
                 return self.is_open
             case "previous_divergence":
                 return self.has_divergence
-            case "sort":
+            case "sort" | "top_k":
                 return self.is_open and self.state.has_oracle
-            case "top_k":
-                return self.has_top_k
             case "clear_filter":
                 return self.is_filtered
         return True

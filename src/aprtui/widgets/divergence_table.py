@@ -2,69 +2,116 @@
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from rich.style import Style
 from rich.text import Text
-from textual.widgets import DataTable
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
 
 from aprtui.formatting import format_ratio, format_short, format_value
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
+    from aprcore.compare import Ranking
+    from aprcore.layouts import Layout
     from aprcore.report import StageReport
 
 TOP_K_STEPS = (5, 10, 20, 50, 100, 200)
 DEFAULT_TOP_K = 10
 SHORT_AXES = {"token": "tok", "head": "hd", "position": "pos", "token id": "id", "index": "at"}
-# Cells from which values are shown with all their decimals.
+# Cells from which there is a rank and values have all their decimals.
 WIDE_CELLS = 56
 
 
-class DivergenceTable(DataTable[Text]):
-    """Rank, one column per axis, both values and |diff|; filled anew for every stage."""
+class Column(NamedTuple):
+    """A right-aligned column; `cells` includes the gap before it."""
+
+    heading: str
+    cells: int
+    ink: str
+
+
+class DivergenceTable(ScrollView):
+    """Rank, one column per axis, both values and |diff|, under headings that stay.
+
+    Rows are drawn from the ranking when they come into view: moving through stages fills no table,
+    which costs most of the time that a key press may take.
+    """
+
+    ALLOW_SELECT = False
 
     def __init__(self, id: str | None = None) -> None:
-        super().__init__(id=id, cursor_type="row", zebra_stripes=False, cell_padding=0)
+        super().__init__(id=id)
+        self._top: Ranking | None = None
+        self._layout_of_stage: Layout | None = None
+        self.row_count = 0
 
-    def show(self, report: StageReport | None, top_k: int, paint: Paint) -> None:
-        """Show a stage's largest differences, or nothing where there are none.
-
-        Columns have fixed widths: measuring every cell is most of what filling a table costs.
-        """
-        self.clear(columns=True)
+    def show(self, report: StageReport | None, top_k: int) -> None:
+        """Show a stage's largest differences, or nothing where there are none."""
         found = None if report is None else report.comparison
-        self.display = found is not None and len(found.top) > 0
-        if report is None or found is None or report.layout is None:
-            return
-        axes = report.layout.axes
-        is_wide = self.container_size.width >= WIDE_CELLS
-        form = format_value if is_wide else format_short
-        self._add_columns(axes, report.layout.factors, is_wide, paint)
-        quiet = paint("ink-quiet")
-        for rank, difference in enumerate(islice(found.top, top_k), 1):
-            position = report.layout.position(difference.index)
-            texts = [str(rank)] if is_wide else []
-            texts += [str(coordinate) for coordinate in position]
-            texts += [form(difference.a), form(difference.b), format_ratio(difference.abs_diff)]
-            cells = [Text(text, justify="right") for text in texts]
-            if is_wide:
-                cells[0].style = quiet
-            self.add_row(*cells)
+        self._top = None if found is None else found.top
+        self._layout_of_stage = None if report is None else report.layout
+        if self._top is None or self._layout_of_stage is None:
+            self.row_count = 0
+        else:
+            self.row_count = min(top_k, len(self._top))
+        self.display = self.row_count > 0
+        self.virtual_size = Size(self.size.width, self.row_count + 1)
+        self.scroll_to(y=0, animate=False)
+        self.refresh()
 
-    def _add_columns(
-        self, axes: tuple[str, ...], factors: tuple[int, ...], is_wide: bool, paint: Paint
-    ) -> None:
-        """Headings over right-aligned columns, as wide as what can come and a gap."""
-        value_cells, gap = (10, 3) if is_wide else (9, 1)
-        columns = [("#", 3, "ink-quiet")] if is_wide else []
-        for axis, size in zip(axes, factors):
-            digits = len(str(size - 1))
-            heading = axis if is_wide else SHORT_AXES.get(axis, axis)
-            lead = gap if columns else 0
-            columns.append((heading, max(len(heading), digits) + lead, "ink-quiet"))
-        columns.append(("trace", value_cells + gap, "ink-trace"))
-        columns.append(("oracle", value_cells + gap, "ink-oracle"))
-        columns.append(("|diff|", 7 + gap, "ink-quiet"))
-        for heading, cells, ink in columns:
-            self.add_column(Text(heading, paint(ink), justify="right"), width=cells)
+    def render_line(self, y: int) -> Strip:
+        """The headings at the top, below them the rows that are scrolled to."""
+        style = self.rich_style
+        number = y - 1 + self.scroll_offset.y
+        text = Text("")
+        if self._top is not None and self._layout_of_stage is not None:
+            columns = self._columns(self._layout_of_stage)
+            if y == 0:
+                text = self._headings(columns)
+            elif number < self.row_count:
+                text = self._row(number, columns, self._top, self._layout_of_stage)
+        segments = list(text.render(self.app.console))
+        return Strip(segments).apply_style(style).adjust_cell_length(self.size.width, style)
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.size.width >= WIDE_CELLS
+
+    def _columns(self, layout: Layout) -> list[Column]:
+        """As wide as what can come, and a gap."""
+        value_cells, gap = (10, 3) if self._is_wide else (9, 1)
+        columns = [Column("#", 3, "ink-quiet")] if self._is_wide else []
+        for axis, size in zip(layout.axes, layout.factors):
+            heading = axis if self._is_wide else SHORT_AXES.get(axis, axis)
+            cells = max(len(heading), len(str(size - 1))) + (gap if columns else 0)
+            columns.append(Column(heading, cells, "ink-quiet"))
+        return [
+            *columns,
+            Column("trace", value_cells + gap, "ink-trace"),
+            Column("oracle", value_cells + gap, "ink-oracle"),
+            Column("|diff|", 7 + gap, "ink-quiet"),
+        ]
+
+    def _headings(self, columns: list[Column]) -> Text:
+        paint = Paint(self.app.theme_variables)
+        return Text.assemble(
+            *((column.heading.rjust(column.cells), paint(column.ink)) for column in columns)
+        )
+
+    def _row(self, number: int, columns: list[Column], top: Ranking, layout: Layout) -> Text:
+        form = format_value if self._is_wide else format_short
+        a, b = float(top.a[number]), float(top.b[number])
+        texts = [str(number + 1)] if self._is_wide else []
+        texts += [str(i) for i in layout.position(int(top.indices[number]))]
+        texts += [form(a), form(b), format_ratio(abs(a - b))]
+        quiet = Paint(self.app.theme_variables)("ink-quiet")
+        styles = [quiet if self._is_wide else Style.null(), *[Style.null()] * len(texts)]
+        return Text.assemble(
+            *(
+                (text.rjust(column.cells), style)
+                for text, column, style in zip(texts, columns, styles)
+            )
+        )

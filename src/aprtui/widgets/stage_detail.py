@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
+from textual.css.scalar import Scalar
+from textual.strip import Strip
+from textual.widget import Widget
 from textual.widgets import Static
 
 from aprtui.description import (
@@ -12,13 +18,47 @@ from aprtui.description import (
     describe_run,
     describe_stage,
 )
-from aprtui.rows import RUN_ROW, Row
+from aprtui.rows import Row
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
 from aprtui.widgets.divergence_table import DivergenceTable
 
+if TYPE_CHECKING:
+    from aprcore.report import StageReport
+
 # Lines from which the table gets a title of its own.
 ROOMY_LINES = 24
+
+
+class Figures(Widget):
+    """Renderables as lines that are made once.
+
+    A widget of automatic height would lay out the whole screen for every stage; this one does so
+    only when the number of lines changes.
+    """
+
+    DEFAULT_CSS = "Figures { height: 0; }"
+
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._lines: list[Strip] = []
+
+    def present(self, figures: RenderableType, width: int) -> None:
+        """Show renderables in `width` cells."""
+        console = self.app.console
+        options = console.options.update(width=max(1, width), height=None)
+        self._lines = [Strip(line) for line in console.render_lines(figures, options, pad=False)]
+        height = Scalar.from_number(len(self._lines))
+        if self.styles.height != height:
+            self.styles.height = height
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """One of the lines made before."""
+        strip = self._lines[y] if y < len(self._lines) else Strip([])
+        return strip.apply_style(self.rich_style).adjust_cell_length(
+            self.size.width, self.rich_style
+        )
 
 
 class StageDetail(VerticalScroll):
@@ -30,7 +70,7 @@ class StageDetail(VerticalScroll):
 
     def compose(self) -> ComposeResult:
         """The figures and the table."""
-        yield Static(id="figures")
+        yield Figures(id="figures")
         yield Static(id="top-title")
         yield DivergenceTable(id="differences")
 
@@ -38,26 +78,31 @@ class StageDetail(VerticalScroll):
         """Describe a row."""
         state = self._state
         paint = Paint(self.app.theme_variables)
-        figures = self.query_one("#figures", Static)
         report = None if row.key is None else state.reports.get(row.key)
-        if row == RUN_ROW:
-            self.border_title = "run"
-            figures.update(describe_run(state, paint))
-        elif row.layer is not None:
-            self.border_title = f"layer {row.layer}"
-            figures.update(describe_layer(state, row.layer, paint))
-        elif row.key is not None:
-            self.border_title = str(row.key)
-            if report is None or state.header is None:
-                figures.update(describe_pending(row.key.stage, paint))
-            else:
-                figures.update(describe_stage(report, state.header, paint))
+        title, figures = self._describe(row, report, paint)
+        # A cell is left for the scroll bar: lines must not change when it comes.
+        width = self.outer_size.width - self.gutter.width - 1
+        self.query_one(Figures).present(figures, width - self.query_one(Figures).gutter.width)
         table = self.query_one(DivergenceTable)
-        table.show(report, top_k, paint)
+        table.show(report, top_k)
         # Where there is no room for a line above the table, the pane's title says how many.
-        title = self.query_one("#top-title", Static)
+        heading = self.query_one("#top-title", Static)
         is_roomy = self.size.height >= ROOMY_LINES
-        title.display = table.display and is_roomy
-        title.update(f"{table.row_count} largest differences")
+        heading.display = table.display and is_roomy
+        heading.update(f"{table.row_count} largest differences", layout=False)
         if table.display and not is_roomy:
-            self.border_title = f"{self.border_title} · top {table.row_count}"
+            title = f"{title} · top {table.row_count}"
+        self.border_title = title
+
+    def _describe(
+        self, row: Row, report: StageReport | None, paint: Paint
+    ) -> tuple[str, RenderableType]:
+        """The title of the pane and what it says."""
+        state = self._state
+        if row.key is not None:
+            if report is None or state.header is None:
+                return str(row.key), describe_pending(row.key.stage, paint)
+            return str(row.key), describe_stage(report, state.header, paint)
+        if row.layer is not None:
+            return f"layer {row.layer}", describe_layer(state, row.layer, paint)
+        return "run", describe_run(state, paint)

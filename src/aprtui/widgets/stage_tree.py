@@ -89,7 +89,7 @@ class StageTree(ScrollView, can_focus=True):
     @property
     def line_width(self) -> int:
         """Cells of a line; the scroll bar has a column of its own whether it is there or not."""
-        return max(0, self.container_size.width - self.styles.scrollbar_size_vertical)
+        return max(0, self.outer_size.width - self.styles.scrollbar_size_vertical)
 
     def painter(self) -> RowPainter:
         """Draws rows for the present width and theme."""
@@ -208,11 +208,13 @@ class StageTree(ScrollView, can_focus=True):
         self._move_to(number)
 
     def _move_to(self, number: int) -> None:
-        before = self.row
+        before, line = self.row, self._cursor
         self._place(number)
         if self.row != before:
             self.post_message(self.Highlighted(self.row))
-        self.refresh()
+        # Two lines, not the whole tree; scrolling draws everything by itself.
+        top, width = self.scroll_offset.y, self.line_width
+        self.refresh(*(Region(0, y - top, width, 1) for y in (line, self._cursor)))
 
     def _place(self, number: int) -> None:
         """Set the cursor and keep it in view."""
