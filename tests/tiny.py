@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.forward import everything, forward
+from aprcore.forward import trace
 from aprcore.model import Model, open_model
 from aprcore.stages import STAGES, WEIGHT_SHAPES, Scope, StageKey, resolve_shape
 from aprcore.trace import Sidecar, TraceWriter
@@ -108,9 +108,8 @@ def opened(path: Path) -> Iterator[Model]:
 def trace_model(path: Path, tokens: tuple[int, ...] = TOKENS) -> Tensors:
     """Every stage of the CPU path, by key."""
     with opened(path) as model:
-        backend = NumpyBackend(1)
-        stream = forward(model.config, model.weights, backend, tokens, everything)
-        return {key: backend.to_host(tensor) for key, tensor in stream}
+        stream = trace(model.config, model.weights, NumpyBackend(1), tokens)
+        return {key: tensor.copy() for key, tensor in stream}
 
 
 def write_stages(

@@ -25,7 +25,6 @@ async def draw() -> str:
     async with app.run_test(size=SIZE) as pilot:
         while app.explorer.state.report is None:
             await pilot.pause(0.05)
-        await pilot.press("n")
         await pilot.pause(0.5)  # longer than the detail pane waits
         return app.export_screenshot(title="aprtui demo")
 

@@ -3,6 +3,7 @@
 The tensors are those of the open model: canonical names, q and k rows in split-half order, q, k
 and v apart. A tensor whose stored type the new file keeps is copied byte for byte (rows may move,
 their bytes do not change); every other one is read as float32 and encoded, a few rows at a time.
+What is quantised on the way is held against what it was made from, as `Rounding`.
 """
 
 from __future__ import annotations
@@ -10,38 +11,30 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from aprcore.canonical import EMBEDDING, HEAD, ROPE_DIVISORS
+from aprcore.canonical import ROPE_DIVISORS
 from aprcore.config import ModelConfig
 from aprcore.encode import Encoded, encode
 from aprcore.errors import AprError, TokenizerError, WeightError
-from aprcore.formats.apr import dtype_id
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.formats.storage import StoredTensor
+from aprcore.import_types import KEEP_ALL, ImportTypes, RawRows, can_copy
 from aprcore.model import Model, open_model
 from aprcore.quant import FORMATS, Bytes, Float32, Layout
+from aprcore.quantise import QUANTISED, Rounding, measure_rounding
 from aprcore.rope import Rope
 from aprcore.steps import step_squares
 from aprcore.weights import Weight, row_chunks
-
-DTYPES = ("keep", "f32", "f16", "bf16", "q8_0")
 
 # Pieces are written in one call each; larger than the readers' so that calls do not dominate.
 PIECE_BYTES = 4 * 1024 * 1024
 
 SPLIT_HALVES = 2  # `rope_type` of the metadata
-
-
-@runtime_checkable
-class _RawRows(Protocol):
-    """A weight that can give the stored bytes of its rows."""
-
-    def read_raw(self, start: int, stop: int) -> Bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +69,7 @@ class TensorPlan:
     @property
     def is_copy(self) -> bool:
         """Whether its bytes are copied as they are."""
-        return self.weight.dtype == self.entry.dtype and _can_copy(self.weight)
+        return self.weight.dtype == self.entry.dtype and can_copy(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +80,13 @@ class ImportPlan:
         metadata: The JSON object of the new file.
         tensors: What becomes of each tensor.
         notes: What could not be taken along, and why.
+        roundings: What quantising cost, by type, once it is done.
     """
 
     metadata: Mapping[str, Any]
     tensors: tuple[TensorPlan, ...]
     notes: tuple[str, ...] = ()
+    roundings: Mapping[str, Rounding] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -106,6 +101,11 @@ class ImportPlan:
             change = f"{source} kept" if source == target else f"{source} -> {target}"
             tensors = "1 tensor" if count == 1 else f"{count} tensors"
             lines.append(f"{tensors}: {change}{f' ({reason})' if reason else ''}")
+        for dtype, rounding in sorted(self.roundings.items()):
+            lines.append(
+                f"{dtype}: relative RMSE {rounding.relative_rmse:.3g}, error energy "
+                f"{rounding.noise_ratio:.2f} of what its steps predict"
+            )
         return tuple(lines)
 
 
@@ -114,6 +114,8 @@ def import_model(
     target: Path,
     *,
     dtype: str = "keep",
+    quantize: str | None = None,
+    quantize_embeddings: bool = False,
     overwrite: bool = False,
     progress: Callable[[ConvertProgress], None] | None = None,
 ) -> ImportPlan:
@@ -125,7 +127,7 @@ def import_model(
     Args:
         source: A GGUF file, a Hugging Face directory or another .apr file.
         target: The new file.
-        dtype: One of `DTYPES`; "keep" keeps each tensor's stored type.
+        dtype, quantize, quantize_embeddings: As in `ImportTypes`.
         overwrite: Whether an existing file is replaced.
         progress: Called after every piece.
 
@@ -136,33 +138,32 @@ def import_model(
         AprError: The arguments, the source or the target cannot be used.
         WeightError: A value has no finite image in the type that was asked for.
     """
+    types = ImportTypes(dtype, quantize, quantize_embeddings)
     with open_model(source) as model:
         _check_target(model, target, overwrite)
-        plan = plan_import(model, dtype)
+        plan = plan_import(model, types)
+        roundings: dict[str, Rounding] = {}
         by_name = {tensor.entry.name: tensor for tensor in plan.tensors}
         entries = [tensor.entry for tensor in plan.tensors]
         with AprWriter(target, plan.metadata, entries) as writer:
             done_bytes, total_bytes = 0, plan.total_bytes
             for entry in writer.entries:
-                for piece in encode_tensor(by_name[entry.name], source):
+                for piece in encode_tensor(by_name[entry.name], source, roundings):
                     writer.write(entry.name, piece)
                     done_bytes += piece.nbytes
                     if progress is not None:
                         progress(ConvertProgress(entry.name, done_bytes, total_bytes))
-    return plan
+    return replace(plan, roundings=roundings)
 
 
-def plan_import(model: Model, dtype: str = "keep") -> ImportPlan:
+def plan_import(model: Model, types: ImportTypes = KEEP_ALL) -> ImportPlan:
     """Decide what a new file holds, without reading any weight.
 
     Raises:
-        AprError: `dtype` is not one of `DTYPES`.
+        AprError: `types` are not known.
     """
-    if dtype not in DTYPES:
-        raise AprError(
-            f"unknown type {dtype!r}", where="--dtype", hint=f"types are {', '.join(DTYPES)}"
-        )
-    tensors = [_plan_tensor(weight, dtype) for weight in model.weights.values()]
+    types.check()
+    tensors = [_plan_tensor(weight, types) for weight in model.weights.values()]
     if model.config.rope.divisors is not None:
         # Factors per frequency have no metadata key; the tensor keeps GGUF's name.
         divisors = np.asarray(model.config.rope.divisors, np.float32)
@@ -203,8 +204,15 @@ def describe_config(config: ModelConfig) -> dict[str, Any]:
     return _without_none(fields)
 
 
-def encode_tensor(plan: TensorPlan, source: str | os.PathLike[str]) -> Iterator[Encoded]:
+def encode_tensor(
+    plan: TensorPlan, source: str | os.PathLike[str], roundings: dict[str, Rounding]
+) -> Iterator[Encoded]:
     """The bytes of a tensor in its new type, piece by piece.
+
+    Args:
+        plan: What becomes of the tensor.
+        source: Names the model in errors.
+        roundings: By type; what quantising the tensor costs is added.
 
     Raises:
         WeightError: Values have no finite image in the new type.
@@ -218,8 +226,12 @@ def encode_tensor(plan: TensorPlan, source: str | os.PathLike[str]) -> Iterator[
         values = weight.read(start, stop)
         encoded, lost = encode(dtype, values)
         bad += lost
-        if not bad:
-            yield encoded
+        if bad:
+            continue
+        if dtype in QUANTISED:
+            cost = measure_rounding(dtype, values, encoded)
+            roundings[dtype] = roundings.get(dtype, Rounding()) + cost
+        yield encoded
     if bad:
         raise WeightError(
             f"tensor {weight.name!r}: {bad} value{'s have' if bad > 1 else ' has'} no finite "
@@ -247,42 +259,9 @@ def _check_target(model: Model, target: Path, overwrite: bool) -> None:
         raise AprError("the file exists", where=target, hint="--force overwrites it")
 
 
-def _plan_tensor(weight: Weight, asked: str) -> TensorPlan:
-    dtype, reason = _choose_dtype(weight, asked)
+def _plan_tensor(weight: Weight, types: ImportTypes) -> TensorPlan:
+    dtype, reason = types.choose(weight)
     return TensorPlan(weight, TensorEntry(weight.name, dtype, weight.shape), reason)
-
-
-def _choose_dtype(weight: Weight, asked: str) -> tuple[str, str]:
-    """The new type of a tensor, and why if it is not the one that was asked for."""
-    stored = weight.dtype
-    if asked == "keep":
-        if dtype_id(stored) is None:
-            return "F32", f".apr has no type for {stored}"
-        if not _can_copy(weight):
-            return "F32", f"rows of {stored} cannot be taken apart"
-        return stored, ""
-    if asked != "q8_0":
-        return asked.upper(), ""
-    # What q8_0 would hurt most and save least: as llama.cpp does for vectors; embedding and head
-    # stay float because they are also the tensors whose errors every token sees.
-    floating = stored if stored in ("F32", "F16", "BF16") else "F32"
-    if len(weight.shape) < 2:
-        return floating, "vectors stay float"
-    if weight.name in (EMBEDDING, HEAD):
-        return floating, "embedding and head stay float"
-    if weight.shape[-1] % FORMATS["Q8_0"].block_values:
-        return floating, f"rows of {weight.shape[-1]} are not whole blocks"
-    return "Q8_0", ""
-
-
-def _can_copy(weight: Weight) -> bool:
-    """Whether the stored bytes of `weight` can be taken as they are."""
-    row = FORMATS.get(weight.dtype)
-    if row is None:
-        return False
-    if row.layout in (Layout.FLAT, Layout.SCALED):
-        return isinstance(weight, StoredTensor)
-    return isinstance(weight, _RawRows)
 
 
 def _copy_pieces(weight: Weight) -> Iterator[Encoded]:
@@ -294,7 +273,7 @@ def _copy_pieces(weight: Weight) -> Iterator[Encoded]:
             weight.file.read_into(weight.offset_bytes + done, piece)
             yield piece
         return
-    assert isinstance(weight, _RawRows)
+    assert isinstance(weight, RawRows)
     for start, stop in row_chunks(weight, PIECE_BYTES):
         yield weight.read_raw(start, stop)
 

@@ -1,6 +1,6 @@
 """Encoding float32 values in the stored types that this project writes.
 
-Source: FORMATS.md, "APR v2 model file"; Q8_0 as the `gguf` package rounds it.
+Source: FORMATS.md, "APR v2 model file".
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.quant import FORMATS, Float32
+from aprcore.quant import Float32
+from aprcore.quantise import QUANTISED, count_unrepresentable, quantise
 
 Encoded = NDArray[Any]
 
@@ -21,11 +22,11 @@ def encode(dtype: str, values: Float32) -> tuple[Encoded, int]:
 
     Args:
         dtype: A key of `ENCODERS`.
-        values: float32 [rows, ...]; for a type in blocks the last axis is whole blocks.
+        values: float32 [rows, ...]; for Q8_0 and Q4_0 the last axis is whole blocks.
 
     Returns:
         The stored bytes as an array of any type, and how many values are lost: NaN or infinite
-        in `values`, or without a finite image in `dtype`.
+        in `values`, or without a finite image in `dtype`. The bytes are of no use then.
     """
     return ENCODERS[dtype](values)
 
@@ -50,17 +51,13 @@ def _encode_bf16(values: Float32) -> tuple[Encoded, int]:
     return halves, int(lost.sum())
 
 
-def _encode_q8_0(values: Float32) -> tuple[Encoded, int]:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
+def _encode_blocks(dtype: str) -> Callable[[Float32], tuple[Encoded, int]]:
+    def encode_rows(values: Float32) -> tuple[Encoded, int]:
+        rows = values.reshape(-1, values.shape[-1])
+        lost = count_unrepresentable(dtype, rows)
+        return (np.empty(0, np.uint8), lost) if lost else (quantise(dtype, rows), 0)
 
-    with np.errstate(all="ignore"):
-        blocks = quantize(values, GGMLQuantizationType.Q8_0)
-    row = FORMATS["Q8_0"]
-    scales = np.ascontiguousarray(blocks.reshape(-1, row.block_bytes)[:, :2]).view("<f2")
-    bad_blocks = ~np.isfinite(scales.reshape(-1))
-    bad_blocks |= ~np.isfinite(values).reshape(-1, row.block_values).all(axis=1)
-    return blocks, row.block_values * int(bad_blocks.sum())
+    return encode_rows
 
 
 def _count_nonfinite(values: Encoded) -> int:
@@ -71,5 +68,5 @@ ENCODERS: Mapping[str, Callable[[Float32], tuple[Encoded, int]]] = {
     "F32": _encode_f32,
     "F16": _encode_f16,
     "BF16": _encode_bf16,
-    "Q8_0": _encode_q8_0,
+    **{dtype: _encode_blocks(dtype) for dtype in QUANTISED},
 }

@@ -36,6 +36,8 @@ LARGEST: Mapping[str, float] = {
     "Q6_K": 127 * 31 * _LARGEST_HALF,
 }
 
+QUANTISED = tuple(LARGEST)
+
 # Super-blocks searched at once: the arrays of the search (256 KiB each) stay in a core's cache.
 _PIECE = 256
 
@@ -47,7 +49,7 @@ def quantise(dtype: str, rows: Float32) -> Bytes:
     in the scales.
 
     Args:
-        dtype: A key of `LARGEST`.
+        dtype: One of `QUANTISED`.
         rows: float32 [n, K]; for Q8_0 and Q4_0 K is a multiple of 32.
 
     Returns:

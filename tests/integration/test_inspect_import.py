@@ -126,7 +126,7 @@ def test_a_damaged_weight_fails_only_verification() -> None:
 def test_import_then_inspect(shared: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.apr"
     source = shared / "data" / "stories260k"
-    done = aprtui("import", source, "-o", target, "--dtype", "q8_0")
+    done = aprtui("import", source, "-o", target, "--quantize", "q8_0")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         f"{target}: 47 tensors, {byte_count(target.stat().st_size)}",
@@ -134,6 +134,7 @@ def test_import_then_inspect(shared: Path, tmp_path: Path) -> None:
         "  5 tensors: F32 kept (rows of 172 are not whole blocks)",
         "  11 tensors: F32 kept (vectors stay float)",
         "  30 tensors: F32 -> Q8_0",
+        "  Q8_0: relative RMSE 0.0052, error energy 0.97 of what its steps predict",
     ]
     assert aprtui("inspect", target, "--verify").stdout.startswith("OK ")
     record = json.loads(aprtui("inspect", "--json", target).stdout)

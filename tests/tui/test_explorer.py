@@ -134,7 +134,7 @@ class TestChoosing:
             assert "clear filter" in footer_keys(pilot)
             await pilot.press("escape")
             assert len(tree.rows) > 10
-            assert not pilot.app.screen.query_one("#filter", Input).display
+            assert not pilot.app.screen.query("#filter")
 
         drive(ExplorerApp(failing_request), steps)
 
@@ -208,6 +208,18 @@ class TestOverlays:
             await pilot.press("enter")
             await pilot.pause(0.2)
             assert row_of(pilot) == Row(key=StageKey(0, "ffn_up"))
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_a_jump_drops_the_filter_that_hides_its_stage(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            screen = explorer_of(pilot)
+            await pilot.press("slash", *"pass", "enter")
+            screen.go_to(FAULT)
+            await pilot.pause()
+            assert row_of(pilot) == Row(key=FAULT)
+            assert not screen.query("#filter")
+            assert not screen.tree_of_stages.filter
 
         drive(ExplorerApp(failing_request), steps)
 

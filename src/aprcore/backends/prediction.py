@@ -22,6 +22,7 @@ pass over each weight serves several sides at once.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,9 @@ Float64 = NDArray[np.float64]
 # Mean of 1/m^2 over mantissas m in [1, 2) of values spread evenly in log scale, 3/8 / ln 2: the
 # mean of (spacing / |w|)^2 is this times (2u)^2.
 MEAN_SQUARED_SPACING = 0.375 / math.log(2)
+# Weights are judged in pieces of this many float32 bytes: their float64 copy and their squares stay
+# in a core's cache beside them.
+PIECE_BYTES = 192 * 1024
 # Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
 ANGLE_ROUNDINGS = 4
 
@@ -130,13 +134,14 @@ class PredictionBackend:
         jobs = []
         first = 0
         for weight in weights:
-            jobs += [(weight, first, start, stop) for start, stop in row_chunks(weight)]
+            pieces = row_chunks(weight, PIECE_BYTES)
+            jobs += [(weight, first, start, stop) for start, stop in pieces]
             first += weight.shape[0]
 
         def multiply(job: tuple[Weight, int, int, int]) -> None:
             weight, first, start, stop = job
             columns = slice(first + start, first + stop)
-            value[:, columns], variance[:, columns] = product.rows(weight, start, stop)
+            product.rows(weight, start, stop, value[:, columns], variance[:, columns])
 
         with single_threaded_blas():
             for_each(multiply, jobs, self._threads)
@@ -156,6 +161,10 @@ class PredictionBackend:
         # Engines add the bias before or after rounding the product: allow for either.
         variance = x.variance + self._weight_error(bias, steps)
         variance = variance + self._stored(value) + self._stored(x.value)
+        # Fused with the product, the sum is another one than the recorded product's: both round at
+        # the size of what they sum, which the product's typical size shows even where it cancels.
+        size = np.mean(np.square(x.value), axis=1, keepdims=True) + np.square(bias)
+        variance += self._sum_error(size * (x.value.shape[1] / 2 + 1))
         return Estimate(value, variance, 1.0 if self._any_weights_rounded() else x.token_dof)
 
     def columns(self, x: Estimate, start: int, stop: int) -> Estimate:
@@ -324,13 +333,18 @@ class _Product:
             if profile.arithmetic.activations is not None
         }  # fmt: skip
 
-    def rows(self, weight: Weight, start: int, stop: int) -> tuple[Float64, Float64]:
-        """Values and variances of output columns start..stop, [T, stop - start] each."""
-        narrow = weight.read(start, stop)
-        value = (narrow.astype(np.float64) @ self._x).T
-        squares = np.square(narrow)
+    def rows(
+        self, weight: Weight, start: int, stop: int, value: Float64, variance: Float64
+    ) -> None:
+        """Fill values and variances of output columns start..stop, [T, stop - start] each."""
+        shape = (stop - start, self._width)
+        narrow, wide, squares = _piece_buffers(shape[0] * shape[1])
+        weight.read(start, stop, narrow)
+        np.copyto(wide, narrow)
+        np.square(narrow, out=squares)
+        narrow, squares = narrow.reshape(shape), squares.reshape(shape)
+        value[:] = (wide.reshape(shape) @ self._x).T
         wander = (squares @ self._squares).T.astype(np.float64)  # sum_k w^2 x^2
-        variance = np.empty_like(value)
         for number, (rows, profile) in enumerate(self._sides):
             arithmetic = profile.arithmetic
             unit = arithmetic.accumulated.roundoff
@@ -343,7 +357,6 @@ class _Product:
                 variance[rows] += (_block_sums(squares, blocks.block) @ rounding).T
         if self._carried is not None:
             variance += (squares @ self._carried).T
-        return value, variance
 
     def _stored_steps(self, weight: Weight, start: int, stop: int, rows: slice) -> Float64:
         """sum_k x_k^2 d_jk^2 / 12 from the steps in the file."""
@@ -363,6 +376,19 @@ class _Product:
         smallest = np.ldexp(1.0, stored.min_exponent - (stored.digits - 1)) ** 2 / 12
         energy = self._squares[:, rows].sum(axis=0, dtype=np.float64)
         return wander * relative + smallest * energy[:, None]
+
+
+_scratch = threading.local()
+
+
+def _piece_buffers(values: int) -> tuple[NDArray[np.float32], Float64, NDArray[np.float32]]:
+    """This thread's buffers: a piece of a weight, its float64 copy and its squares, all flat."""
+    held = getattr(_scratch, "held", None)
+    if held is None or held[0].size < values:
+        held = (np.empty(values, np.float32), np.empty(values), np.empty(values, np.float32))
+        _scratch.held = held
+    narrow, wide, squares = (buffer[:values] for buffer in held)
+    return narrow, wide, squares
 
 
 def _fits(x: NDArray[np.float32], kind: FloatType) -> bool:

@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-# As `aprcore.convert.DTYPES`, which costs the import of numpy: `--help` must not pay for that.
-DTYPES = ("keep", "f32", "f16", "bf16", "q8_0")
+# As `DTYPES` and `QUANTIZED` of `aprcore.import_types`, which costs the import of numpy: `--help`
+# must not pay for that.
+DTYPES = ("keep", "f32", "f16", "bf16")
+QUANTIZED = ("q8_0", "q4_0", "q4_k", "q6_k")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,7 +28,15 @@ def add_parser(subparsers: Any) -> None:
         "--dtype",
         choices=DTYPES,
         default="keep",
-        help="type of the weights (default: keep each tensor's own)",
+        help="type of the weights that are not quantised (default: keep each tensor's own)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="quantise the matrices; norms, biases, embedding and head stay float",
+    )
+    parser.add_argument(
+        "--quantize-embeddings", action="store_true", help="quantise embedding and head, too"
     )
     parser.add_argument("--force", action="store_true", help="overwrite an existing file")
     parser.set_defaults(run=run)
@@ -49,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
                 bar(now.done_bytes, now.total_bytes, visible(now.tensor, 60))
 
         plan = import_model(
-            args.source, args.output, dtype=args.dtype, overwrite=args.force, progress=show
+            args.source,
+            args.output,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            quantize_embeddings=args.quantize_embeddings,
+            overwrite=args.force,
+            progress=show,
         )
     size = byte_count(args.output.stat().st_size)
     print(f"{visible(str(args.output))}: {len(plan.tensors)} tensors, {size}")

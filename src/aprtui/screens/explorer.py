@@ -96,8 +96,7 @@ class ExplorerScreen(Screen[None]):
         yield self.title_line
         yield self.verdict_bar
         with Horizontal(id="body"):
-            words = Input(placeholder="words: q_post_rope, layer 3, fail", id="filter")
-            pane = StagePane(self.tree_of_stages, words, id="stages")
+            pane = StagePane(self.tree_of_stages, id="stages")
             pane.border_title = "Stages"
             yield pane
             yield self.detail
@@ -195,9 +194,14 @@ class ExplorerScreen(Screen[None]):
 
     def go_to(self, key: StageKey) -> None:
         """Put the cursor on a stage because the user asked for it."""
-        self.tree_of_stages.user_moved = True
-        self.tree_of_stages.go_to(key)
-        self.tree_of_stages.focus()
+        tree = self.tree_of_stages
+        if not tree.filter.accepts(key, self.state.reports.get(key)):
+            # The tree drops a filter that hides the stage; its words must go with it.
+            self.query("#filter").remove()
+            self.is_filtered = False
+        tree.user_moved = True
+        tree.go_to(key)
+        tree.focus()
 
     # Actions
 
@@ -247,12 +251,14 @@ class ExplorerScreen(Screen[None]):
             return -1
         return next((i for i, key in enumerate(keys) if key.layer == row.layer), 0) - 1
 
-    def action_filter(self) -> None:
+    async def action_filter(self) -> None:
         """Ask for words."""
-        self.is_filtered = True
-        words = self.query_one("#filter", Input)
-        words.display = True
-        words.focus()
+        if not self.is_filtered:
+            self.is_filtered = True
+            words = Input(placeholder="words: q_post_rope, layer 3, fail", id="filter")
+            await self.query_one("#stages").mount(words, before=0)
+        # At once: `focus()` waits its turn, and the first letters would go to the tree.
+        self.set_focus(self.query_one("#filter", Input))
 
     @on(Input.Changed, "#filter")
     def _filter_rows(self, event: Input.Changed) -> None:
@@ -262,14 +268,12 @@ class ExplorerScreen(Screen[None]):
     def _leave_filter(self) -> None:
         self.tree_of_stages.focus()
 
-    def action_clear_filter(self) -> None:
+    async def action_clear_filter(self) -> None:
         """Show all stages again."""
-        words = self.query_one("#filter", Input)
-        words.value = ""
-        words.display = False
+        self.tree_of_stages.focus()
+        await self.query("#filter").remove()
         self.is_filtered = False
         self.tree_of_stages.choose(filter=Filter())
-        self.tree_of_stages.focus()
 
     def action_sort(self) -> None:
         """Sort another way."""

@@ -244,13 +244,11 @@ class StageHeadings(Widget):
 class StagePane(Vertical):
     """The tree under its headings."""
 
-    def __init__(self, tree: StageTree, *above: Widget, id: str | None = None) -> None:
+    def __init__(self, tree: StageTree, id: str | None = None) -> None:
         super().__init__(id=id)
-        self._above = above
         self._tree = tree
 
     def compose(self) -> ComposeResult:
-        """What stands above, the headings, the tree."""
-        yield from self._above
+        """The headings and the tree; a filter is mounted above them."""
         yield StageHeadings(self._tree)
         yield self._tree

@@ -1,0 +1,318 @@
+"""An engine in torch that runs a model stage by stage and can compute any of them wrongly.
+
+It shares no operation with aprcore's backends. Every stage is a function of its inputs, so that a
+stage can be computed soundly, wrongly and in float64 on the very same tensors: that is how the zoo
+measures what a planted fault does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from aprcore.config import ModelConfig
+from aprcore.stages import StageKey, input_keys, stage_keys
+
+Tensor = torch.Tensor
+Wrong = Callable[["Step"], Tensor]
+
+STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """RoPE's schedule: angle per position of each pair, [D/2], and what sine and cosine are times."""
+
+    inverse: Tensor
+    factor: float = 1.0
+
+
+def plain_frequencies(theta: float, head_dim: int) -> Frequencies:
+    """The schedule of the original paper."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return Frequencies(theta**-exponents)
+
+
+@dataclass
+class Effect:
+    """A planted stage computed three ways on the same inputs.
+
+    Attributes:
+        wrong: As the fault has it.
+        sound: As the engine would have it.
+        exact: In float64.
+    """
+
+    wrong: Tensor
+    sound: Tensor
+    exact: Tensor
+
+
+@dataclass
+class Engine:
+    """Weights and configuration of a model, and the precision to compute in.
+
+    Attributes:
+        config: The model's.
+        weights: Float values by canonical name.
+        frequencies: RoPE's schedule.
+        arithmetic: A key of `STORED`; sums are carried in float32.
+        dtype: What it computes in.
+    """
+
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    frequencies: Frequencies
+    arithmetic: str = "f32"
+    dtype: torch.dtype = torch.float32
+    effects: dict[StageKey, Effect] = field(default_factory=dict)
+
+    def exactly(self) -> Engine:
+        """The same in float64, without any rounding."""
+        return Engine(self.config, self.weights, self.frequencies, dtype=torch.float64)
+
+    def weight(self, layer: int | None, name: str) -> Tensor | None:
+        """A weight in the engine's type, or None."""
+        found = self.weights.get(name if layer is None else f"model.layers.{layer}.{name}")
+        return None if found is None else found.to(self.dtype)
+
+    def run(self, tokens: Sequence[int], faults: Mapping[StageKey, Wrong]) -> dict[StageKey, Tensor]:
+        """Every stage of a pass in canonical layout; what the faults did is left in `effects`."""
+        features = self.config.features
+        made: dict[StageKey, Tensor] = {}
+        self.effects = {}
+        for key in stage_keys(self.config.num_layers, features):
+            inputs = [made[k] for k in input_keys(key, self.config.num_layers, features)]
+            step = Step(self, key, tokens, inputs, made)
+            fault = faults.get(key)
+            made[key] = self.rounded((step.sound if fault is None else lambda: fault(step))())  # noqa: B023
+            if fault is not None:
+                exact = Step(self.exactly(), key, tokens, [x.double() for x in inputs], made)
+                sound = self.rounded(step.sound())
+                self.effects[key] = Effect(made[key], sound, exact.sound())
+        return made
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """As the engine stores it."""
+        if self.dtype is torch.float64:
+            return x
+        return x.to(STORED[self.arithmetic]).to(self.dtype).contiguous()
+
+
+@dataclass
+class Step:
+    """One stage about to be computed.
+
+    Attributes:
+        engine: Whose.
+        key: Which.
+        tokens: Token ids.
+        inputs: The stage's inputs: [T, C] or [H, T, T].
+        made: Every tensor of the pass so far.
+    """
+
+    engine: Engine
+    key: StageKey
+    tokens: Sequence[int]
+    inputs: Sequence[Tensor]
+    made: Mapping[StageKey, Tensor]
+
+    def sound(self) -> Tensor:
+        """The stage as it should be."""
+        return OPERATIONS[self.key.stage](self)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.config
+
+    @property
+    def x(self) -> Tensor:
+        """The first input."""
+        return self.inputs[0]
+
+    def weight(self, name: str, layer: int | None = None) -> Tensor:
+        """A weight of this layer, or of another."""
+        found = self.engine.weight(self.key.layer if layer is None else layer, name)
+        assert found is not None, name
+        return found
+
+    def find(self, name: str) -> Tensor | None:
+        """A weight of this layer that a model need not have."""
+        return self.engine.weight(self.key.layer, name)
+
+    def part(self, letter: str, qkv: Tensor | None = None) -> Tensor:
+        """The columns of q, k or v."""
+        sizes = self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads
+        columns = [n * self.config.head_dim for n in sizes]
+        return torch.split(self.inputs[-1] if qkv is None else qkv, columns, dim=1)["qkv".index(letter)]
+
+    # The operations, with everything that a fault may want to change as an argument.
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T, with the activations rounded if the engine does that."""
+        if self.engine.arithmetic == "q8_0" and self.engine.dtype is not torch.float64:
+            x = quantised_blocks(x)
+        return x @ weight.T
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
+        """RMSNorm over groups of the weight's length."""
+        groups = x.reshape(x.shape[0], -1, weight.shape[0])
+        eps = self.config.rms_norm_eps if eps is None else eps
+        mean = groups.square().mean(dim=-1, keepdim=True)
+        return (groups * torch.rsqrt(mean + eps) * weight).reshape(x.shape)
+
+    def head_normed(self) -> Tensor:
+        """q or k before the rotation, normed if the model does that."""
+        letter = self.key.stage[0]
+        x, weight = self.part(letter), self.find(f"self_attn.{letter}_norm.weight")
+        return x if weight is None else self.norm(x, weight)
+
+    def rotate(
+        self, x: Tensor, *, inverse: Tensor | None = None, positions: Tensor | None = None,
+        factor: float | None = None, sign: float = 1.0, pairs: bool = False, width: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """RoPE of every head of x, [T, N·D]; `width` dimensions of each, or all."""
+        own = self.engine.frequencies
+        dim = self.config.head_dim
+        width = dim if width is None else width
+        inverse = own.inverse if inverse is None else inverse
+        if positions is None:
+            positions = torch.arange(x.shape[0], dtype=torch.float64)
+        # As transformers: in float32, whatever the type of the rest.
+        kind = torch.float64 if self.engine.dtype is torch.float64 else torch.float32
+        angles = positions.to(kind)[:, None] * inverse[: width // 2].to(kind)[None, :]
+        times = own.factor if factor is None else factor
+        cos, sin = (
+            (f(angles) * times).to(self.engine.dtype)[:, None, :] for f in (torch.cos, torch.sin)
+        )
+        sin = sin * sign
+        heads = x.reshape(x.shape[0], -1, dim)
+        rotated, rest = heads[..., :width], heads[..., width:]
+        if pairs:
+            a, b = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            a, b = rotated[..., : width // 2], rotated[..., width // 2 :]
+        first, second = a * cos - b * sin, b * cos + a * sin
+        joined = (
+            torch.stack([first, second], dim=-1).reshape(rotated.shape)
+            if pairs
+            else torch.cat([first, second], dim=-1)
+        )
+        return torch.cat([joined, rest], dim=-1).reshape(x.shape)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[T, N·D] -> [N, T, D]."""
+        return x.reshape(x.shape[0], -1, self.config.head_dim).transpose(0, 1)
+
+    def groups(self) -> Tensor:
+        """The kv head of each head."""
+        return torch.arange(self.config.num_heads) // (
+            self.config.num_heads // self.config.num_kv_heads
+        )
+
+    def scores(self, *, scale: float | None = None, groups: Tensor | None = None) -> Tensor:
+        """q·k, scaled, zero above the diagonal."""
+        q, k = (self.by_head(x) for x in self.inputs)
+        scale = 1 / math.sqrt(self.config.head_dim) if scale is None else scale
+        return (q @ k[self.groups() if groups is None else groups].transpose(1, 2) * scale).tril()
+
+    def softmax(self, scores: Tensor | None = None, *, diagonal: int = 0) -> Tensor:
+        """Weights of the positions up to the diagonal."""
+        x = self.x if scores is None else scores
+        future = torch.ones(x.shape[1:], dtype=torch.bool).triu(1 + diagonal)
+        return torch.softmax(x.masked_fill(future, -torch.inf), dim=-1)
+
+    def values(self, *, groups: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        """softmax·V, [T, H·D]."""
+        v = self.by_head(self.part("v") if v is None else v)
+        out = self.x @ v[self.groups() if groups is None else groups]
+        return out.transpose(0, 1).reshape(self.x.shape[1], -1)
+
+    def project(self, module: str, x: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """A projection with its bias, if it has one."""
+        y = self.linear(self.x if x is None else x, self.weight(f"{module}.weight", layer))
+        bias = self.find(f"{module}.bias")
+        return y if bias is None else y + bias
+
+    def qkv(self, letters: str = "qkv", layer: int | None = None) -> Tensor:
+        """The projections of q, k and v side by side."""
+        weights = [self.weight(f"self_attn.{c}_proj.weight", layer) for c in letters]
+        return torch.cat([self.linear(self.x, w) for w in weights], dim=1)
+
+    def bias(self, letters: str = "qkv", layer: int | None = None) -> Tensor:
+        """The biases of q, k and v side by side, zeros for those that are not in `letters`."""
+        every = {c: self.weight(f"self_attn.{c}_proj.bias", layer) for c in "qkv"}
+        return torch.cat([b if c in letters else torch.zeros_like(b) for c, b in every.items()])
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Rows of the embedding."""
+        table = self.engine.weight(None, "model.embed_tokens.weight")
+        assert table is not None
+        return table[torch.tensor(list(tokens))]
+
+    def head(self) -> Tensor:
+        """The matrix of the head."""
+        own = self.engine.weight(None, "lm_head.weight")
+        tied = self.engine.weight(None, "model.embed_tokens.weight")
+        found = tied if own is None else own
+        assert found is not None
+        return found
+
+
+def activate(x: Tensor, kind: str) -> Tensor:
+    """An activation, as torch has it."""
+    from torch.nn import functional
+
+    match kind:
+        case "gelu":
+            return functional.gelu(x)
+        case "gelu_pytorch_tanh":
+            return functional.gelu(x, approximate="tanh")
+        case "relu":
+            return functional.relu(x)
+    return functional.silu(x)
+
+
+def quantised_blocks(x: Tensor, block: int = 32) -> Tensor:
+    """Every block of a row rounded to 8-bit integers times its own scale."""
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % block)).reshape(x.shape[0], -1, block)
+    step = blocks.abs().amax(dim=2, keepdim=True) / 127
+    codes = torch.where(step > 0, (blocks / step).round(), 0)
+    return (codes * step).reshape(x.shape[0], -1)[:, : x.shape[1]]
+
+
+OPERATIONS: Mapping[str, Wrong] = {
+    "embedding": lambda s: s.embed(s.tokens),
+    "attn_norm": lambda s: s.norm(s.x, s.weight("input_layernorm.weight")),
+    "qkv_matmul": lambda s: s.qkv(),
+    "qkv_bias": lambda s: s.x + s.bias(),
+    "q_post_rope": lambda s: s.rotate(s.head_normed()),
+    "k_post_rope": lambda s: s.rotate(s.head_normed()),
+    "attn_scores": lambda s: s.scores(),
+    "attn_softmax": lambda s: s.softmax(),
+    "attention": lambda s: s.values(),
+    "attn_out": lambda s: s.project("self_attn.o_proj"),
+    "post_attn_residual": lambda s: s.inputs[0] + s.inputs[1],
+    "ffn_norm": lambda s: s.norm(s.x, s.weight("post_attention_layernorm.weight")),
+    "ffn_gate": lambda s: s.project("mlp.gate_proj"),
+    "ffn_up": lambda s: s.project("mlp.up_proj"),
+    "ffn_silu": lambda s: activate(s.x, s.config.hidden_act),
+    "ffn_swigl": lambda s: s.inputs[0] * s.inputs[1],
+    "ffn_out": lambda s: s.project("mlp.down_proj"),
+    "post_ffn_residual": lambda s: s.inputs[0] + s.inputs[1],
+    "final_norm": lambda s: s.norm(s.x, s.weight("model.norm.weight")),
+    "lm_head": lambda s: s.linear(s.x[-1:], s.head())[0],
+}
+
+
+def run_on(
+    engine: Engine, key: StageKey, tokens: Sequence[int], read: Callable[[StageKey], Any]
+) -> Tensor:
+    """One stage on tensors of another pass, such as an oracle's."""
+    features = engine.config.features
+    inputs = [read(k).to(engine.dtype) for k in input_keys(key, engine.config.num_layers, features)]
+    return Step(engine, key, tokens, inputs, {}).sound()
