@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +49,13 @@ class ArrayWeight:
         return target
 
 
-def draw_weights(seed: int = 0, num_layers: int = NUM_LAYERS, *, has_bias: bool = True) -> Tensors:
-    """Weights of a Qwen2 at a trained model's scale: norms near one, biases that matter."""
-    generator = np.random.default_rng(seed)
+def draw_weights(
+    seed: int = 0, num_layers: int = NUM_LAYERS, *, has_bias: bool = True
+) -> dict[str, Float32]:
+    """Weights of a Qwen2 at a trained model's scale: norms near one, biases that matter.
+
+    Each depends on the seed and its name alone: a model of fewer layers is the start of a longer.
+    """
     weights = {}
     for stage in STAGES:
         if stage.feature not in (None, "dense", *(["qkv_bias"] if has_bias else [])):
@@ -60,6 +65,7 @@ def draw_weights(seed: int = 0, num_layers: int = NUM_LAYERS, *, has_bias: bool 
             for name in stage.weights:
                 prefix = "" if layer is None else f"model.layers.{layer}."
                 shape = resolve_shape(WEIGHT_SHAPES[name], SIZES)
+                generator = np.random.default_rng([seed, crc32((prefix + name).encode())])
                 noise = generator.standard_normal(shape)
                 if name.endswith("norm.weight"):
                     noise = 1 + 0.2 * noise

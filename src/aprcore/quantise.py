@@ -195,10 +195,14 @@ def _fill_up(rows: Float32, padded: int, group: int) -> tuple[Float32, Float32]:
     return stored, fitted
 
 
-def _half_above(values: Float32) -> NDArray[np.float16]:
-    """The smallest float16 not nearer to 0, finite: a scale that is rounded down cuts ends off."""
+def _round_unit(values: Float32) -> NDArray[np.float16]:
+    """The nearest float16, finite; of subnormal ones the next away from 0.
+
+    Rounding a unit of scales down cuts the ends off the ranges of the largest sub-blocks. That is
+    nothing at eleven bits, but a subnormal half may have one.
+    """
     halves = values.astype(np.float16)
-    low = np.abs(halves.astype(np.float32)) < np.abs(values)
+    low = np.abs(halves.astype(np.float32)) < np.abs(values) * np.float32(1 - 2.0**-10)
     away = np.copysign(np.float16(np.inf), values.astype(np.float16))
     halves[low] = np.nextafter(halves, away, dtype=np.float16)[low]
     return np.clip(halves, np.float16(-_LARGEST_HALF), np.float16(_LARGEST_HALF))
@@ -233,8 +237,9 @@ def _fit_q4(x: Float32) -> tuple[Float32, Float32]:
         sum_l, sum_ll, sum_yl = _row_sums(codes), _row_dots(codes, codes), _row_dots(shifted, codes)
         determinant = count * sum_ll - sum_l * sum_l
         minimum = (sum_ll * sum_y - sum_l * sum_yl) / determinant
-        # The format subtracts: a minimum above 0 cannot be stored.
-        minimum = np.minimum(minimum, -offset)
+        # The format subtracts: a minimum above 0 cannot be stored. Where all codes are alike any
+        # minimum would do, and 0 it is.
+        minimum = np.where(determinant > 0, np.minimum(minimum, -offset), -offset)
         scale = (sum_yl - minimum * sum_l) / sum_ll
         error = scale * (scale * sum_ll + 2 * (minimum * sum_l - sum_yl))
         error += minimum * (count * minimum - 2 * sum_y)
@@ -262,8 +267,8 @@ _SMALLEST = np.float32(1e-18)
 def _encode_q4_k(fitted: Float32, stored: Float32) -> Bytes:
     blocks, subs, group = stored.shape
     scale, minimum = (part.reshape(blocks, subs) for part in _fit_q4(fitted.reshape(-1, group)))
-    d = _half_above(scale.max(axis=1) / np.float32(63))
-    dmin = _half_above(minimum.max(axis=1) / np.float32(63))
+    d = _round_unit(scale.max(axis=1) / np.float32(63))
+    dmin = _round_unit(minimum.max(axis=1) / np.float32(63))
     unit, unit_minimum = (half.astype(np.float32)[:, None] for half in (d, dmin))
     scales = np.minimum(np.rint(_divide(scale, np.broadcast_to(unit, scale.shape))), 63)
     # A sub-block whose scale rounds to 0 is its minimum alone, best the mean of its values.
@@ -323,7 +328,7 @@ def _encode_q6_k(fitted: Float32, stored: Float32) -> Bytes:
     scale = _fit_q6(fitted.reshape(-1, group)).reshape(blocks, subs)
     largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, None], axis=1)
     # The largest scale gets the integer -128, whose side reaches further.
-    d = _half_above(largest[:, 0] / np.float32(-128))
+    d = _round_unit(largest[:, 0] / np.float32(-128))
     unit = np.broadcast_to(d.astype(np.float32)[:, None], scale.shape)
     scales = np.clip(np.rint(_divide(scale, unit)), -128, 127)
     step = np.broadcast_to((unit * scales)[:, :, None], stored.shape)

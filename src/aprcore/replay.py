@@ -97,6 +97,10 @@ class RecordedSide:
                 if old.layer is None or key.layer is None or old.layer < key.layer - 1:
                     del held[old]
 
+    def sizes(self) -> Mapping[str, int]:
+        """Numbers for the letters of symbolic shapes."""
+        return self._config.sizes(self._positions.size)
+
     def site(self, key: StageKey) -> Site:
         """Where a stage runs."""
         tokens = self._positions * 0 if self._tokens is None else self._tokens

@@ -46,6 +46,7 @@ class RunHeader:
         keys: Every tensor that will be reported, in the order of computation.
         bound: The largest cumulative relative L2 that passes.
         backend: What computes the trace: "numpy", or None for a dump.
+        judged: Whether stages are replayed for the model and kernel judgments.
         notes: Sentences that the user should read.
     """
 
@@ -60,6 +61,7 @@ class RunHeader:
     keys: tuple[StageKey, ...]
     bound: float
     backend: str | None
+    judged: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -149,6 +151,10 @@ class Report:
             assert first.verdict is not None
             return f"first divergence: {first.key} {first.verdict.value}: {first.reason} ({counts})"
         if self.header.oracle is None:
+            kernels = sum(stage.kernel is not None for stage in self.stages)
+            if kernels:
+                return f"the kernel judgment finds nothing wrong in {kernels} stages; without an"\
+                    " oracle the model's weights are taken on trust"  # fmt: skip
             return f"{len(self.stages)} stages traced; no oracle to hold them against"
         return f"no divergence in {len(self.stages)} stages ({counts})"
 

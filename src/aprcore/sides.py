@@ -230,6 +230,7 @@ def _match(
         keys=keys,
         bound=cumulative_bound(types if request.cumulative_only else dtypes),
         backend="numpy" if trace is None else None,
+        judged=model is not None and not request.cumulative_only,
         notes=(),
     )
     missing = frozenset(k for k in keys if oracle is not None and k not in oracle)
@@ -246,6 +247,9 @@ def _match(
         cumulative_only=request.cumulative_only,
         threads=request.threads,
     )
+    if _must_detect(request, sides):
+        sides, note = _detect(sides)
+        notes.append(note)
     texts = None
     if tokens is not None and model is not None:
         found = _texts(model, tokens)
@@ -263,6 +267,32 @@ def _arithmetic(request: RunRequest, trace: TraceDirectory | None) -> Arithmetic
     if stated in ARITHMETICS:
         return ARITHMETICS[stated]
     return arithmetic_of_dtype(trace.sidecar.dtype)
+
+
+def _must_detect(request: RunRequest, sides: Sides) -> bool:
+    """Whether the arithmetic of a dump matters and nobody says what it is."""
+    if sides.trace is None or sides.model is None or request.cumulative_only:
+        return False
+    stated = request.arithmetic or sides.trace.sidecar.arithmetic
+    return stated not in ARITHMETICS and "T" in sides.sizes
+
+
+def _detect(sides: Sides) -> tuple[Sides, str]:
+    """Sides with the arithmetic that explains the dump, and a note that says so."""
+    from aprcore.detection import detect_arithmetic
+
+    assert sides.model is not None and sides.trace is not None
+    arithmetic, explained, judged = detect_arithmetic(
+        sides.model.config, sides.model.weights, sides.header.tokens, sides.sizes["T"],
+        sides.trace.keys(), sides.features, sides._reader(sides.trace),
+    )  # fmt: skip
+    if not explained:
+        return sides, "the trace does not record its arithmetic, and none explains it; see --arithmetic"
+    note = (
+        f"the trace does not record its arithmetic; {arithmetic.name} explains {explained} of"
+        f" {judged} stages of one layer"
+    )
+    return replace(sides, arithmetic=arithmetic), note
 
 
 def _agree_on_tokens(

@@ -144,7 +144,7 @@ def _position(index: int, layout: Layout, header: RunHeader, paint: Paint) -> Te
         return text
     token = position[layout.axes.index("token")]
     if layout.shape[0] == len(texts) or layout.axes[0] != "token":
-        text.append(f" {quoted(texts[token])}" if token < len(texts) else "", paint("ink-trace"))
+        text.append(f" {_unbroken(texts[token])}" if token < len(texts) else "", paint("ink-trace"))
     return text
 
 
@@ -220,7 +220,7 @@ def _tokens(header: RunHeader, paint: Paint) -> Text:
     for number, token in enumerate(header.tokens[:TOKENS_SHOWN]):
         text.append(f"{token}", paint("ink-quiet"))
         if number < len(texts):
-            text.append(f" {quoted(texts[number])}")
+            text.append(f"\N{NO-BREAK SPACE}{_unbroken(texts[number])}")
         text.append("  ")
     if len(header.tokens) > TOKENS_SHOWN:
         text.append("…")
@@ -259,6 +259,11 @@ def _columns(names: Sequence[str], paint: Paint) -> Table:
         table.add_column(justify="right", no_wrap=True)
     table.add_row(*(Text(name, paint(inks.get(name, "ink-quiet"))) for name in names))
     return table
+
+
+def _unbroken(text: str) -> str:
+    """A token's text in quotes that no line break comes into."""
+    return quoted(text).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _label(name: str, paint: Paint) -> Text:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.text import Text
 
-from aprcore.judge import Verdict
+from aprcore.judge import Judgment, Verdict
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.stages import StageKey
 from aprtui.text import visible
@@ -29,7 +31,7 @@ class StageTable:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or _Stdout(highlight=False, markup=False, emoji=False)
         self._missing: list[StageReport] = []
-        self._judged = True
+        self._judged = self._replayed = True
 
     def open(self, header: RunHeader) -> None:
         """Print what is compared."""
@@ -42,9 +44,12 @@ class StageTable:
         for note in header.notes:
             self._line(f"note    {note}")
         self._judged = header.oracle is not None
-        names = ("cosine", "relative L2", "max|diff|") if self._judged else ("RMS", "min", "max")
+        self._replayed = header.model is not None and header.judged
+        names = ["cosine", "cumulative"] if self._judged else ["RMS", "min", "max"]
+        if self._replayed:
+            names += ["model L2<bound", "kernel L2<bound"] if self._judged else ["kernel L2<bound"]
         self._line("")
-        self._line(_row("stage", "shape", *names, "verdict" if self._judged else "non-finite"))
+        self._line(_row("stage", "shape", names, "verdict"))
 
     def add(self, stage: StageReport) -> None:
         """Print one stage."""
@@ -74,20 +79,17 @@ class StageTable:
     def _print_row(self, stage: StageReport) -> None:
         shape = "-" if stage.layout is None else "x".join(map(str, stage.layout.shape))
         lone = stage.trace or stage.oracle
+        figures = ["-", "-"] if self._judged else ["-", "-", "-"]
         if stage.comparison is not None:
-            found = stage.comparison
-            figures = (
-                f"{found.cosine:.7f}",
-                f"{found.relative_l2:.3e}",
-                f"{found.max_abs_diff:.3e}",
-            )
+            figures = [f"{stage.comparison.cosine:.7f}", f"{stage.comparison.relative_l2:.3e}"]
         elif lone is not None and not self._judged:
-            figures = tuple(f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum))
-        else:
-            figures = ("-", "-", "-")
-        line = Text(_row(stage.key.path, shape, *figures, ""))
+            figures = [f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum)]
+        if self._replayed:
+            judgments = [stage.model, stage.kernel] if self._judged else [stage.kernel]
+            figures += [_judgment(judgment) for judgment in judgments]
+        line = Text(_row(stage.key.path, shape, figures, ""))
         if stage.verdict is None:
-            line.append(str(0 if lone is None else lone.nonfinite))
+            line.append("" if lone is None or not lone.nonfinite else f"{lone.nonfinite} non-finite")
         else:
             line.append_text(_verdict(stage.verdict))
             if stage.verdict is not Verdict.PASS:
@@ -114,8 +116,18 @@ def _span(first: StageKey, last: StageKey) -> str:
     return f"{first.path} … {last.path}"
 
 
-def _row(path: str, shape: str, one: str, two: str, three: str, verdict: str) -> str:
-    return f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {one:>12} {two:>12} {three:>12}  {verdict}"
+def _row(path: str, shape: str, figures: Sequence[str], verdict: str) -> str:
+    columns = " ".join(f"{figure:>15}" if "<" in figure or ">" in figure or i > 1
+                       else f"{figure:>12}" for i, figure in enumerate(figures))  # fmt: skip
+    return f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {columns}  {verdict}"
+
+
+def _judgment(judgment: Judgment | None) -> str:
+    """A judgment's relative L2 and the bound that rounding explains: "1.2e-07<4.0e-07"."""
+    if judgment is None:
+        return "-"
+    sign = "<" if judgment.passed else ">"
+    return f"{judgment.relative_l2:.1e}{sign}{judgment.bound:.1e}"
 
 
 def _tokens(header: RunHeader) -> str:

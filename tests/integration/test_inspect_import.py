@@ -168,11 +168,12 @@ def test_declaring_the_commands_costs_no_numpy() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_choices_of_dtype_are_those_of_the_engine() -> None:
-    from aprcore import convert
+def test_the_choices_of_types_are_those_of_the_engine() -> None:
+    from aprcore import import_types
     from aprtui.commands import import_model
 
-    assert import_model.DTYPES == convert.DTYPES
+    assert import_model.DTYPES == import_types.DTYPES
+    assert import_model.QUANTIZED == import_types.QUANTIZED
 
 
 def test_visible_text() -> None:

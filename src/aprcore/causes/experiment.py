@@ -1,0 +1,200 @@
+"""Holding an observed output against one alternative after the other, and telling which explain it.
+
+An alternative explains the output if rounding accounts for what is left, as a whole and in every
+part. Where only some tokens, heads or columns are wrong, it may do so in those alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.prediction import Estimate
+from aprcore.causes.scene import Float64, Scene
+from aprcore.compare import compare
+from aprcore.noise import SMALLEST_ENERGY, allowed_ratio, assess
+
+Bools = NDArray[np.bool_]
+
+# Evidence, in nats, from which on the better of two explanations is named alone.
+DECISIVE_NATS = 12.0
+# Error energies below this part of the predicted are as good as none: predictions are upper
+# estimates, and alternatives are computed in float64 by another route than the engine's.
+NEGLIGIBLE_RATIO = 1e-3
+# A region larger than this share of the tensor is no local fault.
+LARGEST_LOCAL_SHARE = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The part of an output that is wrong.
+
+    Attributes:
+        mask: True where it is wrong, in the output's factors.
+        name: "head 3", "tokens 4 to 7, head 3".
+        indices: The wrong indices per axis; None where all are.
+    """
+
+    mask: Bools
+    name: str
+    indices: tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an alternative fared.
+
+    Attributes:
+        relative_l2, cosine: Of the observed output against it.
+        explains: Whether rounding accounts for the rest.
+        misfit: Mean ratio of measured to predicted error energy, for comparing explanations.
+        region: Where it was taken instead of the plain operation, unless everywhere.
+    """
+
+    relative_l2: float
+    cosine: float
+    explains: bool
+    misfit: float
+    region: Region | None = None
+
+
+class Experiment:
+    """One failed output and the means to hold alternatives against it."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self._shape = scene.layout.factors
+        self._observed = scene.observed.reshape(self._shape)
+        self._plain = scene.plain.value.reshape(self._shape)
+        self._energy = float(np.square(self._plain).mean()) if self._plain.size else 0.0
+        self._variance = self._widened()
+        self.region = find_region(scene)
+
+    def _widened(self) -> Float64:
+        """Predicted variances, raised to their token's mean.
+
+        An alternative moves values between dimensions, so that the variance predicted for one
+        place belongs to another. Kept as predicted where the plain operation would then pass.
+        """
+        predicted = self.scene.plain.variance.reshape(self._shape)
+        axes = self.scene.layout.axes
+        token = axes.index("token") if "token" in axes else None
+        others = tuple(axis for axis in range(len(axes)) if axis != token)
+        wide = np.maximum(predicted, predicted.mean(axis=others, keepdims=True))
+        estimate = Estimate(self._plain, wide, self.scene.plain.token_dof)
+        if assess(self._observed, estimate, self.scene.layout).explained:
+            return predicted
+        return wide
+
+    def hold(self, value: Float64) -> Outcome | None:
+        """The outcome of one alternative; None if it says the same as the plain operation."""
+        value = value.reshape(self._shape)
+        if not np.isfinite(value).all() or self._is_plain(value):
+            return None
+        whole = self._outcome(value, None)
+        if whole.explains or self.region is None:
+            return whole
+        local = self._outcome(np.where(self.region.mask, value, self._plain), self.region)
+        return local if local.explains else whole
+
+    def _is_plain(self, value: Float64) -> bool:
+        """Whether an alternative is the plain operation but for rounding."""
+        change = np.square(value - self._plain)
+        return bool((change <= 4 * self._variance + SMALLEST_ENERGY * self._energy).all())
+
+    def _outcome(self, value: Float64, region: Region | None) -> Outcome:
+        variance = self._variance * self._gain(value)
+        estimate = Estimate(value, variance, self.scene.plain.token_dof)
+        explains = assess(self._observed, estimate, self.scene.layout).explained
+        found = compare(self._observed.reshape(-1), value.reshape(-1))
+        return Outcome(found.relative_l2, found.cosine, explains, self.misfit(value), region)
+
+    def _gain(self, value: Float64) -> float:
+        """Larger values are rounded more coarsely."""
+        energy = float(np.square(value).mean())
+        return max(1.0, energy / self._energy) if self._energy else 1.0
+
+    def misfit(self, value: Float64) -> float:
+        """Mean of measured over predicted error energy, under one prediction for all."""
+        floor = SMALLEST_ENERGY * max(self._energy, float(np.square(self._observed).mean())) * 1e-3
+        error = np.square(self._observed - value.reshape(self._shape))
+        return float((error / (self._variance + floor)).mean())
+
+    def tells_apart(self, better: float, worse: float) -> bool:
+        """Whether one misfit is better than another beyond chance."""
+        count = float(self._observed.size)
+        dof = self.scene.plain.token_dof
+        if dof is not None and self.scene.num_tokens > 1:
+            count *= min(1.0, dof / self.scene.num_tokens)
+        better = max(better, NEGLIGIBLE_RATIO)
+        return count * (worse / better - 1) / 2 > DECISIVE_NATS
+
+
+def part_scene(scene: Scene, start: int, stop: int) -> Scene:
+    """Columns `start` to `stop` of a [T, C] output as a scene of their own."""
+    columns = slice(start, stop)
+    plain = scene.plain
+    tokens, heads_dim = scene.plain.value.shape[0], stop - start
+    dim = scene.config.head_dim
+    layout = scene.layout._replace(
+        shape=(tokens, heads_dim), factors=(tokens, heads_dim // dim, dim)
+    )
+    return replace(
+        scene,
+        observed=scene.observed.reshape(plain.value.shape)[:, columns],
+        plain=Estimate(plain.value[:, columns], plain.variance[:, columns], plain.token_dof),
+        layout=layout,
+    )
+
+
+def find_region(scene: Scene) -> Region | None:
+    """The tokens, heads and columns that are wrong, if they are few and the rest is right."""
+    shape, axes = scene.layout.factors, scene.layout.axes
+    observed, plain = (x.reshape(shape) for x in (scene.observed, scene.plain.value))
+    error = np.square(observed - plain)
+    if not error.size:
+        return None
+    floor = SMALLEST_ENERGY * float(np.square(plain).mean()) * 1e-6
+    predicted = scene.plain.variance.reshape(shape) + floor
+    mask = np.ones(shape, dtype=np.bool_)
+    indices: list[tuple[int, ...] | None] = []
+    for axis in range(len(shape)):
+        wrong = _wrong_along(error, predicted, axis, scene)
+        if not wrong.any() or wrong.all():
+            indices.append(None)
+            continue
+        indices.append(tuple(int(i) for i in np.flatnonzero(wrong)))
+        mask &= wrong.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    if mask.all() or mask.mean() > LARGEST_LOCAL_SHARE:
+        return None
+    rest = Estimate(plain, scene.plain.variance.reshape(shape), scene.plain.token_dof)
+    if not assess(np.where(mask, plain, observed), rest, scene.layout).explained:
+        return None
+    names = [_range_name(axes[a], found) for a, found in enumerate(indices) if found is not None]
+    return Region(mask, ", ".join(names), tuple(indices))
+
+
+def _wrong_along(error: Float64, predicted: Float64, axis: int, scene: Scene) -> Bools:
+    """Which indices of an axis hold an error that rounding does not explain."""
+    others = tuple(a for a in range(error.ndim) if a != axis)
+    ratio = error.sum(axis=others) / predicted.sum(axis=others)
+    count = error.size / error.shape[axis]
+    values = (error / predicted).max(axis=others) > allowed_ratio(1.0)
+    dof = scene.plain.token_dof
+    if dof is not None and scene.layout.axes[axis] != "token":
+        count = max(1.0, count * min(1.0, dof / scene.num_tokens))
+    return np.asarray(values | (ratio > allowed_ratio(max(1.0, count / 3))))
+
+
+def _range_name(axis: str, found: tuple[int, ...]) -> str:
+    """Indices in words: "head 3", "tokens 4 to 7", "dims 0, 5, ... (9 of them)"."""
+    plural = {"index": "indices"}.get(axis, f"{axis}s")
+    if len(found) == 1:
+        return f"{axis} {found[0]}"
+    if found[-1] - found[0] == len(found) - 1:
+        return f"{plural} {found[0]} to {found[-1]}"
+    if len(found) <= 4:
+        return f"{plural} {', '.join(map(str, found))}"
+    return f"{plural} {found[0]}, {found[1]}, ... {found[-1]} ({len(found)} of them)"

@@ -1,0 +1,171 @@
+"""What an alternative operation may look at, and what an entry of the catalogue is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.base import Int64, Site
+from aprcore.backends.prediction import Estimate, Profile
+from aprcore.backends.reference import ReferenceBackend
+from aprcore.config import ModelConfig
+from aprcore.layouts import Layout
+from aprcore.stages import BY_NAME, StageKey
+from aprcore.weights import Weight
+
+Floats = NDArray[np.floating[Any]]
+Float64 = NDArray[np.float64]
+
+REFERENCE = ReferenceBackend()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A stage that failed: what it was given, what came out and what should have.
+
+    Attributes:
+        key: The stage.
+        site: Its configuration, weights, tokens and positions.
+        inputs: Its inputs in argument order, float64, every token: [T, C] or [H, T, S].
+        observed: What came out, in the shape of `plain.value`.
+        plain: What should have come out, with the variance that rounding explains.
+        layout: Names the axes of the output.
+        in_file: Whether the model is under test (its weights and configuration, against the
+            oracle) and not an engine: then `observed` is right and `plain` is wrong.
+        profile: What the observed side rounds.
+        recorded: Fetches another tensor of the observed side, or None.
+        features: What the stages of the observed side have.
+    """
+
+    key: StageKey
+    site: Site
+    inputs: tuple[Float64, ...]
+    observed: Float64
+    plain: Estimate
+    layout: Layout
+    in_file: bool
+    profile: Profile
+    recorded: Callable[[StageKey], Floats | None]
+    features: frozenset[str]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.site.config
+
+    @property
+    def positions(self) -> Int64:
+        """Positions of the tokens, [T]."""
+        return self.site.positions
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.site.positions.size)
+
+    def tensor(self, stage: str, layer: int | None = None) -> Float64 | None:
+        """A recorded tensor of this layer (or of `layer`) in float64, or None."""
+        where = self.key.layer if layer is None else layer
+        found = self.recorded(StageKey(where, stage))
+        if found is None or not np.isfinite(found).all():
+            return None
+        return np.asarray(found, dtype=np.float64)
+
+    def run(
+        self, *, inputs: tuple[Float64, ...] | None = None, site: Site | None = None,
+        backend: Any = REFERENCE,
+    ) -> Float64:  # fmt: skip
+        """The stage's own operation with something changed."""
+        stage = BY_NAME[self.key.stage]
+        arguments = self.inputs if inputs is None else inputs
+        if stage.last_token:
+            arguments = tuple(x[-1:] for x in arguments)
+        assert stage.operation is not None
+        result: Float64 = stage.operation(backend, self.site if site is None else site, *arguments)
+        return result
+
+    def with_config(self, **changes: Any) -> Site:
+        """The site with other settings."""
+        return replace(self.site, config=replace(self.config, **changes))
+
+    def with_weights(self, changes: dict[str, Weight]) -> Site:
+        """The site with other weights, by their names inside the layer."""
+        return replace(self.site, weights={**self.site.weights, **self._whole(changes)})
+
+    def _whole(self, changes: dict[str, Weight]) -> dict[str, Weight]:
+        whole = {}
+        for name, weight in changes.items():
+            inside = f"model.layers.{self.site.layer}.{name}"
+            whole[inside if inside in self.site.weights else name] = weight
+        return whole
+
+
+Trial = tuple[str, Float64]
+"""What an alternative does, put in place of `{}` in its entry's name, and its output."""
+
+Outputs = Callable[[Scene], Iterable[Trial]]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of the catalogue.
+
+    Attributes:
+        name: What the alternative does otherwise; `{}` takes what was solved for.
+        stages: Where it applies; empty for every stage.
+        outputs: Runs it: one output per variant, none where it does not apply.
+        advice: What to look at when an engine is under test.
+        in_file: Its name when the model file is under test; None: it cannot be the file.
+        file_advice: What to look at then.
+        is_fallback: Whether it is named only when no other cause explains: it has a free
+            parameter, or says less.
+        in_engine: Whether an engine can do it.
+    """
+
+    name: str
+    stages: frozenset[str]
+    outputs: Outputs
+    advice: str
+    in_file: str | None = None
+    file_advice: str = ""
+    is_fallback: bool = False
+    in_engine: bool = True
+
+    def title(self, scene: Scene) -> str | None:
+        """Its name for what is under test; None if it is not for that."""
+        if scene.in_file:
+            return self.in_file
+        return self.name if self.in_engine else None
+
+    def advice_for(self, scene: Scene) -> str:
+        """What to look at."""
+        return (self.file_advice or self.advice) if scene.in_file else self.advice
+
+
+def single(output: Callable[[Scene], Float64 | None]) -> Outputs:
+    """An alternative without variants."""
+
+    def outputs(scene: Scene) -> Iterator[Trial]:
+        value = output(scene)
+        if value is not None:
+            yield "", value
+
+    return outputs
+
+
+def stages(*names: str) -> frozenset[str]:
+    """Names of stages, checked against the table."""
+    for name in names:
+        assert name in BY_NAME, name
+    return frozenset(names)
+
+
+ROTATED = stages("q_post_rope", "k_post_rope")
+NORMS = stages("attn_norm", "ffn_norm", "final_norm")
+RESIDUALS = stages("post_attn_residual", "post_ffn_residual")
+LINEAR = stages("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")
+EVERY: frozenset[str] = frozenset()

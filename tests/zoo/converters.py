@@ -1,0 +1,323 @@
+"""A converter that writes .apr files, and the ways in which it can write them wrongly.
+
+A `Draft` is a model about to be written: float weights, metadata, and after encoding the stored
+bytes, each of which a fault may spoil.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.encode import encode
+from aprcore.formats.apr_writer import AprWriter, TensorEntry
+
+Float32 = NDArray[np.float32]
+Blocks = NDArray[np.uint8]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+QUANTISED = ("Q8_0", "Q4_0", "Q4_K", "Q6_K")
+
+
+@dataclass
+class Draft:
+    """A model file about to be written.
+
+    Attributes:
+        metadata: The JSON of the file.
+        weights: Float values by name.
+        dtype: "F32", "F16", "BF16" or one of `QUANTISED`; with "+embed", embedding and head too.
+        cache: Sound encodings, shared by the drafts of one model and type.
+        spoilt: What a fault does to stored bytes, by tensor.
+    """
+
+    metadata: dict[str, Any]
+    weights: dict[str, Float32]
+    dtype: str = "F32"
+    cache: dict[str, NDArray[Any]] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    spoilt: dict[str, Callable[[Blocks], None]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, K and D."""
+        return tuple(self.metadata[n] for n in ("num_heads", "num_kv_heads", "head_dim"))  # type: ignore[return-value]
+
+    def get(self, layer: int | None, name: str) -> Float32:
+        """A copy of a weight."""
+        return self.weights[_full(layer, name)].copy()
+
+    def put(self, layer: int | None, name: str, values: Float32) -> None:
+        """Replace a weight."""
+        full = _full(layer, name)
+        self.weights[full] = np.ascontiguousarray(values, np.float32)
+        self.changed.add(full)
+
+    def stored_type(self, name: str) -> str:
+        """The type in which a tensor is stored."""
+        base, _, embed = self.dtype.partition("+")
+        if base not in QUANTISED:
+            return base
+        if self.weights[name].ndim < 2 or (name in (EMBEDDING, HEAD) and not embed):
+            return "F32"
+        return base
+
+    def write(self, path: Path) -> Path:
+        """Write the file."""
+        entries = [TensorEntry(n, self.stored_type(n), w.shape) for n, w in self.weights.items()]
+        with AprWriter(path, self.metadata, entries) as writer:
+            for entry in writer.entries:
+                writer.write(entry.name, self._encoded(entry))
+        return path
+
+    def _encoded(self, entry: TensorEntry) -> NDArray[Any]:
+        name = entry.name
+        if name in self.cache and name not in self.changed:
+            data = self.cache[name]
+        else:
+            data, lost = encode(entry.dtype, np.ascontiguousarray(self.weights[name]))
+            assert not lost, f"{name}: {lost} values cannot be stored as {entry.dtype}"
+            if name not in self.changed:
+                self.cache[name] = data
+        if name in self.spoilt:
+            data = data.copy()
+            self.spoilt[name](data)
+        return data
+
+
+def _full(layer: int | None, name: str) -> str:
+    return name if layer is None else f"model.layers.{layer}.{name}"
+
+
+Spoil = Callable[[Draft, int], None]
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """A mistake of a converter.
+
+    Attributes:
+        stages: Stages of the layer (or of the whole model) that the wrong file computes wrongly.
+        spoil: What it does to a layer of a draft.
+        causes: Words of which one must be in a named cause, lower case.
+        everywhere: Whether metadata is wrong, and with it the stages of every layer.
+    """
+
+    stages: tuple[str, ...]
+    spoil: Spoil
+    causes: tuple[str, ...]
+    everywhere: bool = False
+
+
+FAULTS: dict[str, FileFault] = {}
+
+
+def plant(name: str, stages: str, causes: str, spoil: Spoil, *, everywhere: bool = False) -> None:
+    """Add a fault to the list; several stages or accepted words are parted by "|"."""
+    assert name not in FAULTS, name
+    FAULTS[name] = FileFault(
+        tuple(stages.split("|")), spoil, tuple(causes.split("|")), everywhere=everywhere
+    )
+
+
+def change(name: str, function: Callable[[Float32], Float32], *, layer: bool = True) -> Spoil:
+    """Replace one weight by what `function` makes of it."""
+    return lambda d, n: d.put(n if layer else None, name,
+                              function(d.get(n if layer else None, name)))  # fmt: skip
+
+
+def swap(a: str, b: str) -> Spoil:
+    def spoil(d: Draft, n: int) -> None:
+        first, second = d.get(n, a), d.get(n, b)
+        d.put(n, a, second)
+        d.put(n, b, first)
+
+    return spoil
+
+
+def take_from(name: str, step: int) -> Spoil:
+    """The tensor of another layer."""
+    return lambda d, n: d.put(n, name, d.get(n + step, name))
+
+
+def zero(part: Any) -> Callable[[Float32], Float32]:
+    return times(part, 0.0)
+
+
+def times(part: Any, factor: float) -> Callable[[Float32], Float32]:
+    def spoil(w: Float32) -> Float32:
+        w[part] *= np.float32(factor)
+        return w
+
+    return spoil
+
+
+def declare(**values: Any) -> Spoil:
+    return lambda d, n: d.metadata.update(values)
+
+
+Q, K, V, O = (f"self_attn.{c}_proj.weight" for c in "qkvo")
+QB, KB, VB = (f"self_attn.{c}_proj.bias" for c in "qkv")
+GATE, UP, DOWN = (f"mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
+ATTN, FFN = "input_layernorm.weight", "post_attention_layernorm.weight"
+
+
+def _pair_rows(rows: Float32, heads: int) -> Float32:
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _leave_pairs(d: Draft, n: int) -> None:
+    heads, kv_heads, _ = d.sizes
+    for name, count in ((Q, heads), (K, kv_heads), (QB, heads), (KB, kv_heads)):
+        if _full(n, name) in d.weights:
+            d.put(n, name, _pair_rows(d.get(n, name), count))
+
+
+def _leave_pairs_k(d: Draft, n: int) -> None:
+    d.put(n, K, _pair_rows(d.get(n, K), d.sizes[1]))
+
+
+def _lose_bias(d: Draft, n: int) -> None:
+    for name in (QB, KB, VB):
+        d.put(n, name, d.get(n, name) * 0)
+
+
+def _swap_heads(d: Draft, n: int) -> None:
+    dim = d.sizes[2]
+    w = d.get(n, V)
+    w[: 2 * dim] = np.roll(w[: 2 * dim], dim, axis=0)
+    d.put(n, V, w)
+
+
+def _interleave(d: Draft, n: int) -> None:
+    """Rows of gate and up alternate, as a fused matrix may have them."""
+    both = np.stack([d.get(n, GATE), d.get(n, UP)], axis=1).reshape(-1, d.get(n, GATE).shape[1])
+    d.put(n, GATE, both[: len(both) // 2])
+    d.put(n, UP, both[len(both) // 2 :])
+
+
+plant("file-transposed-out", "attn_out", "transpose", change(O, lambda w: w.T))
+plant("file-transposed-q", "qkv_matmul", "transpose", change(Q, lambda w: w.T))
+plant("file-qk-swapped", "qkv_matmul", "order|swap", swap(Q, K))
+plant("file-kv-swapped", "qkv_matmul", "order|swap", swap(K, V))
+plant("file-gate-up-swapped", "ffn_gate|ffn_up", "swap|gate", swap(GATE, UP))
+plant("file-gate-up-interleaved", "ffn_gate|ffn_up", "interleav|gate|up|row|permut", _interleave)
+plant("file-pairs", "qkv_matmul|qkv_bias", "adjacent|pair|permut", _leave_pairs)
+plant("file-pairs-k", "qkv_matmul", "adjacent|pair|permut", _leave_pairs_k)
+plant("file-bias-lost", "qkv_bias", "bias", _lose_bias)
+plant("file-bias-q-lost", "qkv_bias", "bias", change(QB, lambda w: w * 0))
+plant("file-bias-doubled", "qkv_bias", "bias", change(VB, lambda w: w * 2))
+plant("file-bias-other-layer", "qkv_bias", "bias", take_from(KB, 1))
+plant("file-layer-down", "ffn_out", "layer", take_from(DOWN, 1))
+plant("file-layer-q", "qkv_matmul", "layer", take_from(Q, 1))
+plant("file-layer-norm", "attn_norm", "layer|norm", take_from(ATTN, 1))
+plant("file-norms-swapped", "attn_norm|ffn_norm", "norm|weight|swap|layer", swap(ATTN, FFN))
+plant("file-norm-ones", "ffn_norm", "weight|gain", change(FFN, np.ones_like))
+plant("file-norm-plus-one", "attn_norm", "+ 1|plus one|plus-one|+1", change(ATTN, lambda w: w + 1))
+plant("file-norm-minus-one", "ffn_norm", "- 1|minus one|+ 1|plus one|minus-one|plus-one|weight",
+      change(FFN, lambda w: w - 1))  # fmt: skip
+plant("file-final-norm-ones", "final_norm", "weight|gain",
+      change("model.norm.weight", np.ones_like, layer=False))  # fmt: skip
+plant("file-qk-norm-ones", "q_post_rope", "norm",
+      change("self_attn.q_norm.weight", np.ones_like))  # fmt: skip
+plant("file-down-scaled", "ffn_out", "scale|factor", change(DOWN, lambda w: w * np.float32(1.25)))
+plant("file-up-negated", "ffn_up", "sign|factor|scale|neg", change(UP, np.negative))
+plant("file-embedding-off", "embedding", "row|off by one|token",
+      change(EMBEDDING, lambda w: np.roll(w, 1, axis=0), layer=False))  # fmt: skip
+plant("file-embedding-scaled", "embedding", "scale|sqrt|factor",
+      change(EMBEDDING, lambda w: w * np.float32(np.sqrt(w.shape[1])), layer=False))  # fmt: skip
+plant("file-head-tied", "lm_head", "tied|embedding",
+      lambda d, n: d.put(None, HEAD, d.get(None, EMBEDDING)))  # fmt: skip
+plant("file-theta", "q_post_rope|k_post_rope", "theta", declare(rope_theta=7e5), everywhere=True)
+plant("file-scaling-lost", "q_post_rope|k_post_rope", "scaling", declare(rope_scaling=None),
+      everywhere=True)  # fmt: skip
+plant("file-eps", "attn_norm|ffn_norm|final_norm", "eps", declare(rms_norm_eps=1e-2),
+      everywhere=True)  # fmt: skip
+plant("file-act", "ffn_silu", "gelu", declare(hidden_act="gelu_pytorch_tanh"), everywhere=True)
+
+# Local ones.
+
+plant("file-rows-zero", "ffn_gate", "zero|row|column|block", change(GATE, zero(np.s_[-8:])))
+plant("file-row-zero", "attn_out", "zero|row|column|value", change(O, zero(np.s_[11])))
+plant("file-columns-zero", "ffn_out", "zero|column|block|reduction|inner|input",
+      change(DOWN, zero(np.s_[:, -32:])))  # fmt: skip
+plant("file-head-zero", "qkv_matmul", "zero|head|column|block", lambda d, n: d.put(
+    n, Q, zero(np.s_[3 * d.sizes[2]: 4 * d.sizes[2]])(d.get(n, Q))))  # fmt: skip
+plant("file-kv-heads-swapped", "qkv_matmul", "head|order|permut|kv", _swap_heads)
+plant("file-row-negated", "ffn_up", "sign|row|column|factor", change(UP, times(np.s_[40], -1)))
+plant("file-block-scaled", "ffn_gate", "scale|block|row|column|factor",
+      change(GATE, times(np.s_[64:68, :], 2)))  # fmt: skip
+plant("file-embedding-row", "embedding", "row|token|zero", lambda d, n: d.put(
+    None, EMBEDDING, zero(np.s_[_first_token(d)])(d.get(None, EMBEDDING))), )  # fmt: skip
+plant("file-head-rows", "lm_head", "zero|row|column|block",
+      change(HEAD, zero(np.s_[-8:]), layer=False))  # fmt: skip
+plant("file-norm-tail", "attn_norm", "zero|column|block|weight", change(ATTN, zero(np.s_[-4:])))
+plant("file-bias-tail", "qkv_bias", "zero|bias|column|block", change(VB, zero(np.s_[-8:])))
+
+
+def _first_token(d: Draft) -> int:
+    return int(d.metadata["zoo_tokens"][1])
+
+
+# Stored bytes.
+
+
+def bytes_of(name: str, spoil: Callable[[Blocks], None]) -> Spoil:
+    def plan(d: Draft, n: int) -> None:
+        d.spoilt[_full(n, name)] = spoil
+
+    return plan
+
+
+def _swap_nibbles(blocks: Blocks) -> None:
+    codes = blocks.reshape(-1, 144)[:, 16:]
+    codes[...] = codes >> 4 | codes << 4
+
+
+def _ignore_minimum(blocks: Blocks) -> None:
+    blocks.reshape(-1, 144)[:, 2:4] = 0
+
+
+def _misread_scale_bits(blocks: Blocks) -> None:
+    """The upper two bits of the last four scales lost."""
+    blocks.reshape(-1, 144)[:, 4:8] &= 0x3F
+
+
+def _neighbouring_block(blocks: Blocks) -> None:
+    """A super-block of a row taken from the row below."""
+    rows = blocks.reshape(-1, 144)
+    rows[6] = rows[7]
+
+
+def _shift_blocks(blocks: Blocks) -> None:
+    """Row padding left out: from the second row on, every block comes one too early."""
+    rows = blocks.reshape(-1, 144)
+    rows[1:-1] = rows[2:].copy()
+
+
+def _double_scale(blocks: Blocks) -> None:
+    """One Q8_0 block with the scale of its neighbour times two: one bit of the exponent."""
+    blocks.reshape(-1, 34)[5, 1] += 4
+
+
+def _neighbouring_scales(blocks: Blocks) -> None:
+    rows = blocks.reshape(-1, 34)
+    rows[:, :2] = np.roll(rows[:, :2], 1, axis=0)
+
+
+plant("bytes-nibbles", "ffn_up", "nibble", bytes_of(UP, _swap_nibbles))
+plant("bytes-minimum", "ffn_gate", "minim", bytes_of(GATE, _ignore_minimum))
+plant("bytes-scale-bits", "attn_out", "scale", bytes_of(O, _misread_scale_bits))
+plant("bytes-neighbour", "ffn_out", "neighbour|row|block", bytes_of(DOWN, _neighbouring_block))
+plant("bytes-padding", "attn_out", "padding|row|block|permut", bytes_of(O, _shift_blocks))
+plant("bytes-q8-scale", "ffn_gate", "scale|row|block|factor", bytes_of(GATE, _double_scale))
+plant("bytes-q8-scales-shifted", "ffn_up", "scale|neighbour|block",
+      bytes_of(UP, _neighbouring_scales))  # fmt: skip
+
+Faults = Mapping[str, FileFault]

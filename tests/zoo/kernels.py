@@ -1,0 +1,385 @@
+"""Kernel faults: what an engine can compute wrongly in one stage, each a few lines of torch.
+
+They are written from what engines get wrong, apart from `aprcore.causes`: the zoo would prove
+nothing if the answer were written twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from aprcore.stages import StageKey
+
+from .engine import Step, Tensor, Wrong, activate, plain_frequencies, quantised_blocks
+
+
+@dataclass(frozen=True)
+class KernelFault:
+    """A mistake of an engine.
+
+    Attributes:
+        stages: What computes wrongly, by stage; one mistake may show in several.
+        causes: Words of which one must be in a named cause, lower case.
+    """
+
+    stages: Mapping[str, Wrong]
+    causes: tuple[str, ...]
+
+
+FAULTS: dict[str, KernelFault] = {}
+
+
+def plant(name: str, causes: str, **stages: Wrong) -> None:
+    """Add a fault to the list; `causes` are the accepted words, parted by "|"."""
+    assert name not in FAULTS, name
+    FAULTS[name] = KernelFault(stages, tuple(causes.split("|")))
+
+
+def both(function: Wrong) -> dict[str, Wrong]:
+    """The same mistake for queries and keys."""
+    return {"q_post_rope": function, "k_post_rope": function}
+
+
+# Rotary embedding.
+
+
+def wrong_rope(**change: object) -> Wrong:
+    return lambda s: s.rotate(s.head_normed(), **change)  # type: ignore[arg-type]
+
+
+def positions(change: Callable[[Tensor], Tensor]) -> Wrong:
+    def rotate(s: Step) -> Tensor:
+        given = torch.arange(s.x.shape[0], dtype=torch.float64)
+        return s.rotate(s.head_normed(), positions=change(given))
+
+    return rotate
+
+
+def theta(value: float) -> Wrong:
+    return lambda s: s.rotate(
+        s.head_normed(), inverse=plain_frequencies(value, s.config.head_dim).inverse
+    )
+
+
+def unscaled(s: Step) -> Tensor:
+    plain = plain_frequencies(s.config.rope.theta, s.config.head_dim)
+    return s.rotate(s.head_normed(), inverse=plain.inverse, factor=1.0)
+
+
+plant("rope-pairs", "adjacent", **both(wrong_rope(pairs=True)))
+plant("rope-pairs-q", "adjacent", q_post_rope=wrong_rope(pairs=True))
+plant("rope-theta-10k", "theta", **both(theta(1e4)))
+plant("rope-theta-500k", "theta", **both(theta(5e5)))
+plant("rope-position-late", "position", **both(positions(lambda p: p + 1)))
+plant("rope-position-early-k", "position", k_post_rope=positions(lambda p: (p - 1).clamp(min=0)))
+plant("rope-position-restarts", "position|restart|token", **both(positions(lambda p: p % 16)))
+plant("rope-absent", "not applied|no rope|not rotated|rope-not|without rope|missing",
+      **both(lambda s: s.head_normed()))  # fmt: skip
+plant("rope-absent-k", "not applied|no rope|not rotated|rope-not|without rope|missing",
+      k_post_rope=lambda s: s.head_normed())  # fmt: skip
+plant("rope-partial", "partial|dimension",
+      **both(lambda s: s.rotate(s.head_normed(), width=s.config.head_dim // 2)))  # fmt: skip
+plant("rope-sine-negated", "sine|sin ", **both(wrong_rope(sign=-1.0)))
+plant("rope-scaling-lost", "scaling", **both(unscaled))
+plant("rope-on-v", "rope", attention=lambda s: s.values(v=s.rotate(s.part("v"))))
+
+# Attention.
+
+plant("scale-hidden", "scale|factor",
+      attn_scores=lambda s: s.scores(scale=1 / math.sqrt(s.config.hidden_size)))  # fmt: skip
+plant("scale-none", "scale|factor", attn_scores=lambda s: s.scores(scale=1.0))
+plant("scale-kv-dim", "scale|factor", attn_scores=lambda s: s.scores(
+    scale=1 / math.sqrt(s.config.hidden_size // s.config.num_kv_heads)))  # fmt: skip
+plant("mask-none", "mask", attn_softmax=lambda s: s.softmax(
+    _unmasked(s), diagonal=s.x.shape[2]))  # fmt: skip
+plant("mask-late", "mask", attn_softmax=lambda s: s.softmax(_unmasked(s), diagonal=1))
+plant("mask-early", "mask", attn_softmax=lambda s: _first_sees_itself(s))
+plant("mask-after", "mask", attn_softmax=lambda s: torch.softmax(_unmasked(s), dim=-1).tril())
+plant("softmax-axis", "axis", attn_softmax=lambda s: _other_axis(s))
+plant("softmax-no-max", "max|overflow", attn_softmax=lambda s: _without_maximum(s, torch.float32))
+plant("softmax-half", "half|precision|f16|bf16|float16|bfloat16",
+      attn_softmax=lambda s: _softmax_in(s, torch.float16))  # fmt: skip
+plant("softmax-bf16", "half|precision|f16|bf16|float16|bfloat16",
+      attn_softmax=lambda s: _softmax_in(s, torch.bfloat16))  # fmt: skip
+plant("kv-tiled-scores", "tile", attn_scores=lambda s: s.scores(groups=_tiled(s)))
+plant("kv-tiled-values", "tile", attention=lambda s: s.values(groups=_tiled(s)))
+plant("kv-tiled", "tile", attn_scores=lambda s: s.scores(groups=_tiled(s)),
+      attention=lambda s: s.values(groups=_tiled(s)))  # fmt: skip
+plant("kv-groups-count", "group", attn_scores=lambda s: s.scores(groups=s.groups() // 2))
+plant("kv-first-only", "group|kv head|tile|head", attention=lambda s: s.values(groups=s.groups() * 0))
+
+
+def _unmasked(s: Step) -> Tensor:
+    """The scores above the diagonal too, which the dump leaves out."""
+    layer = s.key.layer
+    q, k = (s.by_head(s.made[StageKey(layer, name)]) for name in ("q_post_rope", "k_post_rope"))
+    whole = q @ k[s.groups()].transpose(1, 2) / math.sqrt(s.config.head_dim)
+    return whole.to(s.x.dtype).triu(1) + s.x.tril()
+
+
+def _first_sees_itself(s: Step) -> Tensor:
+    """Each token sees only those before it; the first has nothing else to see than itself."""
+    sees = torch.ones(s.x.shape[1:], dtype=torch.bool).tril(-1)
+    sees[0, 0] = True
+    return torch.softmax(s.x.masked_fill(~sees, -torch.inf), dim=-1)
+
+
+def _other_axis(s: Step) -> Tensor:
+    future = torch.ones(s.x.shape[1:], dtype=torch.bool).triu(1)
+    return torch.softmax(s.x.masked_fill(future, -torch.inf), dim=1)
+
+
+def _without_maximum(s: Step, kind: torch.dtype) -> Tensor:
+    powers = s.x.to(kind).exp().tril()
+    return (powers / powers.sum(dim=-1, keepdim=True)).to(s.x.dtype)
+
+
+def _softmax_in(s: Step, kind: torch.dtype) -> Tensor:
+    return s.softmax(s.x.to(kind)).to(s.x.dtype)
+
+
+def _tiled(s: Step) -> Tensor:
+    return torch.arange(s.config.num_heads) % s.config.num_kv_heads
+
+
+# Projections.
+
+
+def stale(stage: str, layers_back: int = 0) -> Wrong:
+    """What another stage left in the buffer."""
+    return lambda s: s.made[StageKey(s.key.layer - layers_back, stage)].clone()  # type: ignore[operator]
+
+
+def transposed(module: str) -> Wrong:
+    return lambda s: s.linear(s.x, s.weight(f"{module}.weight").T)
+
+
+def of_layer(module: str, step: int) -> Wrong:
+    return lambda s: s.project(module, layer=s.key.layer + step)  # type: ignore[operator]
+
+
+def columns(start: int, stop: int | None, function: Callable[[Tensor], Tensor] = torch.zeros_like):
+    """Spoil some output columns of the sound stage; negative ones count from the end."""
+
+    def wrong(s: Step) -> Tensor:
+        y = s.sound().clone()
+        y[..., start:stop] = function(y[..., start:stop])
+        return y
+
+    return wrong
+
+
+def inputs_cut(module: str, start: int, stop: int | None = None) -> Wrong:
+    """A block of the inner dimension left out of the sum."""
+
+    def wrong(s: Step) -> Tensor:
+        x = s.x.clone()
+        x[:, start:stop] = 0
+        return s.project(module, x)
+
+    return wrong
+
+
+def accumulated_in(module: str, kind: torch.dtype) -> Wrong:
+    """Partial sums of 16 products kept in a half type."""
+
+    def wrong(s: Step) -> Tensor:
+        weight = s.weight(f"{module}.weight")
+        total = torch.zeros(s.x.shape[0], weight.shape[0], dtype=kind)
+        for start in range(0, weight.shape[1], 16):
+            part = s.x[:, start : start + 16] @ weight[:, start : start + 16].T
+            total = (total + part.to(kind)).to(kind)
+        return total.to(s.x.dtype)
+
+    return wrong
+
+
+plant("transposed-out", "transpose", attn_out=transposed("self_attn.o_proj"))
+plant("kq-order", "order", qkv_matmul=lambda s: s.qkv("kqv"))
+plant("vk-order", "order", qkv_matmul=lambda s: s.qkv("qvk"))
+plant("gate-up-swapped", "swap|gate", ffn_gate=lambda s: s.project("mlp.up_proj"),
+      ffn_up=lambda s: s.project("mlp.gate_proj"))  # fmt: skip
+plant("bias-missing", "bias", qkv_bias=lambda s: s.x.clone())
+plant("bias-missing-k", "bias", qkv_bias=lambda s: s.x + s.bias("qv"))
+plant("bias-doubled", "bias", qkv_bias=lambda s: s.x + 2 * s.bias())
+plant("bias-other-layer", "bias", qkv_bias=lambda s: s.x + s.bias(layer=s.key.layer + 1))
+plant("weights-other-layer-down", "layer", ffn_out=of_layer("mlp.down_proj", 1))
+plant("weights-other-layer-qkv", "layer", qkv_matmul=lambda s: s.qkv(layer=s.key.layer + 1))
+plant("rows-paired", "adjacent|pair|permut", qkv_matmul=lambda s: _paired_rows(s))
+plant("tile-missing", "tile|column|block|zero", ffn_gate=columns(16, 32))
+plant("last-columns-missing", "column|block|zero|tile", attn_out=columns(-8, None))
+plant("last-columns-up", "column|block|zero|tile", ffn_up=columns(-32, None))
+plant("reduction-short", "reduction|inner|last|block|column|input",
+      ffn_out=inputs_cut("mlp.down_proj", -32))  # fmt: skip
+plant("reduction-short-out", "reduction|inner|last|block|column|input",
+      attn_out=inputs_cut("self_attn.o_proj", -8))  # fmt: skip
+plant("stale-up", "stale|buffer|gate|other stage|another stage", ffn_up=stale("ffn_gate"))
+plant("stale-layer", "stale|buffer|layer", ffn_out=stale("ffn_out", 1))
+plant("accumulated-f16", "f16|float16|half|precision|accumul",
+      ffn_out=accumulated_in("mlp.down_proj", torch.float16))  # fmt: skip
+plant("accumulated-bf16", "bf16|bfloat16|half|precision|accumul",
+      ffn_gate=accumulated_in("mlp.gate_proj", torch.bfloat16))  # fmt: skip
+plant("activations-q8", "q8|activation|rounded|precision",
+      ffn_out=lambda s: s.project("mlp.down_proj", quantised_blocks(s.x)))  # fmt: skip
+
+
+def _paired_rows(s: Step) -> Tensor:
+    """Rows of q as the other RoPE convention has them."""
+    q, k, v = (s.part(c, s.sound()) for c in "qkv")
+    heads = q.reshape(q.shape[0], -1, 2, s.config.head_dim // 2)
+    return torch.cat([heads.transpose(2, 3).reshape(q.shape), k, v], dim=1)
+
+
+# Norms, activation, residuals.
+
+
+def norm_of(weight: str, change: Callable[[Step, Tensor, Tensor], Tensor]) -> Wrong:
+    return lambda s: change(s, s.x, s.weight(weight))
+
+
+ATTN, FFN = "input_layernorm.weight", "post_attention_layernorm.weight"
+plant("norm-eps", "eps", attn_norm=norm_of(ATTN, lambda s, x, w: s.norm(x, w, 1e-2)))
+plant("norm-eps-tenfold", "eps",
+      ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps)))  # fmt: skip
+plant("norm-no-weight", "weight|gain",
+      ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x, torch.ones_like(w))))  # fmt: skip
+plant("norm-weight-plus-one", "+ 1|plus one|plus-one|+1",
+      attn_norm=norm_of(ATTN, lambda s, x, w: s.norm(x, w + 1)))  # fmt: skip
+plant("norm-layer", "layernorm|layer norm|mean",
+      ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x - x.mean(1, keepdim=True), w)))  # fmt: skip
+plant("norm-axis", "axis", attn_norm=norm_of(ATTN, lambda s, x, w: (
+    x * torch.rsqrt(x.square().mean(0, keepdim=True) + s.config.rms_norm_eps) * w)))  # fmt: skip
+plant("norm-final-no-weight", "weight|gain", final_norm=lambda s: s.norm(
+    s.x, torch.ones_like(s.weight("model.norm.weight"))))  # fmt: skip
+plant("qk-norm-missing", "norm", **both(lambda s: s.rotate(s.part(s.key.stage[0]))))
+plant("q-norm-missing", "norm", q_post_rope=lambda s: s.rotate(s.part("q")))
+plant("gelu", "gelu", ffn_silu=lambda s: activate(s.x, "gelu"))
+plant("gelu-tanh", "gelu", ffn_silu=lambda s: activate(s.x, "gelu_pytorch_tanh"))
+plant("relu", "relu", ffn_silu=lambda s: activate(s.x, "relu"))
+plant("silu-on-up", "up", ffn_silu=lambda s: activate(s.made[StageKey(s.key.layer, "ffn_up")], "silu"))
+plant("gate-not-activated", "activation|linear|not applied|identity|stale",
+      ffn_silu=lambda s: s.x.clone())  # fmt: skip
+plant("residual-missing", "residual|addend", post_attn_residual=lambda s: s.inputs[1].clone())
+plant("residual-missing-ffn", "residual|addend", post_ffn_residual=lambda s: s.inputs[1].clone())
+plant("residual-twice", "twice|residual|doubled",
+      post_ffn_residual=lambda s: 2 * s.inputs[0] + s.inputs[1])  # fmt: skip
+plant("residual-normed", "norm", post_attn_residual=lambda s: (
+    s.made[StageKey(s.key.layer, "attn_norm")] + s.inputs[1]))  # fmt: skip
+plant("residual-stale", "residual|norm|embedding|layer|stale|input", post_ffn_residual=lambda s: (
+    s.made[StageKey(s.key.layer, "ffn_norm")] + s.inputs[1]))  # fmt: skip
+
+# Embedding and head.
+
+plant("embedding-off-by-one", "row|off by one|token",
+      embedding=lambda s: s.embed([(t + 1) % s.config.vocab_size for t in s.tokens]))  # fmt: skip
+plant("embedding-scaled", "scale|sqrt|factor",
+      embedding=lambda s: s.embed(s.tokens) * math.sqrt(s.config.hidden_size))  # fmt: skip
+plant("head-tied", "tied|embedding", lm_head=lambda s: s.linear(
+    s.x[-1:], s.weight("model.embed_tokens.weight"))[0])  # fmt: skip
+plant("head-early-token", "token", lm_head=lambda s: s.linear(s.x[-2:-1], s.head())[0])
+
+# Local faults: a part of a stage computed wrongly, the rest soundly.
+
+Place = Callable[[Tensor, Step], tuple[object, ...]]
+
+
+def at(place: Place, wrong: Wrong) -> Wrong:
+    """`wrong` in one place, the sound stage elsewhere."""
+
+    def spoil(s: Step) -> Tensor:
+        y, other = s.sound().clone(), wrong(s)
+        where = place(y, s)
+        y[where] = other[where]
+        return y
+
+    return spoil
+
+
+def head(number: int) -> Place:
+    """One head's columns, or its plane."""
+
+    def place(y: Tensor, s: Step) -> tuple[object, ...]:
+        if y.ndim == 3:
+            return (number,)
+        dim = s.config.head_dim
+        return (slice(None), slice(number * dim, (number + 1) * dim))
+
+    return place
+
+
+def token(number: int) -> Place:
+    """One token's row, in every head."""
+    return lambda y, s: (slice(None), number) if y.ndim == 3 else (number,)
+
+
+def span(start: int, stop: int | None) -> Place:
+    """Some columns."""
+    return lambda y, s: (..., slice(start, stop))
+
+
+def value(*index: int) -> Place:
+    return lambda y, s: index
+
+
+LAST = -1
+plant("local-rope-head", "rope|head", q_post_rope=at(head(3), lambda s: s.head_normed()))
+plant("local-rope-pairs-head", "adjacent|head", k_post_rope=at(head(1), wrong_rope(pairs=True)))
+plant("local-rope-last-token", "position|token",
+      q_post_rope=at(token(LAST), positions(lambda p: p * 0)))  # fmt: skip
+plant("local-rope-token-early", "position|token",
+      k_post_rope=at(token(4), positions(lambda p: p - 1)))  # fmt: skip
+plant("local-scale-head", "scale|factor|head", attn_scores=at(head(2), lambda s: s.scores(scale=1.0)))
+plant("local-scores-row", "token|zero", attn_scores=at(token(3), lambda s: s.sound() * 0))
+plant("local-kv-head", "head|tile|group", attention=at(head(5), lambda s: s.values(groups=_tiled(s))))
+plant("local-kv-scores-head", "head|tile|group",
+      attn_scores=at(head(5), lambda s: s.scores(groups=_tiled(s))))  # fmt: skip
+plant("local-softmax-last-key", "mask|token|zero",
+      attn_softmax=at(token(LAST), lambda s: _forgets_last_key(s)))  # fmt: skip
+plant("local-softmax-head-half", "head|half|precision|f16",
+      attn_softmax=at(head(1), lambda s: _softmax_in(s, torch.float16)))  # fmt: skip
+plant("local-attention-last-block", "column|head|zero|block",
+      attention=columns(-16, None))  # fmt: skip
+plant("local-gate-rows", "column|row|zero|block|tile", ffn_gate=columns(-8, None))
+plant("local-up-row", "column|row|sign|factor|value", ffn_up=columns(37, 38, torch.neg))
+plant("local-qkv-rows", "column|row|zero|block|tile|head", qkv_matmul=columns(8, 12))
+plant("local-out-row-order", "row|column|permut|swap", attn_out=at(span(4, 6), lambda s: (
+    s.sound()[:, _swapped(s.config.hidden_size, 4, 5)])))  # fmt: skip
+plant("local-down-last-token", "token|stale", ffn_out=at(token(LAST), lambda s: (
+    s.sound().roll(1, dims=0))))  # fmt: skip
+plant("local-down-block", "reduction|inner|column|block|row",
+      ffn_out=at(span(0, 16), inputs_cut("mlp.down_proj", -32)))  # fmt: skip
+plant("local-norm-token", "token|factor|weight|norm|gain", ffn_norm=at(token(2), norm_of(
+    FFN, lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
+plant("local-norm-tail", "weight|gain|column|block", attn_norm=at(span(-16, None), norm_of(
+    ATTN, lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
+plant("local-silu-tail", "activation|relu|column|block|linear|gelu|identity|not applied",
+      ffn_silu=at(span(-4, None), lambda s: s.x.clone()))  # fmt: skip
+plant("local-swigl-value", "value|zero|column|token", ffn_swigl=at(value(1, 9), lambda s: (
+    s.sound() * 0)))  # fmt: skip
+plant("local-residual-token", "residual|token|addend",
+      post_attn_residual=at(token(0), lambda s: s.inputs[1].clone()))  # fmt: skip
+plant("local-residual-tail", "residual|column|block|addend|twice",
+      post_ffn_residual=at(span(-8, None), lambda s: s.inputs[0] * 2 + s.inputs[1]))  # fmt: skip
+plant("local-embedding-token", "row|token|off by one", embedding=at(token(2), lambda s: (
+    s.embed([(t + 1) % s.config.vocab_size for t in s.tokens]))))  # fmt: skip
+plant("local-head-rows", "zero|row|column|block", lm_head=columns(-8, None))
+plant("local-head-value", "factor|sign|value|row|column", lm_head=columns(5, 6, lambda y: y * 1.5))
+plant("local-bias-head", "bias|head|column", qkv_bias=at(head(2), lambda s: s.x.clone()))
+plant("local-nan", "nan|non-finite|nonfinite", ffn_swigl=at(value(0, 3), lambda s: (
+    s.sound() * torch.nan)))  # fmt: skip
+
+
+def _forgets_last_key(s: Step) -> Tensor:
+    sees = torch.ones(s.x.shape[1:], dtype=torch.bool).tril()
+    sees[-1, -1] = False
+    return torch.softmax(s.x.masked_fill(~sees, -torch.inf), dim=-1)
+
+
+def _swapped(size: int, a: int, b: int) -> Tensor:
+    order = torch.arange(size)
+    order[a], order[b] = b, a
+    return order
