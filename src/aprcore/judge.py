@@ -71,6 +71,7 @@ class Judgment:
         bound: The relative L2 that rounding explains for the tensor as a whole.
         assessment: Measured over predicted energy, and the part that stands out.
         span: Recorded stages that the judgment starts from, when inputs had to be recomputed.
+        recomputed: Those inputs; recording them narrows the judgment to one stage.
     """
 
     relative_l2: float
@@ -78,6 +79,7 @@ class Judgment:
     bound: float
     assessment: Assessment
     span: tuple[StageKey, ...] = ()
+    recomputed: tuple[StageKey, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -92,8 +94,12 @@ class Judgment:
             times = math.sqrt(worst.ratio) if math.isfinite(worst.ratio) else math.inf
             text += f"; {times:.3g} times the predicted noise in {worst.name}"
         if self.span:
-            text += f" (judged from {', '.join(key.stage for key in self.span)})"
+            text += f" (judged from {_names(self.span)}; dump {_names(self.recomputed)} to narrow it)"
         return text
+
+
+def _names(keys: tuple[StageKey, ...]) -> str:
+    return ", ".join(key.stage for key in keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +162,7 @@ def decide(found: Evidence) -> tuple[Verdict | None, str]:
     own = max(judged, key=lambda j: j.assessment.ratio * j.assessment.floor**2)
     if found.inputs_pass:
         return Verdict.NOISE, f"own error is {own.assessment.ratio:.2g} times the predicted noise"
-    return Verdict.INHERITED, f"its own operation is right ({own.describe()}); its input was not"
+    return Verdict.INHERITED, "its own operation is right; its input was not"
 
 
 def _nonfinite(found: Evidence) -> tuple[Verdict, str] | None:

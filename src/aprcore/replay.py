@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from aprcore.backends.base import Site
 from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
 from aprcore.config import ModelConfig
-from aprcore.stages import BY_NAME, StageKey, input_keys
+from aprcore.stages import BY_NAME, STAGES, Scope, StageKey, input_keys
 from aprcore.weights import Weight
 
 Floats = NDArray[np.floating[Any]]
@@ -33,10 +33,12 @@ class Expectation:
         estimate: Expected values and the variance of a sound engine's error, flat.
         span: Recorded stages that a judgment over several operations starts from; empty when the
             stage was replayed on its own inputs.
+        recomputed: Stages inside the span that were not recorded; recording them narrows it.
     """
 
     estimate: Estimate
     span: tuple[StageKey, ...] = ()
+    recomputed: tuple[StageKey, ...] = ()
 
 
 class RecordedSide:
@@ -88,14 +90,22 @@ class RecordedSide:
         if key.layer == self._layer:
             return
         self._layer = key.layer
-        sources = input_keys(key, self._config.num_layers, self.features)
-        boundary = {source for source in sources if source.layer != key.layer}
-        if BY_NAME[key.stage].reads == ():
-            boundary = set()
+        num_layers = self._config.num_layers
+        # The last layer may yet have to be recomputed for the stages of the whole model.
+        kept = {num_layers - 1 if key.layer is None else key.layer, None}
+        inputs = {
+            source
+            for stage in STAGES
+            if stage.scope is BY_NAME[key.stage].scope or stage.scope is Scope.LAYER
+            for source in input_keys(StageKey(key.layer, stage.name), num_layers, self.features)
+        }
         for held in (self._recorded, self._replayed):
-            for old in [k for k in held if k.layer != key.layer and k not in boundary]:
-                if old.layer is None or key.layer is None or old.layer < key.layer - 1:
-                    del held[old]
+            for old in [k for k in held if k.layer not in kept and k not in inputs]:
+                del held[old]
+
+    def recorded_keys(self) -> tuple[StageKey, ...]:
+        """The tensors that are held at present."""
+        return tuple(key for key, x in self._recorded.items() if x is not None)
 
     def sizes(self) -> Mapping[str, int]:
         """Numbers for the letters of symbolic shapes."""
@@ -147,7 +157,7 @@ class RecordedSide:
         estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
         if estimate is None or not np.isfinite(estimate.value).all():
             return None
-        return Expectation(estimate, _join(inputs))
+        return Expectation(estimate, _starts(inputs), (*_recomputed(inputs), key))
 
     def expect(self, key: StageKey) -> Expectation | None:
         """What this side should hold for a stage; None where that cannot be known."""
@@ -156,17 +166,22 @@ class RecordedSide:
             return None
         backend = PredictionBackend([(None, self.profile)])
         estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
-        return None if estimate is None else Expectation(estimate, self.span(key, inputs))
+        return None if estimate is None else self.expectation(key, inputs, estimate)
 
-    def span(self, key: StageKey, inputs: Sequence[Expectation]) -> tuple[StageKey, ...]:
-        """The recorded stages that a judgment starts from, unless they are the stage's inputs."""
-        direct = set(input_keys(key, self._config.num_layers, self.features))
-        starts = _join(inputs)
-        return () if set(starts) <= direct else starts
+    def expectation(
+        self, key: StageKey, inputs: Sequence[Expectation], estimate: Estimate
+    ) -> Expectation:
+        """The estimate of a stage with the span that it covers, if it is more than the stage."""
+        recomputed = _recomputed(inputs)
+        return Expectation(estimate, _starts(inputs) if recomputed else (), recomputed)
 
 
-def _join(inputs: Iterable[Expectation]) -> tuple[StageKey, ...]:
+def _starts(inputs: Iterable[Expectation]) -> tuple[StageKey, ...]:
     return tuple(dict.fromkeys(key for x in inputs for key in x.span))
+
+
+def _recomputed(inputs: Iterable[Expectation]) -> tuple[StageKey, ...]:
+    return tuple(dict.fromkeys(key for x in inputs for key in x.recomputed))
 
 
 def run_stage(
@@ -208,8 +223,8 @@ def expect_both(
     first = Estimate(both.value[:rows], both.variance[:rows])
     second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
     return (
-        Expectation(first, trace.span(key, traced)),
-        Expectation(second, oracle.span(key, captured)),
+        trace.expectation(key, traced, first),
+        oracle.expectation(key, captured, second),
     )
 
 

@@ -266,6 +266,7 @@ def _judgment(judgment: Judgment) -> dict[str, Any]:
         "predicted_relative_l2": judgment.assessment.floor,
         "worst_part": {"name": worst.name, "ratio": worst.ratio, "allowed": worst.factor},
         "span": [key.path for key in judgment.span],
+        "recomputed": [key.path for key in judgment.recomputed],
     }
 
 

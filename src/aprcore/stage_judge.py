@@ -76,7 +76,9 @@ class StageJudge:
         sizes = self._sides.sizes
         present = [x for x in (oracle, traced) if x is not None]
         if not present:
-            return StageReport(key, None, Verdict.MISSING, "both sides lack it")
+            is_asked_of_both = key not in self._sides.not_computed
+            reason = "both sides lack it" if is_asked_of_both else "the oracle lacks it"
+            return StageReport(key, None, Verdict.MISSING, reason)
         layout = layout_of(key, sizes, present[0].size)
         if traced is not None and oracle is not None and traced.size != oracle.size:
             return self._other_size(key, traced, oracle)
@@ -205,7 +207,7 @@ class StageJudge:
 
     def _aligned(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout
-    ) -> tuple[Comparison, str | None]:
+    ) -> tuple[Floats, Floats, Comparison, str | None]:
         """Without other judgments, a permutation shows by the comparison of the sides alone."""
         bound = self._sides.bound_alone
         for name, ours, theirs in self._readings(key, a, b, layout):
@@ -297,4 +299,4 @@ def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment 
     found = compare(x, estimate.value)
     assessment = assess(x, estimate, layout)
     bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
-    return Judgment(found.relative_l2, found.cosine, bound, assessment, expected.span)
+    return Judgment(found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed)

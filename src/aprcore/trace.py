@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,6 +145,49 @@ def write_stage_file(path: Path, layer: int | None, values: NDArray[Any]) -> Non
         file.write(flat.data.cast("B"))
 
 
+class StageSource(Protocol):
+    """Stage tensors of one side, read one at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The directory or file."""
+        ...
+
+    @property
+    def sidecar(self) -> Sidecar:
+        """What it says of itself."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[StageKey, int]:
+        """Number of values of every tensor, in the order of computation."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names in it that are no stage."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """One more than the highest layer present."""
+        ...
+
+    def __contains__(self, key: StageKey) -> bool: ...
+
+    def keys(self) -> tuple[StageKey, ...]:
+        """Every tensor, in the order of computation."""
+        ...
+
+    def shape(self, key: StageKey) -> tuple[int, ...] | None:
+        """The recorded shape of a tensor, if it fits the number of values."""
+        ...
+
+    def read(self, key: StageKey) -> Float32:
+        """The values of one tensor, flat."""
+        ...
+
+
 class TraceDirectory:
     """The stage tensors under one directory, read one at a time.
 
@@ -166,7 +209,10 @@ class TraceDirectory:
         try:
             if not self.path.is_dir():
                 fault = "is not a directory" if self.path.exists() else "does not exist"
-                raise TraceError(fault, where=path, hint="give a directory of stage files")
+                raise TraceError(
+                    fault, where=path,
+                    hint="give a directory of stage files, or one .safetensors, .npz or .pt file",
+                )  # fmt: skip
         except OSError as error:  # a name too long, a folder that may not be entered
             raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
         self.sidecar = read_sidecar(self.path)

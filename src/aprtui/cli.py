@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # where the terminal has no ✓, say "\\u2713"
         sys.stdout.reconfigure(errors="backslashreplace")
+    # A NaN or an overflow in a tensor is a finding and is reported as one.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="aprcore")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "explore")

@@ -32,13 +32,16 @@ class Draft:
         metadata: The JSON of the file.
         weights: Float values by name.
         dtype: "F32", "F16", "BF16" or one of `QUANTISED`; with "+embed", embedding and head too.
+        tokens: Ids that will be run.
         cache: Sound encodings, shared by the drafts of one model and type.
+        changed: Tensors that a fault replaced.
         spoilt: What a fault does to stored bytes, by tensor.
     """
 
     metadata: dict[str, Any]
     weights: dict[str, Float32]
     dtype: str = "F32"
+    tokens: tuple[int, ...] = ()
     cache: dict[str, NDArray[Any]] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     spoilt: dict[str, Callable[[Blocks], None]] = field(default_factory=dict)
@@ -254,15 +257,11 @@ plant("file-row-negated", "ffn_up", "sign|row|column|factor", change(UP, times(n
 plant("file-block-scaled", "ffn_gate", "scale|block|row|column|factor",
       change(GATE, times(np.s_[64:68, :], 2)))  # fmt: skip
 plant("file-embedding-row", "embedding", "row|token|zero", lambda d, n: d.put(
-    None, EMBEDDING, zero(np.s_[_first_token(d)])(d.get(None, EMBEDDING))), )  # fmt: skip
+    None, EMBEDDING, zero(np.s_[d.tokens[0]])(d.get(None, EMBEDDING))))  # fmt: skip
 plant("file-head-rows", "lm_head", "zero|row|column|block",
       change(HEAD, zero(np.s_[-8:]), layer=False))  # fmt: skip
 plant("file-norm-tail", "attn_norm", "zero|column|block|weight", change(ATTN, zero(np.s_[-4:])))
 plant("file-bias-tail", "qkv_bias", "zero|bias|column|block", change(VB, zero(np.s_[-8:])))
-
-
-def _first_token(d: Draft) -> int:
-    return int(d.metadata["zoo_tokens"][1])
 
 
 # Stored bytes.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from aprcore.formats.storage import DataFile
 
 # Larger than any size of a real model, small enough that products of three fit in an int64.
 MAX_SIZE = 2**31 - 1
+
+TOML_LIMIT_BYTES = 1024 * 1024
 
 Keys = Sequence[str]
 
@@ -193,6 +196,26 @@ def read_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
         if file.size_bytes > limit_bytes:
             raise FormatError(f"{file.size_bytes} bytes are too many for {path.name}", where=path)
         return parse_object(file.read_bytes(0, file.size_bytes), path, "the file")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A table out of a TOML file that a person wrote.
+
+    Raises:
+        FormatError: The file cannot be read, is far too large, or is not TOML.
+    """
+    with DataFile(path) as file:
+        if file.size_bytes > TOML_LIMIT_BYTES:
+            raise FormatError(f"{file.size_bytes} bytes are too many for such a file", where=path)
+        data = file.read_bytes(0, file.size_bytes)
+    try:
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise FormatError("is not UTF-8", where=path) from error
+    except RecursionError as error:
+        raise FormatError("nests too deeply", where=path) from error
+    except ValueError as error:  # TOMLDecodeError says where; so does a number that is too long
+        raise FormatError(f"is not TOML: {error}", where=path) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

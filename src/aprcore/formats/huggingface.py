@@ -17,6 +17,7 @@ from aprcore.formats.storage import Cursor, DataFile, StoredTensor
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+METADATA_NAME = "__metadata__"  # the entry of a safetensors header that is no tensor
 
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own
 JSON_LIMIT_BYTES = 64 * 1024 * 1024
@@ -123,6 +124,21 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         FormatError: The header is malformed or a tensor's bytes do not fit its shape.
         TruncatedError: The file ends before the header or a tensor does.
     """
+    file, data_bytes, header = read_safetensors_header(path)
+    return {
+        name: read_entry(file, data_bytes, name, entry)
+        for name, entry in header.items()
+        if name != METADATA_NAME
+    }
+
+
+def read_safetensors_header(path: Path) -> tuple[DataFile, int, dict[str, Any]]:
+    """An open `.safetensors` file, where its data begin, and its header's entries as stored.
+
+    Raises:
+        FormatError: The header is malformed.
+        TruncatedError: The file ends before the header does.
+    """
     file = DataFile(path)
     cursor = Cursor(file, what="safetensors header")
     size_bytes = cursor.u64()
@@ -132,14 +148,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             where=path, offset_bytes=0, hint="this is no safetensors file, or it is damaged",
         )  # fmt: skip
     header = parse_object(cursor.take(size_bytes), path, "the safetensors header", unique=True)
-    return {
-        name: _read_entry(file, cursor.offset_bytes, name, entry)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    return file, cursor.offset_bytes, header
 
 
-def _read_entry(file: DataFile, data_bytes: int, name: str, entry: Any) -> StoredTensor:
+def read_entry(file: DataFile, data_bytes: int, name: str, entry: Any) -> StoredTensor:
     """One tensor's record of the header.
 
     Raises:

@@ -21,17 +21,18 @@ from aprtui.formatting import (
 )
 from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer, worst_of
 from aprtui.run_state import RunState
-from aprtui.theme import PENDING, Mark, Paint, cosine_ink, mark_of, mark_of_verdict
+from aprtui.theme import PENDING, UNJUDGED, Mark, Paint, cosine_ink, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
+    from aprcore.judge import Verdict
     from aprcore.report import StageReport
 
 VERDICT_CELLS = 11  # a glyph, a space and INHERITED
 SMALL_CELLS = 8  # "3.2e-07", "0.8312", or a column's heading
-# Widths of the whole line from which there is room for more decimals, and for relative L2. Below
+# Widths of the whole line from which there is room for more decimals, and for another figure. Below
 # the first, 39 cells hold the longest name, its cosine and the longest verdict exactly.
 LONG_WIDTH = 46
-RELATIVE_L2_WIDTH = 58
+ROOMY_WIDTH = 58
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +69,21 @@ class RowPainter:
         return self.places + 2
 
     @property
-    def shows_relative_l2(self) -> bool:
-        """Whether there is room for relative L2."""
-        return self.width >= RELATIVE_L2_WIDTH
+    def is_roomy(self) -> bool:
+        """Whether there is room for a second figure."""
+        return self.width >= ROOMY_WIDTH
+
+    @property
+    def _has_verdicts(self) -> bool:
+        return self.state.has_oracle or bool(self.state.counts)
 
     def headings(self) -> Text:
         """The line above the rows."""
         quiet = self.paint("ink-quiet")
-        if not self.state.has_oracle:
-            return self._line(
-                Text("  stage", quiet), [Text("RMS", quiet), Text("NaN/Inf", quiet)], Text()
-            )
-        columns = [Text("cosine", quiet)]
-        if self.shows_relative_l2:
-            columns.append(Text("rel. L2", quiet))
-        return self._line(Text("  stage", quiet), columns, Text("verdict", quiet))
+        names = ["cosine", "rel. L2"] if self.state.has_oracle else ["RMS", "NaN/Inf"]
+        last = "verdict" if self._has_verdicts else ("" if self.is_roomy else "NaN/Inf")
+        columns = [Text(name, quiet) for name in names[: len(self._column_cells())]]
+        return self._line(Text("  stage", quiet), columns, Text(last, quiet))
 
     def row(self, row: Row) -> Text:
         """One row."""
@@ -111,8 +112,8 @@ class RowPainter:
             name.append(f"  {summary.done}/{summary.total}", self.paint("ink-quiet"))
         lowest = summary.lowest
         columns = self._figures(lowest) if lowest is not None else []
-        if not self.state.has_oracle and summary.done:
-            columns = [Text(), self._nonfinite(summary.nonfinite)]
+        if not self.state.has_oracle:
+            return self._alone(name, None, summary.nonfinite, summary.worst, summary.done > 0)
         mark = PENDING if summary.done < summary.total else None
         if summary.worst is not None and (mark is None or summary.worst.is_divergence):
             mark = mark_of_verdict(summary.worst)
@@ -125,8 +126,9 @@ class RowPainter:
         if report is None:
             name.stylize(self.paint("ink-quiet"))
             return self._line(name, [], self._verdict(mark))
-        if not self.state.has_oracle:
-            return self._line(name, self._statistics(report), Text())
+        if not self.state.has_oracle and report.trace is not None:
+            alone = report.trace
+            return self._alone(name, alone.rms, alone.nonfinite, report.verdict, True)
         return self._line(name, self._figures(report), self._verdict(mark))
 
     def _stage_name(self, key: StageKey) -> Text:
@@ -151,21 +153,31 @@ class RowPainter:
         # A sign takes the place of a decimal: columns stay aligned.
         cosine = format_cosine(found.cosine, self.places - (found.cosine < 0))
         columns = [Text(cosine, self.paint(cosine_ink(found.cosine)))]
-        if self.shows_relative_l2:
+        if self.is_roomy:
             columns.append(Text(format_ratio(found.relative_l2), self.paint("ink-quiet")))
         return columns
 
-    def _statistics(self, report: StageReport) -> list[Text]:
-        alone = report.trace
-        if alone is None:
-            return []
-        return [Text(format_short(alone.rms)), self._nonfinite(alone.nonfinite)]
+    def _alone(
+        self, name: Text, rms: float | None, nonfinite: int, verdict: Verdict | None, is_known: bool
+    ) -> Text:
+        """A row without an oracle: RMS and the count of NaN and infinities.
 
-    def _nonfinite(self, count: int) -> Text:
-        return Text(
-            f"∞ {count}" if count else "0",
-            self.paint("verdict-nonfinite" if count else "ink-quiet", bold=count > 0),
-        )
+        The count has a column of its own only where there is room; else a verdict takes its place.
+        """
+        count = Text(f"∞ {nonfinite}", self.paint("verdict-nonfinite", bold=True))
+        if nonfinite == 0:
+            count = Text("0" if is_known else "", self.paint("ink-quiet"))
+        form = format_short if self.is_long else format_ratio
+        columns = [Text("" if rms is None else form(rms))]
+        last = count if verdict is None else self._verdict(mark_of_verdict(verdict))
+        if self.is_roomy:
+            columns.append(count)
+            last = Text() if verdict is None else last
+        elif not is_known:
+            last = self._verdict(PENDING)
+        elif verdict is None and nonfinite == 0 and self._has_verdicts:
+            last = Text(UNJUDGED.glyph, self.paint(UNJUDGED.ink))
+        return self._line(name, columns, last)
 
     def _verdict(self, mark: Mark) -> Text:
         quiet = mark is PENDING
@@ -174,18 +186,16 @@ class RowPainter:
     def _line(self, name: Text, columns: list[Text], verdict: Text) -> Text:
         """Put the cells of one line where they belong."""
         widths = self._column_cells()
-        verdict_cells = VERDICT_CELLS if self.state.has_oracle else 0
         tail = Text()
         for width, column in zip(widths, [*columns, *[Text()] * len(widths)]):
             tail.append(" " * max(1, width + 1 - column.cell_len)).append_text(column)
-        if verdict_cells:
-            tail.append("  " if self.is_long else " ").append_text(verdict)
-            tail.append(" " * max(0, verdict_cells - verdict.cell_len))
+        tail.append("  " if self.is_long else " ").append_text(verdict)
+        tail.append(" " * max(0, VERDICT_CELLS - verdict.cell_len))
         room = max(1, self.width - tail.cell_len)
         name.truncate(room, overflow="ellipsis", pad=True)
         return Text.assemble(name, tail)
 
     def _column_cells(self) -> list[int]:
-        if not self.state.has_oracle:
-            return [SMALL_CELLS + 1, SMALL_CELLS]
-        return [self.cosine_cells, *([SMALL_CELLS] if self.shows_relative_l2 else [])]
+        alone = SMALL_CELLS if self.is_long else SMALL_CELLS - 1
+        first = self.cosine_cells if self.state.has_oracle else alone
+        return [first, *([SMALL_CELLS] if self.is_roomy else [])]

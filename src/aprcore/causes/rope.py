@@ -1,0 +1,330 @@
+"""What goes wrong with rotary position embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from aprcore.causes.scene import REFERENCE, ROTATED, Entry, Float64, Scene, Trial, single
+from aprcore.causes.solving import minimise
+from aprcore.rope import Rope, RopeScaling
+
+# Bases that models are trained with; others are solved for.
+USUAL_THETAS = (1e2, 1e3, 5e3, 1e4, 2e4, 4e4, 5e4, 1e5, 1.5e5, 2.5e5, 3e5, 5e5, 6e5, 1e6, 2e6, 3.5e6,
+                5e6, 8e6, 1e7, 1e8)  # fmt: skip
+USUAL_FACTORS = (0.125, 0.25, 0.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 40.0)
+# Solving for theta reads this many tokens and heads: the last ones turn the furthest.
+SOLVED_TOKENS = 33
+
+
+def before_rotation(scene: Scene) -> Float64:
+    """What the stage rotates: its columns of q, k and v, normalised where the model does so."""
+    columns = REFERENCE.columns(scene.inputs[0], *scene.config.qkv_columns(_part(scene)))
+    weight = scene.site.find(f"self_attn.{_part(scene)}_norm.weight")
+    if weight is None:
+        return columns
+    return REFERENCE.rms_norm(columns, weight, scene.config.rms_norm_eps)
+
+
+def rotate_pairs(x: Float64, angles: Float64, *, factor: float = 1.0) -> Float64:
+    """Rotate dimensions 2i and 2i + 1 of every head of x [T, N·D] by angles [T, D/2]."""
+    pairs = x.reshape(x.shape[0], -1, angles.shape[1], 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (factor * np.exp(1j * angles))[:, None, :]
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+
+def to_pairs(x: Float64, dim: int) -> Float64:
+    """Heads of x [T, N·D] from halves to adjacent pairs: i + s·D/2 goes to 2i + s."""
+    return x.reshape(x.shape[0], -1, 2, dim // 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def to_halves(x: Float64, dim: int) -> Float64:
+    """The inverse of `to_pairs`."""
+    return x.reshape(x.shape[0], -1, dim // 2, 2).swapaxes(2, 3).reshape(x.shape)
+
+
+def _part(scene: Scene) -> str:
+    return scene.key.stage[0]
+
+
+def _angles(scene: Scene) -> Float64:
+    positions = scene.positions.astype(np.float64)
+    return np.multiply.outer(positions, scene.config.rope.inverse_frequencies())
+
+
+def _adjacent_pairs(scene: Scene) -> Float64:
+    factor = scene.config.rope.attention_factor()
+    return rotate_pairs(before_rotation(scene), _angles(scene), factor=factor)
+
+
+def _pairs_in_halves(scene: Scene) -> Float64:
+    x = to_halves(before_rotation(scene), scene.config.head_dim)
+    return REFERENCE.rope(x, scene.positions, scene.config.rope)
+
+
+def _stored_as_pairs(scene: Scene) -> Float64:
+    """q and k whose rows were not permuted back: the rotation meets the wrong partners."""
+    x = to_pairs(before_rotation(scene), scene.config.head_dim)
+    return REFERENCE.rope(x, scene.positions, scene.config.rope)
+
+
+def _at_positions(change: Callable[[Float64], Float64]) -> Callable[[Scene], Float64]:
+    def output(scene: Scene) -> Float64:
+        return _rotated_at(scene, change(scene.positions.astype(np.float64)))
+
+    return output
+
+
+def _rotated_at(scene: Scene, positions: Float64) -> Float64:
+    """Rotation at any positions, whole or not."""
+    rope = scene.config.rope
+    angles = np.multiply.outer(positions, rope.inverse_frequencies())
+    return _turned(before_rotation(scene), angles, rope.attention_factor())
+
+
+def _turned(x: Float64, angles: Float64, factor: float = 1.0) -> Float64:
+    """Rotate dimensions i and i + D/2 of every head of x [T, N·D] by angles [T, D/2]."""
+    halves = x.reshape(x.shape[0], -1, 2, angles.shape[1])
+    turned = (halves[:, :, 0] + 1j * halves[:, :, 1]) * (factor * np.exp(1j * angles))[:, None, :]
+    return np.stack([turned.real, turned.imag], axis=2).reshape(x.shape)
+
+
+def _offsets(scene: Scene) -> Iterator[Trial]:
+    for offset in (1, -1, 2, -2, scene.num_tokens, -scene.num_tokens):
+        positions = scene.positions.astype(np.float64) + offset
+        yield f"{offset:+d}", _rotated_at(scene, positions)
+
+
+def _restarts(scene: Scene) -> Iterator[Trial]:
+    tokens = scene.num_tokens
+    usual = [n for n in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n < tokens]
+    others = [n for n in range(3, min(tokens, 48)) if n not in usual]
+    for period in (*usual, *others):
+        yield f"{period}", _rotated_at(scene, (scene.positions % period).astype(np.float64))
+
+
+def _restarts_once(scene: Scene) -> Iterator[Trial]:
+    """Positions that start again at some token, as at the boundary of two batches or chunks."""
+    for start in range(1, min(scene.num_tokens, 64)):
+        positions = scene.positions.astype(np.float64)
+        yield f"{start}", _rotated_at(scene, np.where(positions < start, positions, positions - start))
+
+
+def _solved_theta(scene: Scene) -> Iterator[Trial]:
+    for theta in USUAL_THETAS:
+        if theta != scene.config.rope.theta:
+            yield f"{theta:g}", _with_rope(scene, replace(scene.config.rope, theta=theta))
+    x, observed = before_rotation(scene), scene.observed.reshape(scene.plain.value.shape)
+    rows = slice(-SOLVED_TOKENS, None)
+    positions, rope = scene.positions[rows], scene.config.rope
+
+    def misfit(log_theta: float) -> float:
+        turned = REFERENCE.rope(x[rows], positions, replace(rope, theta=float(np.exp(log_theta))))
+        return float(np.square(turned - observed[rows]).sum())
+
+    theta = float(np.exp(minimise(misfit, np.linspace(np.log(2.0), np.log(1e9), 240))))
+    yield f"{theta:.6g}", _with_rope(scene, replace(rope, theta=theta))
+
+
+def _with_rope(scene: Scene, rope: Rope) -> Float64:
+    return REFERENCE.rope(before_rotation(scene), scene.positions, rope)
+
+
+def _partial(scene: Scene) -> Iterator[Trial]:
+    """Only the first dimensions of a head turn; their frequencies span those or the whole head."""
+    x, dim, rope = before_rotation(scene), scene.config.head_dim, scene.config.rope
+    heads = x.reshape(x.shape[0], -1, dim)
+    for rotary in range(2, dim, 2):
+        if dim > 64 and rotary % 8:
+            continue
+        half = rotary // 2
+        narrow = rope.theta ** -(np.arange(half, dtype=np.float64) / half)
+        for frequencies in (narrow, rope.inverse_frequencies()[:half]):
+            angles = np.multiply.outer(scene.positions.astype(np.float64), frequencies)
+            first = heads[:, :, :rotary].reshape(x.shape[0], -1)
+            turned = _turned(first, angles, rope.attention_factor())
+            out = heads.copy()
+            out[:, :, :rotary] = turned.reshape(x.shape[0], -1, rotary)
+            yield f"{rotary}", out.reshape(x.shape)
+    yield from _pairs_left(scene, x)
+
+
+def _pairs_left(scene: Scene, x: Float64) -> Iterator[Trial]:
+    """Only the first pairs of the usual ones turn, each with its partner in the other half."""
+    half = scene.config.head_dim // 2
+    for kept in range(1, half):
+        if half > 32 and kept % 4:
+            continue
+        angles = _angles(scene)
+        angles[:, kept:] = 0
+        yield f"{2 * kept}", _turned(x, angles, scene.config.rope.attention_factor())
+
+
+def _scaling_missing(scene: Scene) -> Iterator[Trial]:
+    rope = scene.config.rope
+    if rope.scaling.kind == "default" and rope.divisors is None:
+        return
+    name = rope.scaling.kind if rope.divisors is None else "rope_freqs"
+    yield name, _with_rope(scene, replace(rope, scaling=RopeScaling(), divisors=None))
+
+
+def _scaling_partial(scene: Scene) -> Iterator[Trial]:
+    """Part of the scaling only: the frequencies without the factor on the result, or one divisor."""
+    rope = scene.config.rope
+    x, angles = before_rotation(scene), _angles(scene)
+    if rope.attention_factor() != 1:
+        yield "without its attention factor", _turned(x, angles)
+        plain = replace(rope, scaling=RopeScaling()).inverse_frequencies()
+        unscaled = np.multiply.outer(scene.positions.astype(np.float64), plain)
+        yield "only as its attention factor", _turned(x, unscaled, rope.attention_factor())
+        yield "with its attention factor twice", _turned(x, angles, rope.attention_factor() ** 2)
+    if rope.scaling.kind in ("llama3", "yarn"):
+        linear = replace(rope, scaling=RopeScaling("linear", factor=rope.scaling.factor))
+        yield "as if it were linear", _with_rope(scene, linear)
+
+
+def _scaled_positions(scene: Scene) -> Iterator[Trial]:
+    for factor in USUAL_FACTORS:
+        yield f"{factor:g}", _rotated_at(scene, scene.positions / factor)
+
+
+def _exponents(scene: Scene) -> Iterator[Trial]:
+    """Frequencies from a slip in theta^(-2i/D)."""
+    rope, dim = scene.config.rope, scene.config.head_dim
+    index = np.arange(dim // 2, dtype=np.float64)
+    usual = rope.inverse_frequencies() / rope.theta ** (-2 * index / dim)
+    for name, exponent in (
+        ("-i/D", -index / dim),
+        ("-4i/D", -4 * index / dim),
+        ("-2i/E", -2 * index / scene.config.hidden_size),
+        ("-2i/(H·D)", -2 * index / (dim * scene.config.num_heads)),
+        ("-2(i+1)/D", -2 * (index + 1) / dim),
+        ("-2i/(D-2)", -2 * index / max(1, dim - 2)),
+        ("+2i/D", 2 * index / dim),
+        ("-2i/D in reverse order", (-2 * index / dim)[::-1]),
+    ):
+        angles = np.multiply.outer(scene.positions.astype(np.float64), usual * rope.theta**exponent)
+        yield name, _turned(before_rotation(scene), angles, rope.attention_factor())
+
+
+def _one_angle(scene: Scene) -> Float64:
+    angles = np.repeat(scene.positions.astype(np.float64)[:, None], scene.config.head_dim // 2, 1)
+    return _turned(before_rotation(scene), angles)
+
+
+def _half_angles(scene: Scene) -> Iterator[Trial]:
+    """Sine and cosine, or the angle too, rounded to half precision."""
+    angles, x = _angles(scene), before_rotation(scene)
+    frequencies = scene.config.rope.inverse_frequencies()
+    factor = scene.config.rope.attention_factor()
+    for name, cast in (("float16", _to_float16), ("bfloat16", _to_bfloat16)):
+        product = cast(cast(scene.positions.astype(np.float64))[:, None] * cast(frequencies)[None])
+        for turn in (angles, cast(angles), product):
+            for rounding in (cast, lambda y: y):
+                cosine, sine = rounding(np.cos(turn)), rounding(np.sin(turn))
+                yield name, _with_turn(x, cosine * factor, sine * factor)
+
+
+def _with_turn(x: Float64, cosine: Float64, sine: Float64) -> Float64:
+    first, second = np.moveaxis(x.reshape(x.shape[0], -1, 2, cosine.shape[1]), 2, 0)
+    c, s = cosine[:, None, :], sine[:, None, :]
+    return np.stack([first * c - second * s, first * s + second * c], axis=2).reshape(x.shape)
+
+
+def _one_sign(scene: Scene) -> Iterator[Trial]:
+    """One of the two sines has the wrong sign: no rotation at all."""
+    angles, x = _angles(scene), before_rotation(scene)
+    first, second = np.moveaxis(x.reshape(x.shape[0], -1, 2, angles.shape[1]), 2, 0)
+    c, s = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    factor = scene.config.rope.attention_factor()
+    for name, a, b in (("first", 1, 1), ("second", -1, -1)):
+        parts = [first * c + a * second * s, b * first * s + second * c]
+        yield name, factor * np.stack(parts, axis=2).reshape(x.shape)
+    swapped = [first * s - second * c, first * c + second * s]
+    yield "sine and cosine exchanged in", factor * np.stack(swapped, axis=2).reshape(x.shape)
+
+
+def _twice(scene: Scene) -> Float64:
+    return REFERENCE.rope(scene.plain.value, scene.positions, scene.config.rope)
+
+
+def _without(scene: Scene) -> Float64:
+    return before_rotation(scene)
+
+
+def _to_float16(x: Float64) -> Float64:
+    return x.astype(np.float16).astype(np.float64)
+
+
+def _to_bfloat16(x: Float64) -> Float64:
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF_0000)
+    return rounded.view(np.float32).astype(np.float64)
+
+
+def _row(name: str, outputs: Callable[[Scene], Iterator[Trial]], advice: str, in_file: str | None,
+         file_advice: str = "", *, is_fallback: bool = False) -> Entry:  # fmt: skip
+    return Entry(name, ROTATED, outputs, advice, in_file, file_advice, is_fallback)
+
+
+_CONFIG = "compare this value with the original model's config: the conversion lost or changed it"
+
+ENTRIES = (
+    Entry("RoPE on adjacent pairs", ROTATED, single(_adjacent_pairs),
+          "the kernel rotates dimensions 2i and 2i+1; this model pairs i with i + D/2",
+          "the original model rotates adjacent pairs",
+          "rope_type says split halves (2) and the model wants adjacent pairs (0)"),
+    Entry("RoPE on adjacent pairs, put in halves first", ROTATED, single(_pairs_in_halves),
+          "q and k are permuted from pairs to halves although they come in halves",
+          "q and k rows stored in halves but read as adjacent pairs",
+          "rope_type or the converter's permutation of q and k rows"),
+    Entry("q and k in adjacent-pair order under a rotation of halves", ROTATED,
+          single(_stored_as_pairs),
+          "q and k are in adjacent-pair order when the rotation of halves meets them",
+          "q and k rows permuted to adjacent pairs once more",
+          "the converter's permutation of q and k rows"),
+    Entry("RoPE not applied", ROTATED, single(_without),
+          "the rotation is skipped, or its result is written elsewhere",
+          "the original model does not rotate in this layer", "layers without RoPE"),
+    Entry("RoPE applied twice", ROTATED, single(_twice),
+          "the rotation runs in place and once more, for instance on reading the cache",),
+    Entry("RoPE with the sine negated", ROTATED,
+          single(_at_positions(np.negative)),
+          "the sign of the sine, or which half is negated in rotate_half"),
+    _row("RoPE with the {} sine's sign wrong", _one_sign,
+         "the signs of the two products with the sine: x·cos - y·sin and x·sin + y·cos", None),
+    _row("RoPE theta {}", _solved_theta, "which base the kernel's frequencies are made from",
+         "RoPE theta {} in the original model", "rope_theta of this file: " + _CONFIG),
+    _row("RoPE positions off by {}", _offsets,
+         "which position the first token gets, and the cache's length when it is read", None),
+    _row("RoPE positions restarting every {} tokens", _restarts,
+         "positions are taken within a chunk or tile and not within the text", None),
+    _row("RoPE positions restarting at token {}", _restarts_once,
+         "positions start again at a boundary of two batches or chunks", None),
+    Entry("RoPE with the last position for every token", ROTATED,
+          single(_at_positions(lambda p: np.full_like(p, p[-1]))),
+          "one position for all tokens, as when decoding"),
+    Entry("RoPE positions in reverse", ROTATED, single(_at_positions(lambda p: p[::-1])),
+          "the order of the positions"),
+    _row("RoPE on the first {} dimensions of a head only", _partial,
+         "the rotary dimension against the head dimension",
+         "RoPE on the first {} dimensions only in the original model",
+         "partial_rotary_factor of the original config"),
+    _row("RoPE scaling ({}) missing", _scaling_missing,
+         "the kernel ignores rope_scaling", "no RoPE scaling in the original model",
+         "rope_scaling of this file: " + _CONFIG),
+    _row("RoPE scaling {}", _scaling_partial,
+         "how the kernel applies rope_scaling", "RoPE scaling {} in the original model",
+         "rope_scaling of this file: " + _CONFIG),
+    _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions",
+         "RoPE positions divided by {} in the original model",
+         "rope_scaling of this file: " + _CONFIG),
+    _row("RoPE frequencies theta^({})", _exponents,
+         "the exponent of theta in the frequencies: -2i/D", None),
+    Entry("RoPE with one frequency for all dimensions", ROTATED, single(_one_angle),
+          "the frequencies all come out as 1"),
+    _row("RoPE angles in {}", _half_angles,
+         "angles, sine and cosine must be computed in float32", None),
+)  # fmt: skip

@@ -1,0 +1,65 @@
+"""`--names map.toml`: a user's table of what an engine calls the stages.
+
+```toml
+[names]
+"blk.{layer}.attn_normed" = "attn_norm"          # their name = stage
+qkv_matmul = ["blk.{layer}.q", "blk.{layer}.k", "blk.{layer}.v"]  # stage = their names, joined
+```
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aprcore.dump_names import Dialect, mapped_dialect
+from aprcore.errors import PlanError
+from aprcore.formats.fields import read_toml
+from aprcore.stages import Scope, find_stage
+
+LAYER = "{layer}"
+
+
+def read_name_map(path: Path) -> Dialect:
+    """The names of a file such as the one above; the table's header may be left out.
+
+    Raises:
+        FormatError: The file cannot be read or is not TOML.
+        PlanError: An entry names no stage, or its names cannot be told from layer to layer.
+    """
+    data = read_toml(path)
+    table = data.get("names", data)
+    if not isinstance(table, dict) or ("names" in data and len(data) > 1):
+        raise PlanError("expected one table, [names]", where=path, hint="see docs/formats.md")
+    if not table:
+        raise PlanError("names no tensor", where=path, hint='write "their.{layer}.name" = "stage"')
+    choices: dict[str, list[tuple[str, ...]]] = {}
+    for key, value in table.items():
+        stage, patterns = _read_entry(path, key, value)
+        choices.setdefault(stage, []).append(patterns)
+    return mapped_dialect(choices)
+
+
+def _read_entry(path: Path, key: str, value: Any) -> tuple[str, tuple[str, ...]]:
+    match value:
+        case str():
+            stage, patterns = value, (key,)
+        case [str(), *rest] if all(isinstance(item, str) for item in rest):
+            stage, patterns = key, tuple(value)
+        case _:
+            raise PlanError(
+                f"{key!r} is neither a stage's name nor a list of tensor names", where=path,
+                hint='write "their.{layer}.name" = "stage", or stage = ["name", "name"]',
+            )  # fmt: skip
+    try:
+        row = find_stage(stage)
+    except PlanError as error:
+        raise PlanError(f"{key!r}: {error.what}", where=path, hint=error.hint) from None
+    for pattern in patterns:
+        if pattern.count(LAYER) > 1:
+            raise PlanError(f"{key!r}: {pattern!r} has {LAYER} twice", where=path)
+        if row.scope is not Scope.FIRST_LAYER and (LAYER in pattern) != (row.scope is Scope.LAYER):
+            wrong = "has a {layer}, but" if LAYER in pattern else "has no {layer}, and"
+            kind = "is of every layer" if row.scope is Scope.LAYER else "is of the whole model"
+            raise PlanError(f"{key!r}: {pattern!r} {wrong} {row.name} {kind}", where=path)
+    return row.name, patterns

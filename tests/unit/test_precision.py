@@ -1,0 +1,74 @@
+"""Spacing and rounding of the number types that engines compute in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aprcore.precision import (
+    ARITHMETICS,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    ActivationBlocks,
+    arithmetic_of_dtype,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numpy_type"),
+    [(FLOAT16, np.float16), (FLOAT32, np.float32), (FLOAT64, np.float64)],
+)
+@given(exponent=st.integers(-13, 14), mantissa=st.floats(1, 2, exclude_max=True))
+def test_spacing_is_numpys(kind, numpy_type, exponent: int, mantissa: float) -> None:
+    x = numpy_type(mantissa * 2.0**exponent)
+    assert kind.spacing(np.array([x]))[0] == float(np.spacing(x))
+
+
+@pytest.mark.parametrize("kind", [FLOAT16, FLOAT32])
+def test_spacing_of_subnormals_and_zero(kind) -> None:
+    numpy_type = np.dtype(kind.name).type
+    smallest = np.nextafter(numpy_type(0), numpy_type(1))
+    assert kind.spacing(np.array([smallest * 3, -smallest]))[1] == float(smallest)
+    assert kind.spacing(np.array([0.0]))[0] == 0
+
+
+def test_bfloat16_is_a_short_float32() -> None:
+    # 1 + 2^-7 is the number after 1.
+    assert BFLOAT16.spacing(np.array([1.0, -3.0])).tolist() == [2.0**-7, 2.0**-6]
+    assert BFLOAT16.roundoff == 2.0**-8
+
+
+def test_rounding_variance_is_that_of_real_rounding() -> None:
+    x = np.random.default_rng(0).standard_normal(200_000)
+    error = x.astype(np.float16).astype(np.float64) - x
+    # 200,000 squared errors scatter by about 0.3 percent around their mean.
+    assert np.mean(error**2) == pytest.approx(np.mean(FLOAT16.rounding_variance(x)), rel=0.02)
+
+
+def test_rounding_of_activations_to_blocks() -> None:
+    blocks = ActivationBlocks(32, 127)
+    x = np.random.default_rng(1).standard_normal((200, 96))
+    steps = np.abs(x.reshape(200, 3, 32)).max(axis=2) / 127
+    rounded = (np.round(x.reshape(200, 3, 32) / steps[..., None]) * steps[..., None]).reshape(
+        x.shape
+    )
+    predicted = blocks.rounding_variance(x)
+    assert predicted.shape == (200, 3)
+    # The largest value of a block is exact, the other 31 are not: 31/32 of the prediction.
+    assert np.mean((rounded - x) ** 2) == pytest.approx(predicted.mean() * 31 / 32, rel=0.05)
+
+
+def test_a_short_last_block() -> None:
+    x = np.array([[1.0, 2.0, 4.0]])
+    steps = np.array([[2 / 127, 4 / 127]])
+    assert ActivationBlocks(2, 127).rounding_variance(x) == pytest.approx(steps**2 / 12)
+
+
+def test_dtypes_name_their_arithmetic() -> None:
+    assert arithmetic_of_dtype("bfloat16") is ARITHMETICS["bf16"]
+    assert arithmetic_of_dtype(None) is ARITHMETICS["f32"]
+    assert arithmetic_of_dtype("something new") is ARITHMETICS["f32"]

@@ -1,0 +1,321 @@
+"""The corpus: which faults on which models, and which sound pairs.
+
+A line is the fault and its layer, the model, the stored type of its weights, the oracle's type and
+the number of tokens; then, for dumps of the zoo's engine, its arithmetic. Names are in
+`kernels.FAULTS`, `converters.FAULTS` and `grounds.GROUNDS`.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+from . import converters, kernels
+from .trial import Case
+
+KERNEL_FAULTS = """
+rope-pairs@1               llama       F32        float32   7
+rope-pairs-q@2             mistral     Q4_K       float16   9
+rope-theta-10k@0           qwen2       F16        float32   5
+rope-theta-500k@2          qwen2       Q8_0       float16   33
+rope-position-late@1       llama       Q4_K       float32   3
+rope-position-early-k@2    qwen3       F32        bfloat16  12
+rope-position-restarts@1   mistral     F16        float32   33
+rope-absent@0              qwen3       Q8_0       float32   8
+rope-absent-k@1            qwen2-bias  Q8_0       float32   9
+rope-partial@2             llama       F32        float16   17
+rope-sine-negated@1        outlier     Q4_K       float32   7
+rope-scaling-lost@1        llama3      F32        float32   33
+rope-scaling-lost@2        yarn        Q8_0       float16   17
+rope-scaling-lost@0        linear      F16        bfloat16  9
+rope-on-v@1                llama       F32        float32   6
+scale-hidden@2             qwen2       F32        float32   7
+scale-none@0               llama       Q8_0       bfloat16  11
+scale-kv-dim@1             mistral     F32        float32   7
+mask-none@1                qwen2       Q4_K       float16   13
+mask-late@2                llama       F32        float32   7
+mask-early@0               qwen3       F16        float32   10
+mask-after@1               mistral     F32        float16   9
+softmax-axis@1             llama       F32        float32   7
+softmax-no-max@1           qwen2-bias  F32        float32   9
+softmax-half@2             qwen2       F32        float32   7
+softmax-bf16@0             llama       Q8_0       float32   16
+kv-tiled-scores@1          qwen2       F32        float32   7
+kv-tiled-values@2          llama       Q4_K       float16   9
+kv-tiled@1                 demo        F32        float32   11
+kv-groups-count@0          qwen2       Q8_0       float32   5
+kv-first-only@2            qwen3       F32        float32   8
+transposed-out@1           llama       F32        float32   7
+kq-order@1                 mha         F32        float32   1
+vk-order@2                 mha         Q8_0       float16   7
+gate-up-swapped@0          llama       Q4_K       float32   7
+bias-missing@1             qwen2       F32        float32   7
+bias-missing-k@2           qwen2-bias  Q4_K       float16   9
+bias-doubled@0             qwen2       Q8_0       bfloat16  7
+bias-other-layer@1         outlier     F16        float32   5
+weights-other-layer-down@1 mistral     Q8_0       float32   7
+weights-other-layer-qkv@0  qwen3       F32        float16   9
+rows-paired@1              llama       F16        float32   1
+tile-missing@1             llama       Q4_K       float32   7
+last-columns-missing@2     qwen2       F32        float32   1
+last-columns-up@0          odd         Q4_K       float32   7
+reduction-short@1          qwen2       Q8_0       float16   7
+reduction-short-out@2      llama       F32        float32   33
+stale-up@1                 mistral     F32        float32   7
+stale-layer@2              qwen2       Q4_K       float32   7
+accumulated-f16@1          llama       F32        float32   7
+accumulated-bf16@0         qwen2       Q8_0       float32   9
+activations-q8@2           llama       F32        float32   7
+norm-eps@0                 llama       F32        float32   7
+norm-eps-tenfold@1         qwen2       Q8_0       float16   7
+norm-no-weight@1           outlier     Q8_0       float32   7
+norm-weight-plus-one@2     llama       Q4_K       float32   1
+norm-layer@1               qwen2       F32        bfloat16  7
+norm-axis@0                mistral     F32        float32   7
+norm-final-no-weight@0     llama       F16        float16   7
+qk-norm-missing@1          qwen3       F32        float32   7
+q-norm-missing@2           qwen3       Q4_K       float16   9
+gelu@1                     llama       F32        float32   7
+gelu-tanh@0                qwen2       Q4_K       bfloat16  9
+relu@2                     mistral     Q8_0       float32   7
+silu-on-up@1               llama       F32        float32   7
+gate-not-activated@1       outlier     F32        float32   7
+residual-missing@1         llama       F32        float32   1
+residual-missing-ffn@0     qwen2       Q4_K       float32   7
+residual-twice@1           qwen3       Q8_0       float16   7
+residual-normed@1          demo        F32        float32   11
+residual-stale@2           llama       F32        float32   7
+embedding-off-by-one@0     llama       Q8_0+embed float32   7
+embedding-scaled@0         qwen2       F32        float16   7
+head-tied@0                llama       F32        float32   7
+head-early-token@0         qwen2       Q8_0       float32   7
+scale-hidden@3             stories260k Q8_0       float16   12
+rope-pairs@2               stories260k F32        float32   9
+rope-theta-500k@1          long        F32        float32   512
+rope-pairs@0               long        Q8_0       float16   512
+mask-late@1                long        F32        float32   512
+kv-tiled@1                 qwen2       F32        float32   33 f16
+gelu@1                     qwen2       Q8_0       float16   9  f16
+norm-layer@1               llama       F32        float32   7  bf16
+bias-missing@2             qwen2-bias  F32        float32   9  bf16
+transposed-out@1           llama       Q8_0       float32   7  q8_0
+rope-position-late@1       long        F32        float32   2048
+local-rope-head@1          llama       F32        float32   7
+local-rope-pairs-head@2    qwen2       Q4_K       float16   9
+local-rope-last-token@1    mistral     F32        float32   9
+local-rope-token-early@0   qwen3       Q8_0       bfloat16  12
+local-scale-head@1         llama       Q4_K       float32   7
+local-scores-row@2         qwen2       F32        float32   7
+local-kv-head@1            llama       F32        float32   7
+local-kv-scores-head@0     qwen2       Q8_0       float16   9
+local-softmax-last-key@1   llama       F32        float32   33
+local-softmax-head-half@2  qwen2       F32        float32   17
+local-attention-last-block@1 llama     Q4_K       float32   7
+local-gate-rows@1          llama       Q4_K       float16   1
+local-up-row@2             qwen2       F32        float32   7
+local-qkv-rows@0           mistral     Q8_0       float32   7
+local-out-row-order@1      llama       F32        float32   7
+local-down-last-token@1    qwen2       Q4_K       float32   9
+local-down-block@2         llama       Q8_0       float32   7
+local-norm-token@1         llama       F32        float32   7
+local-norm-tail@0          outlier     Q8_0       float32   7
+local-silu-tail@1          llama       F32        float32   7
+local-swigl-value@1        qwen2       Q4_K       bfloat16  7
+local-residual-token@2     llama       F32        float32   7
+local-residual-tail@0      qwen2       F32        float16   7
+local-embedding-token@0    llama       F16        float32   7
+local-head-rows@0          llama       Q8_0       float32   7
+local-head-value@0         qwen2       F32        float32   7
+local-bias-head@1          qwen2       Q8_0       float32   7
+local-nan@1                llama       F32        float32   7
+local-rope-head@2          stories260k F32        float32   9
+local-norm-token@2         demo        F32        float32   11
+local-rope-last-token@1    long        F32        float32   512
+local-residual-token@0     long        Q8_0       float32   512
+local-rope-token-early@1   long        F32        float32   2048
+"""
+
+FILE_FAULTS = """
+file-transposed-out@1      llama       F32        float32   7
+file-transposed-q@2        llama       Q8_0       float16   7
+file-qk-swapped@1          mha         Q4_K       float32   7
+file-kv-swapped@0          qwen2       F32        float16   7
+file-gate-up-swapped@1     llama       F32        float32   7
+file-gate-up-interleaved@2 qwen2       Q8_0       bfloat16  7
+file-pairs@1               qwen2       F32        float32   7
+file-pairs-k@2             llama       Q4_K       float16   9
+file-bias-lost@1           qwen2       Q8_0       float32   7
+file-bias-q-lost@0         qwen2-bias  Q4_K       float16   9
+file-bias-doubled@2        qwen2       F32        bfloat16  7
+file-bias-other-layer@1    qwen2       F16        float32   1
+file-layer-down@1          mistral     Q4_K       float32   7
+file-layer-q@0             qwen3       Q8_0       float16   9
+file-layer-norm@1          llama       Q4_K       float32   7
+file-norms-swapped@1       qwen2       F32        float16   7
+file-norm-ones@2           llama       Q8_0       bfloat16  7
+file-norm-plus-one@0       outlier     F32        float32   7
+file-norm-minus-one@1      mistral     Q4_K       float16   7
+file-final-norm-ones@0     qwen2       Q8_0       float32   7
+file-qk-norm-ones@1        qwen3       Q4_K       float16   7
+file-down-scaled@1         llama       Q4_K       float32   1
+file-up-negated@2          qwen2       Q8_0       float32   7
+file-embedding-off@0       llama       F32        float32   7
+file-embedding-scaled@0    qwen2       Q8_0+embed float32   7
+file-head-tied@0           llama       Q8_0       float16   7
+file-theta@0               llama       F32        float32   33
+file-theta@0               qwen2       Q4_K       float16   17
+file-scaling-lost@0        llama3      Q8_0       float32   33
+file-eps@0                 llama       F32        float32   7
+file-act@0                 qwen2       F32        float32   7
+file-act@0                 llama       Q8_0       float16   33
+bytes-nibbles@1            llama       Q4_K       float32   7
+bytes-nibbles@2            qwen2       Q4_K       float16   1
+bytes-minimum@1            llama       Q4_K       float32   7
+bytes-scale-bits@1         mistral     Q4_K       float32   7
+bytes-padding@1            odd         Q4_K       float32   7
+bytes-q8-scales-shifted@1  qwen2       Q8_0       float32   7
+file-pairs@2               stories260k Q8_0       float32   9
+file-layer-down@3          stories260k F16        float32   9
+file-gate-up-swapped@1     demo        Q8_0       float32   11
+file-theta@0               long        F16        float32   512
+file-rows-zero@1           llama       Q4_K       float32   7
+file-rows-zero@2           qwen2       Q8_0       bfloat16  1
+file-row-zero@1            llama       Q8_0       float16   7
+file-columns-zero@1        qwen2       Q4_K       float32   7
+file-head-zero@2           llama       Q4_K       float16   7
+file-kv-heads-swapped@1    qwen2       F32        float32   7
+file-row-negated@1         llama       Q4_K       float32   7
+file-block-scaled@0        mistral     F16        float32   7
+file-embedding-row@0       qwen2       F32        float16   7
+file-head-rows@0           llama       F32        bfloat16  7
+file-norm-tail@1           llama       Q4_K       float32   7
+file-bias-tail@1           qwen2-bias  Q8_0       float32   9
+bytes-neighbour@1          llama       Q4_K       float32   33
+bytes-q8-scale@1           qwen2       Q8_0       float32   7
+"""
+
+# Beside these, every small model in every stored type is a sound pair.
+SOUND_PAIRS = """
+sound                      llama       F32        float16   1
+sound                      llama       Q4_K       float16   33
+sound                      llama       Q8_0       bfloat16  1
+sound                      llama       Q4_K       float32   1
+sound                      llama       Q8_0+embed float32   7
+sound                      llama       Q4_K+embed float16   9
+sound                      mistral     Q6_K       float16   9
+sound                      qwen2       BF16       bfloat16  9
+sound                      qwen2       BF16       float32   7
+sound                      qwen2       F16        float16   7
+sound                      qwen2       Q4_0       float16   17
+sound                      qwen2-bias  Q4_K       float16   9
+sound                      qwen2-bias  F32        bfloat16  9
+sound                      qwen2-bias  Q8_0       bfloat16  33
+sound                      outlier     Q4_K       float16   9
+sound                      outlier     Q8_0       bfloat16  17
+sound                      outlier     F32        float16   1
+sound                      qwen3       Q4_K       bfloat16  12
+sound                      yarn        Q4_K       float16   17
+sound                      odd         Q4_K       float16   7
+sound                      odd         Q6_K       float32   7
+sound                      llama3      F16        bfloat16  33
+sound                      stories260k Q8_0       float32   9
+sound                      stories260k Q4_0       float16   9
+sound                      stories260k Q4_K       float16   9
+sound                      stories260k Q4_K       bfloat16  65
+sound                      stories260k F16        float16   33
+sound                      demo        F32        float32   11
+sound                      demo        Q8_0       float32   11
+sound                      demo        Q4_K       float32   11
+sound                      long        F32        float32   512
+sound                      long        Q8_0       float16   512
+sound                      long        Q4_K       bfloat16  512
+sound                      long        F32        float16   2048
+sound                      long        Q8_0       float32   2048
+sound                      llama       F32        float32   7  f32
+sound                      qwen2       Q8_0       float16   9  f16
+sound                      llama       F32        float32   7  bf16
+sound                      qwen2-bias  Q4_K       bfloat16  9  f16
+sound                      qwen3       Q8_0       float32   9  q8_0
+sound                      outlier     F32        float32   9  q8_0
+sound                      outlier     Q4_K       float32   9  bf16
+sound                      llama       F32        float32   7  f32 heads-first
+sound                      qwen2       F32        float16   7  f16 masked
+sound                      mistral     Q8_0       float32   9  f32 pairs
+"""
+
+# Small models, with an oracle of each type in turn and odd lengths.
+SWEEP_GROUNDS = ("llama", "mistral", "qwen2", "qwen3", "outlier")
+SWEEP_TYPES = ("F32", "F16", "Q8_0", "Q4_K")
+
+
+def parse(line: str) -> Case:
+    """A case from its line."""
+    faults, ground, weights, oracle, count, *rest = line.split()
+    planted = ()
+    if faults != "sound":
+        planted = tuple(
+            (name, int(layer)) for name, layer in (f.split("@") for f in faults.split("+"))
+        )
+    engine, layout = (*rest, "", "")[:2]
+    return Case(planted, ground, weights, oracle, int(count), engine, layout)
+
+
+def _table(text: str) -> tuple[Case, ...]:
+    return tuple(parse(line) for line in text.splitlines() if line.strip())
+
+
+def single_faults() -> tuple[Case, ...]:
+    """One fault each."""
+    return _table(KERNEL_FAULTS) + _table(FILE_FAULTS)
+
+
+def sound_pairs() -> tuple[Case, ...]:
+    """Nothing wrong."""
+    oracles = ("float32", "float16", "bfloat16")
+    sweep = [
+        Case((), ground, weights, oracles[i % 3], (7, 9, 12)[i // 3 % 3])
+        for i, (ground, weights) in enumerate(product(SWEEP_GROUNDS, SWEEP_TYPES))
+    ]
+    return tuple(dict.fromkeys([*sweep, *_table(SOUND_PAIRS)]))
+
+
+# What several faults are drawn from: of one stage each, on any of the models below.
+_ANYWHERE = (
+    "rope-pairs-q", "rope-absent-k", "scale-hidden", "scale-none", "mask-late", "kv-tiled-scores",
+    "kv-tiled-values", "transposed-out", "bias-missing", "bias-doubled", "tile-missing",
+    "reduction-short", "stale-up", "norm-no-weight", "norm-layer", "gelu", "relu",
+    "residual-missing", "residual-twice", "local-rope-head", "local-gate-rows",
+    "local-norm-token", "local-residual-token", "local-down-last-token", "local-kv-head",
+    "file-transposed-out", "file-kv-swapped", "file-pairs-k", "file-bias-lost", "file-norm-ones",
+    "file-norm-plus-one", "file-up-negated", "file-down-scaled", "file-rows-zero",
+    "file-columns-zero", "file-row-negated",
+)  # fmt: skip
+
+
+def several_faults(count: int = 60) -> tuple[Case, ...]:
+    """Two or three faults in different layers of a model, some in the file, some in the engine."""
+    draw = random.Random(0)
+    cases = []
+    while len(cases) < count:
+        number = draw.choice((2, 2, 3))
+        layers = sorted(draw.sample(range(3), number))
+        faults = tuple((draw.choice(_ANYWHERE), layer) for layer in layers)
+        if len({name for name, _ in faults}) < number:
+            continue
+        cases.append(
+            Case(faults, "qwen2", draw.choice(SWEEP_TYPES), draw.choice(("float32", "float16")),
+                 draw.choice((7, 9)))
+        )  # fmt: skip
+    return tuple(cases)
+
+
+def check_names() -> None:
+    """Every fault that is described is planted somewhere.
+
+    Raises:
+        ValueError: One is not.
+    """
+    used = {name for case in single_faults() for name, _ in case.faults}
+    unused = {*kernels.FAULTS, *converters.FAULTS} - used
+    if unused:
+        raise ValueError(f"faults that no case plants: {sorted(unused)}")

@@ -1,0 +1,315 @@
+"""One case of the corpus, from planting to the figures."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from aprcore.bisect import Request, run
+from aprcore.judge import Verdict
+from aprcore.report import Report, StageReport
+from aprcore.stages import StageKey, computation_order, input_keys
+from aprcore.trace import Sidecar, TraceWriter
+
+from . import converters, kernels
+from .engine import Engine, Tensor, Wrong, run_on
+from .grounds import Farm
+
+DETECTABLE_SIGMA = 6.0
+COSINE_OF_TODAY = 0.999
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is stored, what it is held against, and what is wrong with it.
+
+    Attributes:
+        faults: Names of faults with their layers; empty for a sound case.
+        ground: A key of `GROUNDS`.
+        weights: The stored type.
+        oracle: The oracle's type.
+        num_tokens: T.
+        engine: Arithmetic of the zoo's engine if its dump is judged; "" for aprcore's own trace.
+        layout: How the dump departs from the canonical layout; "" for not at all.
+    """
+
+    faults: tuple[tuple[str, int], ...]
+    ground: str
+    weights: str = "F32"
+    oracle: str = "float32"
+    num_tokens: int = 7
+    engine: str = ""
+    layout: str = ""
+
+    @property
+    def name(self) -> str:
+        planted = "+".join(f"{name}@{layer}" for name, layer in self.faults) or "sound"
+        extra = "/".join(filter(None, (self.engine, self.layout)))
+        where = f"{self.ground}/{self.weights}/{self.oracle}/T{self.num_tokens}"
+        return f"{planted} {where}{f'/{extra}' if extra else ''}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the fault is confined to a part of its stage."""
+        return all(name in LOCAL_FILE_FAULTS or name.startswith("local-") for name, _ in self.faults)
+
+
+LOCAL_FILE_FAULTS = frozenset({
+    "file-rows-zero", "file-row-zero", "file-columns-zero", "file-head-zero",
+    "file-kv-heads-swapped", "file-row-negated", "file-block-scaled", "file-embedding-row",
+    "file-head-rows", "file-norm-tail", "file-bias-tail", "bytes-neighbour", "bytes-q8-scale",
+    "last-columns-missing", "last-columns-up", "tile-missing",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planted:
+    """One stage that a fault spoils.
+
+    Attributes:
+        key: Which.
+        fault: The fault's name.
+        kind: "kernel" or "model".
+        sigma: The largest effect of any row over the sound spread of that row.
+        causes: Words of which a named cause should have one.
+    """
+
+    key: StageKey
+    fault: str
+    kind: str
+    sigma: float
+    causes: tuple[str, ...]
+
+    @property
+    def detectable(self) -> bool:
+        return self.sigma > DETECTABLE_SIGMA
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the judge said of a case, beside the truth.
+
+    Attributes:
+        case: The case.
+        planted: What is wrong, in the order of computation.
+        report: The judge's.
+        elapsed_s: Of the judge alone.
+    """
+
+    case: Case
+    planted: tuple[Planted, ...]
+    report: Report
+    elapsed_s: float
+
+    @property
+    def first_planted(self) -> Planted | None:
+        """The first planted stage that can be seen."""
+        return next((p for p in self.planted if p.detectable), None)
+
+    @property
+    def failing(self) -> tuple[StageReport, ...]:
+        """Stages that the judge blames."""
+        return tuple(s for s in self.report.stages if s.verdict and s.verdict.is_divergence)
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether the first blamed stage is the first planted one."""
+        first, wanted = self.report.first_divergence, self.first_planted
+        if wanted is None or first is None:
+            return wanted is None and first is None
+        return first.key == wanted.key
+
+    @property
+    def false_alarms(self) -> tuple[StageReport, ...]:
+        """Blamed stages where nothing was planted."""
+        truth = {p.key for p in self.planted}
+        return tuple(s for s in self.failing if s.key not in truth)
+
+    @property
+    def told_apart(self) -> bool | None:
+        """Whether the first fault found is put on the right side; None if it was not found."""
+        wanted = self.first_planted
+        first = self.report.first_divergence
+        if wanted is None or first is None or first.key != wanted.key:
+            return None
+        return (first.blamed or "kernel") == wanted.kind  # NONFINITE is the trace's own
+
+    @property
+    def found_faults(self) -> frozenset[str]:
+        """Names of the faults of which a stage is blamed."""
+        failing = {s.key for s in self.failing}
+        return frozenset(p.fault for p in self.planted if p.key in failing)
+
+    @property
+    def detectable_faults(self) -> frozenset[str]:
+        return frozenset(p.fault for p in self.planted if p.detectable)
+
+    @property
+    def named(self) -> tuple[str, ...] | None:
+        """Causes named for the first blamed stage; None where none were looked for."""
+        first = self.report.first_divergence
+        explanation = None if first is None else getattr(first, "explanation", None)
+        if explanation is None:
+            return None
+        return tuple(_cause_text(cause) for cause in explanation.named)
+
+    @property
+    def cause_hit(self) -> bool:
+        """Whether a named cause is one of those expected."""
+        first = self.report.first_divergence
+        words = {w for p in self.planted if first and p.key == first.key for w in p.causes}
+        return any(word in name.lower() for name in self.named or () for word in words)
+
+    @property
+    def blamed_today(self) -> StageKey | None:
+        """The stage that a cumulative cosine under 0.999 would blame."""
+        for stage in self.report.stages:
+            found = stage.comparison
+            if found is not None and not found.cosine >= COSINE_OF_TODAY:
+                return stage.key
+        return None
+
+
+def _cause_text(cause: Any) -> str:
+    """A named cause as words, whatever the record calls them."""
+    if isinstance(cause, str):
+        return cause
+    fields = ("name", "family", "title", "sentence", "text", "cause")
+    return " ".join(str(getattr(cause, f)) for f in fields if hasattr(cause, f)) or str(cause)
+
+
+def attempt(case: Case, farm: Farm, directory: Path) -> Outcome:
+    """Plant the faults of a case, judge it, and measure what was planted."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return _attempt(case, farm, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _attempt(case: Case, farm: Farm, directory: Path) -> Outcome:
+    tokens = farm.tokens(case.ground, case.num_tokens)
+    oracle = farm.oracle(case.ground, case.oracle, len(tokens))
+    path, by_file = _write_model(case, farm, tokens, directory)
+    by_kernel = [(n, layer) for n, layer in case.faults if n in kernels.FAULTS]
+    planted: list[Planted] = []
+    dump = None
+    if by_kernel or case.engine:
+        engine = farm.engine(case.ground, path, case.engine or "f32")
+        dump = directory / "dump"
+        planted += _run_engine(case, engine, tokens, by_kernel, dump)
+    if by_file:
+        planted += _measure_file(case, farm, path, tokens, by_file)
+    started = time.perf_counter()
+    report = run(Request(model=path, oracle=oracle.path, trace=dump, tokens=tokens))
+    elapsed_s = time.perf_counter() - started
+    planted.sort(key=lambda p: computation_order(p.key))
+    return Outcome(case, tuple(planted), report, elapsed_s)
+
+
+def _write_model(
+    case: Case, farm: Farm, tokens: tuple[int, ...], directory: Path
+) -> tuple[Path, list[tuple[str, int]]]:
+    """The model file, and the faults that are in it."""
+    by_file = [(n, layer) for n, layer in case.faults if n in converters.FAULTS]
+    if not by_file:
+        return farm.sound_file(case.ground, case.weights), by_file
+    draft = farm.draft(case.ground, case.weights, tokens)
+    for name, layer in by_file:
+        converters.FAULTS[name].spoil(draft, layer)
+    return draft.write(directory / "wrong.apr"), by_file
+
+
+def _run_engine(
+    case: Case, engine: Engine, tokens: tuple[int, ...], faults: list[tuple[str, int]], dump: Path
+) -> list[Planted]:
+    """A dump of the engine with faults planted, and what they did."""
+    wrongs: dict[StageKey, Wrong] = {}
+    origin: dict[StageKey, str] = {}
+    for name, layer in faults:
+        for stage, wrong in kernels.FAULTS[name].stages.items():
+            key = key_of(stage, layer)
+            wrongs[key], origin[key] = wrong, name
+    with torch.inference_mode():
+        made = engine.run(tokens, wrongs)
+    sidecar = Sidecar(
+        tokens=tokens,
+        backend="zoo",
+        arithmetic=engine.arithmetic,
+        dtype={"f16": "float16", "bf16": "bfloat16"}.get(engine.arithmetic, "float32"),
+    )
+    with TraceWriter(dump, sidecar) as writer:
+        for key, tensor in made.items():
+            writer.write(key, _laid_out(key, tensor, case.layout, engine).numpy())
+    found = []
+    for key, effect in engine.effects.items():
+        sigma = largest_effect(effect.wrong - effect.sound, effect.sound - effect.exact)
+        words = kernels.FAULTS[origin[key]].causes
+        found.append(Planted(key, origin[key], "kernel", sigma, words))
+    return found
+
+
+def _laid_out(key: StageKey, x: Tensor, layout: str, engine: Engine) -> Tensor:
+    """A tensor as engines of another habit dump it."""
+    if layout == "heads-first" and key.stage in ("q_post_rope", "k_post_rope", "attention"):
+        return x.reshape(x.shape[0], -1, engine.config.head_dim).transpose(0, 1).contiguous()
+    if layout == "masked" and key.stage == "attn_scores":
+        future = torch.ones(x.shape[1:], dtype=torch.bool).triu(1)
+        return x.masked_fill(future, -torch.inf)
+    if layout == "pairs" and key.stage in ("q_post_rope", "k_post_rope"):
+        heads = x.reshape(x.shape[0], -1, 2, engine.config.head_dim // 2)
+        return heads.transpose(2, 3).reshape(x.shape)
+    return x
+
+
+def _measure_file(
+    case: Case, farm: Farm, path: Path, tokens: tuple[int, ...], faults: list[tuple[str, int]]
+) -> list[Planted]:
+    """What a wrong file changes in the stages that read it, on the oracle's tensors in float64."""
+    oracle = farm.oracle(case.ground, case.oracle, len(tokens))
+    sound = farm.sound_engine(case.ground, case.weights).exactly()
+    wrong = farm.engine(case.ground, path).exactly()
+    sizes = sound.config.sizes(len(tokens))
+
+    def read(key: StageKey) -> Tensor:
+        from aprcore.layouts import layout_of
+
+        x = oracle.read(key)
+        return torch.from_numpy(x.reshape(layout_of(key, sizes, x.size).shape)).double()
+
+    found = []
+    with torch.inference_mode():
+        for name, layer in faults:
+            fault = converters.FAULTS[name]
+            layers = range(sound.config.num_layers) if fault.everywhere else (layer,)
+            for key in dict.fromkeys(key_of(s, n) for n in layers for s in fault.stages):
+                right, spoilt = (run_on(e, key, tokens, read) for e in (sound, wrong))
+                sigma = largest_effect(spoilt - right, read(key).reshape(right.shape) - right)
+                found.append(Planted(key, name, "model", sigma, fault.causes))
+    return found
+
+
+def key_of(stage: str, layer: int) -> StageKey:
+    """The key of a planted stage."""
+    if stage in ("final_norm", "lm_head"):
+        return StageKey(None, stage)
+    return StageKey(0 if stage == "embedding" else layer, stage)
+
+
+def largest_effect(change: Tensor, spread: Tensor) -> float:
+    """The largest change of any row over the root mean square of that row's sound spread."""
+    rows = change.reshape(-1, change.shape[-1]).double()
+    if not torch.isfinite(rows).all():
+        return math.inf
+    sigma = spread.reshape(rows.shape).double().square().mean(dim=1).sqrt()
+    peak = rows.abs().amax(dim=1)
+    ratio = torch.where(peak > 0, peak / sigma, 0.0)
+    return float(ratio.max())
