@@ -1,7 +1,9 @@
 """Plant the demo's faults: wrong .apr files, and stage dumps of a wrong engine.
 
 Each is tried in one layer after the other until the model's answer to the oracle's prompt is a
-wrong digit, and each is checked: the first stage that differs from the oracle is the planted one.
+wrong digit, and each is checked: the first stage to blame is the planted one. One fault sits in
+quantised weights, where every later stage looks wrong by rounding alone; the same weights without
+the fault are there too, and nothing of them may be blamed.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from aprcore.backends.numpy import NumpyBackend
-from aprcore.compare import compare, compare_logits
+from aprcore.bisect import Request, run
+from aprcore.compare import compare
+from aprcore.convert import import_model
 from aprcore.formats.apr import read_apr
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.forward import forward
-from aprcore.judge import FLOAT32_BOUND
 from aprcore.model import Model, open_model
+from aprcore.report import Report
 from aprcore.stages import StageKey
 from aprcore.trace import TraceDirectory, TraceWriter
 from aprcore.weights import read_all
@@ -27,6 +31,17 @@ from wrong_engine import Mistake, run_engine
 
 Weights = dict[str, np.ndarray]
 Tensors = Iterable[tuple[StageKey, np.ndarray]]
+
+# The story of the demo: its rounding takes the cosine below 0.999 and leaves every answer right.
+QUANTIZE = "q6_k"
+QUANTISED = {
+    "name": "quantised",
+    "kind": "sound",
+    "model": "faults/quantised.apr",
+    "layer": None,
+    "stage": None,
+    "description": "nothing wrong: Q6_K weights, whose rounding takes the cosine below 0.999",
+}
 
 # A later layer hides better; the last one is where people look first.
 LAYERS = (2, 1, 3, 0)
@@ -41,12 +56,19 @@ class Fault:
         stage: The first stage that it spoils.
         description: One line, with the layer to be filled in.
         spoil: What a bad conversion does to the weights of a layer; None: a wrong engine.
+        quantize: What the weights of a bad conversion are rounded to.
     """
 
     name: str
     stage: str
     description: str
     spoil: Callable[[Weights, str, Model], None] | None = None
+    quantize: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which judgment finds it: "model" or "kernel"."""
+        return "kernel" if self.spoil is None else "model"
 
 
 def leave_adjacent_pairs(weights: Weights, prefix: str, model: Model) -> None:
@@ -75,7 +97,7 @@ def swap_gate_and_up(weights: Weights, prefix: str, model: Model) -> None:
 FAULTS = (
     Fault("rope-pairs", "qkv_matmul",
           "bad conversion: q and k of layer {layer} kept their rows in adjacent-pair order",
-          leave_adjacent_pairs),
+          leave_adjacent_pairs, QUANTIZE),
     Fault("bias-lost", "qkv_bias",
           "bad conversion: the q, k and v biases of layer {layer} came out as zeros", lose_bias),
     Fault("gate-up-swapped", "ffn_gate",
@@ -97,6 +119,10 @@ def plant_faults(target: Path) -> None:
     with open_model(target / "sound.apr") as model:
         check_sound(model, oracle)
         entries = [plant(fault, model, oracle, target) for fault in FAULTS]
+    import_model(target / "sound.apr", target / QUANTISED["model"], quantize=QUANTIZE,
+                 overwrite=True)  # fmt: skip
+    check_quantised(target)
+    entries.insert(1, QUANTISED)
     manifest = {"schema": "aprtui-demo-faults-v1", "faults": entries}
     (target / "faults.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
@@ -108,20 +134,16 @@ def plant(fault: Fault, model: Model, oracle: TraceDirectory, target: Path) -> d
         Its entry of the manifest.
     """
     for layer in LAYERS:
-        tensors = spoiled_pass(fault, layer, model, oracle.sidecar.tokens, target)
-        answer = check_divergence(tensors, oracle, StageKey(layer, fault.stage), model)
+        place = spoil(fault, layer, model, oracle, target)
+        answer = check_blame(fault, layer, target, place)
         print(f"{fault.name} in layer {layer}: the answer is {answer!r}")
         if answer.isdigit() and answer != "4":
             break
     else:
         raise SystemExit(f"{fault.name} never makes the answer a wrong digit")
-    place = {"model": f"faults/{fault.name}.apr"}
-    if fault.spoil is None:
-        place = {"trace": f"faults/{fault.name}"}
-        write_trace(fault, tensors, oracle, target / place["trace"])
     return {
         "name": fault.name,
-        "kind": "trace" if fault.spoil is None else "model",
+        "kind": fault.kind,
         **place,
         "layer": layer,
         "stage": fault.stage,
@@ -129,24 +151,29 @@ def plant(fault: Fault, model: Model, oracle: TraceDirectory, target: Path) -> d
     }
 
 
-def spoiled_pass(
-    fault: Fault, layer: int, model: Model, tokens: tuple[int, ...], target: Path
-) -> list[tuple[StageKey, np.ndarray]]:
-    """Every tensor of a pass with the fault in a layer; a wrong model is written on the way."""
+def spoil(
+    fault: Fault, layer: int, model: Model, oracle: TraceDirectory, target: Path
+) -> dict[str, str]:
+    """Write the wrong model or the wrong engine's dump; return its place in the manifest."""
     if fault.spoil is None:
-        return list(run_engine(model, tokens, Mistake(fault.name, layer)))
+        place = {"trace": f"faults/{fault.name}"}
+        tensors = run_engine(model, oracle.sidecar.tokens, Mistake(fault.name, layer))
+        write_trace(fault, tensors, oracle, target / place["trace"])
+        return place
+    place = {"model": f"faults/{fault.name}.apr"}
     weights = {name: read_all(weight) for name, weight in model.weights.items()}
     fault.spoil(weights, f"model.layers.{layer}.", model)
-    path = target / "faults" / f"{fault.name}.apr"
+    path = target / place["model"]
     entries = [TensorEntry(name, "F32", values.shape) for name, values in weights.items()]
     metadata = read_apr(model.path).metadata
     with AprWriter(path, metadata, entries) as writer:
         for entry in writer.entries:
             writer.write(entry.name, np.ascontiguousarray(weights[entry.name]))
-    backend = NumpyBackend()
-    with open_model(path) as wrong:
-        passed = forward(wrong.config, wrong.weights, backend, tokens)
-        return [(key, backend.to_host(x)) for key, x in passed]
+    if fault.quantize is not None:
+        wide = path.rename(path.with_suffix(".f32.apr"))
+        import_model(wide, path, quantize=fault.quantize)
+        wide.unlink()
+    return place
 
 
 def write_trace(fault: Fault, tensors: Tensors, oracle: TraceDirectory, directory: Path) -> None:
@@ -185,22 +212,42 @@ def check_sound(model: Model, oracle: TraceDirectory) -> None:
             raise SystemExit("the sound model differs from its oracle")
 
 
-def check_divergence(
-    tensors: Tensors, oracle: TraceDirectory, planted: StageKey, model: Model
-) -> str:
-    """Hold a faulty pass against the oracle.
+def check_blame(fault: Fault, layer: int, target: Path, place: dict[str, str]) -> str:
+    """Run the demo of a fault.
 
     Returns:
         The text of the most likely next token.
 
     Raises:
-        SystemExit: The first stage that differs is not the planted one.
+        SystemExit: The first stage to blame is not the planted one, or for another reason.
     """
-    first = None
-    for key, x in tensors:
-        if first is None and compare(x, oracle.read(key)).relative_l2 > FLOAT32_BOUND:
-            first = key
-    if first != planted:
-        raise SystemExit(f"the first divergence is {first}, not {planted}")
-    logits = compare_logits(x, oracle.read(key))
-    return model.tokenizer().token_text(logits.argmax_a)
+    report = run(
+        Request(
+            model=target / place.get("model", "sound.apr"),
+            trace=target / place["trace"] if "trace" in place else None,
+            oracle=target / "oracle",
+        )
+    )
+    first = report.first_divergence
+    if first is None or first.key != StageKey(layer, fault.stage) or first.blamed != fault.kind:
+        raise SystemExit(f"{fault.name} in layer {layer}: {report.summary()}")
+    return next_token(report)
+
+
+def check_quantised(target: Path) -> None:
+    """Run the demo of sound quantised weights.
+
+    Raises:
+        SystemExit: A stage is blamed, the answer is wrong, or no cosine falls below 0.999.
+    """
+    report = run(Request(model=target / str(QUANTISED["model"]), oracle=target / "oracle"))
+    cosine = min(stage.comparison.cosine for stage in report.stages if stage.comparison)
+    print(f"quantised: {report.summary()}; lowest cosine {cosine:.5f}")
+    if report.diverges() or next_token(report) != "4" or cosine > 0.999:
+        raise SystemExit("the sound quantised model is no demo")
+
+
+def next_token(report: Report) -> str:
+    """The text of the token that the side under test would say next."""
+    logits = next(stage.logits for stage in report.stages if stage.logits is not None)
+    return logits.texts[logits.comparison.argmax_a]

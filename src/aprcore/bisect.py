@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from aprcore.budget import NO_BUDGETS, Budgets, run_dtype, settle
 from aprcore.plan import Plan
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.sides import open_sides
@@ -26,7 +26,7 @@ class Request:
 
     Attributes:
         model: A .apr or .gguf file or a Hugging Face directory.
-        oracle: A directory of stage files: the reference.
+        oracle: The reference: a directory of stage files, or one .safetensors, .npz or .pt file.
         trace: Another engine's dump, judged in place of a trace of `model`.
         prompt: Text to run; default: the tokens that the oracle recorded.
         tokens: Token ids to run, instead of a prompt.
@@ -34,6 +34,10 @@ class Request:
         threads: Threads of the CPU path; default: one per processor.
         arithmetic: Precision that the engine behind `trace` computes in; default: what its sidecar
             says, else the one that explains it.
+        names: A TOML file that says what a dump in one file calls the stages.
+        reference_weights: The float model that a quantised one was made of.
+        budgets: How large an error of its own is tolerated at a stage.
+        strict: Whether an error beyond its budget fails even where rounding explains it.
         cumulative_only: Compare both sides and leave the model and kernel judgments out; about
             three times faster.
         top_k: How many of the largest differences to keep per stage.
@@ -47,6 +51,10 @@ class Request:
     plan: Plan | None = None
     threads: int | None = None
     arithmetic: str | None = None
+    names: Path | None = None
+    reference_weights: Path | None = None
+    budgets: Budgets = NO_BUDGETS
+    strict: bool = False
     cumulative_only: bool = False
     top_k: int = TOP_K
 
@@ -64,6 +72,8 @@ def bisect(request: Request) -> Iterator[RunHeader | StageReport | Report]:
     """
     started = time.perf_counter()
     with open_sides(request) as sides:
+        request.budgets.check(sides.header.num_layers)
+        dtype = run_dtype(sides.header)
         yield sides.header
         judge = StageJudge(sides, request.top_k)
         rows = set(sides.header.keys)
@@ -75,6 +85,7 @@ def bisect(request: Request) -> Iterator[RunHeader | StageReport | Report]:
                 judge.record(key, tensor)
                 continue
             result = judge.judge(key, tensor)
+            result = settle(result, request.budgets.find(key, dtype), strict=request.strict)
             now = time.perf_counter()
             result, lap = replace(result, elapsed_s=now - lap), now
             results.append(result)

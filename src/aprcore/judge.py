@@ -94,7 +94,8 @@ class Judgment:
             times = math.sqrt(worst.ratio) if math.isfinite(worst.ratio) else math.inf
             text += f"; {times:.3g} times the predicted noise in {worst.name}"
         if self.span:
-            text += f" (judged from {_names(self.span)}; dump {_names(self.recomputed)} to narrow it)"
+            narrower = f"dump {_names(self.recomputed)} to narrow it"
+            text += f" (judged from {_names(self.span)}; {narrower})"
         return text
 
 

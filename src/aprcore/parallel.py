@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
@@ -35,10 +35,19 @@ def for_each(function: Callable[[Item], None], items: Iterable[Item], threads: i
         for item in work:
             function(item)
         return
-    futures = [executor(threads).submit(function, item) for item in work]
+    pool = executor(threads)
+    futures: list[Future[None]] = []
     try:
+        for item in work:
+            futures.append(pool.submit(function, item))  # noqa: PERF401  (kept if interrupted)
         for future in futures:
             future.result()
+    except KeyboardInterrupt:
+        # Ctrl-C inside `submit` can leave a thread that the pool does not know of; unless it is
+        # told to end as well, the interpreter waits for it for ever.
+        pool.shutdown(wait=False, cancel_futures=True)
+        executor.cache_clear()
+        raise
     finally:
         # After an error or Ctrl-C nothing may still write into the caller's buffers.
         for future in futures:

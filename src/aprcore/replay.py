@@ -122,6 +122,12 @@ class RecordedSide:
             self._recorded[key] = None if self._read is None else self._read(key)
         return self._recorded[key]
 
+    def peek(self, key: StageKey) -> Floats | None:
+        """As `tensor`, without keeping what had to be fetched."""
+        if key in self._recorded:
+            return self._recorded[key]
+        return None if self._read is None else self._read(key)
+
     def inputs(self, key: StageKey) -> list[Expectation] | None:
         """The inputs of a stage, recorded or recomputed; None if that cannot be done."""
         found = []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from aprcore.causes.records import Explanation
 from aprcore.compare import Comparison, LogitsComparison, Statistics
 from aprcore.judge import Judgment, Verdict
 from aprcore.layouts import Layout
+from aprcore.reference_weights import Quantisation
 from aprcore.stages import StageKey
 
 REPORT_SCHEMA = "aprtui-report-v1"
@@ -92,6 +95,10 @@ class StageReport:
         logits: For `lm_head` with both sides.
         kernel: The stage on the trace's own inputs, where that can be judged.
         model: The stage on the oracle's inputs, where that can be judged.
+        explanation: Why it fails, for a FAIL by the kernel or model judgment.
+        quantisation: What quantised weights really do here, where the float weights are at hand.
+        budget: The largest own error that the user tolerates here, if stated.
+        passes_at: For a stage that fails: the smallest budget under which it would pass.
         elapsed_s: Seconds to compute or read, and compare, this stage.
     """
 
@@ -105,6 +112,10 @@ class StageReport:
     logits: LogitsReport | None = None
     kernel: Judgment | None = None
     model: Judgment | None = None
+    explanation: Explanation | None = None
+    quantisation: Quantisation | None = None
+    budget: float | None = None
+    passes_at: float | None = None
     elapsed_s: float = 0.0
 
     @property
@@ -112,9 +123,12 @@ class StageReport:
         """The judgment that a FAIL rests on: "kernel", "model", else "cumulative"."""
         if self.verdict is not Verdict.FAIL:
             return None
-        for name, judgment in (("kernel", self.kernel), ("model", self.model)):
-            if judgment is not None and not judgment.passed:
-                return name
+        judged = [(n, j) for n, j in (("kernel", self.kernel), ("model", self.model)) if j]
+        failed = [name for name, judgment in judged if not judgment.passed]
+        if failed:
+            return failed[0]
+        if judged and self.budget is not None:  # both pass: beyond the user's budget
+            return max(judged, key=lambda found: found[1].relative_l2)[0]
         return "cumulative"
 
 
@@ -197,15 +211,27 @@ def stage_to_json(stage: StageReport, *, top_k: int = 10) -> dict[str, Any]:
         "verdict": None if stage.verdict is None else stage.verdict.value,
         "reason": stage.reason,
         "blamed": stage.blamed,
+        "budget_relative_l2": stage.budget,
+        "passes_at_relative_l2": stage.passes_at,
         "elapsed_s": stage.elapsed_s,
     }
     if stage.comparison is not None and stage.layout is not None:
         data["cumulative"] = _comparison(stage.comparison, stage.layout, top_k)
     for name, judgment in (("kernel", stage.kernel), ("model", stage.model)):
         data[name] = None if judgment is None else _judgment(judgment)
+    if stage.quantisation is not None:
+        data["quantisation"] = {
+            "true_relative_l2": stage.quantisation.true_relative_l2,
+            "predicted_relative_l2": stage.quantisation.predicted_relative_l2,
+            "ratio": stage.quantisation.ratio,
+            "remaining_relative_l2": stage.quantisation.remaining_relative_l2,
+        }
     for name, statistics in (("trace", stage.trace), ("oracle", stage.oracle)):
         if statistics is not None:
             data[name] = _statistics(statistics)
+    if stage.explanation is not None:
+        data["causes"] = [dataclasses.asdict(cause) for cause in stage.explanation.causes]
+        data["symptom"] = stage.explanation.symptom
     if stage.logits is not None:
         data["logits"] = _logits(stage.logits)
     cleaned: dict[str, Any] = json_ready(data)

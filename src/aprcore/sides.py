@@ -18,15 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.prediction import Profile
+from aprcore.dump_names import Dialect
+from aprcore.dumps import is_tensor_file, open_dump
 from aprcore.errors import AprError, OracleError, PlanError, TokenizerError
 from aprcore.judge import cumulative_bound
 from aprcore.layouts import infer_sizes, layout_of, zero_above_diagonal
+from aprcore.name_map import read_name_map
 from aprcore.plan import DEFAULT_PROMPT, Plan, check_layers
 from aprcore.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtype
+from aprcore.reference_weights import open_reference
 from aprcore.replay import RecordedSide
 from aprcore.report import RunHeader, Side
 from aprcore.stages import BY_NAME, StageKey, computation_order, parse_path, stage_keys
-from aprcore.trace import TraceDirectory
+from aprcore.trace import StageSource
 
 if TYPE_CHECKING:
     from aprcore.model import Model
@@ -55,6 +59,10 @@ class RunRequest(Protocol):
     def arithmetic(self) -> str | None: ...
     @property
     def cumulative_only(self) -> bool: ...
+    @property
+    def names(self) -> Path | None: ...
+    @property
+    def reference_weights(self) -> Path | None: ...
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,13 @@ class Sides:
         bound_alone: The cumulative bound where neither other judgment can be made.
         cumulative_only: Whether neither other judgment is asked for.
         threads: Threads of the CPU path.
+        reference: A float model that the quantised one was made of, if it is at hand.
     """
 
     header: RunHeader
     model: Model | None
-    trace: TraceDirectory | None
-    oracle: TraceDirectory | None
+    trace: StageSource | None
+    oracle: StageSource | None
     sizes: Mapping[str, int]
     features: frozenset[str]
     not_computed: frozenset[StageKey]
@@ -86,6 +95,7 @@ class Sides:
     bound_alone: float
     cumulative_only: bool
     threads: int | None
+    reference: Model | None = None
 
     def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
         """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
@@ -107,7 +117,7 @@ class Sides:
         )  # fmt: skip
         return trace, oracle
 
-    def _reader(self, directory: TraceDirectory) -> Callable[[StageKey], Floats | None]:
+    def _reader(self, directory: StageSource) -> Callable[[StageKey], Floats | None]:
         """Tensors of a directory in the shape of the table; None for other shapes."""
 
         def read(key: StageKey) -> Floats | None:
@@ -162,21 +172,55 @@ def open_sides(request: RunRequest) -> Iterator[Sides]:
     Raises:
         AprError: Something cannot be opened, or the sides ran different tokens.
     """
-    if request.model is None and request.trace is None:
-        raise PlanError("nothing to run", hint="name a model, or a directory with --trace")
+    _check_options(request)
     with ExitStack() as stack:
-        oracle = None if request.oracle is None else _open_full_pass(request.oracle)
-        trace = None if request.trace is None else _open_full_pass(request.trace)
-        model = None
+        model = reference = None
         if request.model is not None:
             from aprcore.model import open_model
 
             model = stack.enter_context(open_model(request.model))
-        yield _match(request, model, trace, oracle)
+            if request.reference_weights is not None:
+                reference = stack.enter_context(open_reference(request.reference_weights, model))
+        trace, oracle = _open_dumps(request, model)
+        yield replace(_match(request, model, trace, oracle), reference=reference)
 
 
-def _open_full_pass(path: Path) -> TraceDirectory:
-    directory = TraceDirectory(path)
+def _check_options(request: RunRequest) -> None:
+    """Hold what a request names against each other.
+
+    Raises:
+        PlanError: Something is missing that another part needs.
+    """
+    if request.model is None and request.trace is None:
+        raise PlanError("nothing to run", hint="name a model, or a directory with --trace")
+    given = [path for path in (request.trace, request.oracle) if path is not None]
+    if request.names is not None and not any(map(is_tensor_file, given)):
+        raise PlanError("--names is for dumps in one file; directories hold files of fixed names")
+    if request.reference_weights is None:
+        return
+    if request.model is None or request.oracle is None or request.cumulative_only:
+        raise PlanError("--reference-weights needs a model, --oracle and the model judgment",
+                        hint="the reference weights are run on the oracle's inputs")  # fmt: skip
+
+
+def _open_dumps(
+    request: RunRequest, model: Model | None
+) -> tuple[StageSource | None, StageSource | None]:
+    """The trace and the oracle, as far as a request names them."""
+    names = None if request.names is None else read_name_map(request.names)
+    has_bias = model is not None and "qkv_bias" in model.config.features
+    paths = [path for path in (request.oracle, request.trace) if path is not None]
+    opened: dict[Path, StageSource] = {}
+    for path in sorted(paths, key=is_tensor_file):
+        opened[path] = _open_full_pass(path, names, has_bias)
+        if model is None:  # directories come first: they tell whether projections have a bias
+            has_bias = has_bias or any(key.stage == "qkv_bias" for key in opened[path].keys())
+    trace, oracle = request.trace, request.oracle
+    return None if trace is None else opened[trace], None if oracle is None else opened[oracle]
+
+
+def _open_full_pass(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
+    directory = open_dump(path, names, has_qkv_bias=has_bias)
     positions = directory.sidecar.positions
     if positions is not None and positions != tuple(range(len(positions))):
         raise OracleError(
@@ -189,8 +233,8 @@ def _open_full_pass(path: Path) -> TraceDirectory:
 
 
 def _match(
-    request: RunRequest, model: Model | None, trace: TraceDirectory | None,
-    oracle: TraceDirectory | None,
+    request: RunRequest, model: Model | None, trace: StageSource | None,
+    oracle: StageSource | None,
 ) -> Sides:  # fmt: skip
     tokens, notes = _agree_on_tokens(request, model, trace, oracle)
     num_layers, features = _depth(model, trace, oracle)
@@ -209,7 +253,7 @@ def _match(
         if directory.ignored:
             names = ", ".join(directory.ignored[:3])
             more = f" and {len(directory.ignored) - 3} more" if len(directory.ignored) > 3 else ""
-            notes.append(f"files of the {name} that name no stage are left out: {names}{more}")
+            notes.append(f"parts of the {name} that name no stage are left out: {names}{more}")
     types = dtypes if model is None else dtypes | model.weight_types
     prompt = request.prompt
     for directory in (oracle, trace):
@@ -259,7 +303,7 @@ def _match(
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
 
 
-def _arithmetic(request: RunRequest, trace: TraceDirectory | None) -> Arithmetic:
+def _arithmetic(request: RunRequest, trace: StageSource | None) -> Arithmetic:
     """What the engine behind the trace computes in, as stated or recorded."""
     if trace is None:
         return ARITHMETICS["f32"]  # the CPU path
@@ -287,7 +331,8 @@ def _detect(sides: Sides) -> tuple[Sides, str]:
         sides.trace.keys(), sides.features, sides._reader(sides.trace),
     )  # fmt: skip
     if not explained:
-        return sides, "the trace does not record its arithmetic, and none explains it; see --arithmetic"
+        note = "the trace does not record its arithmetic, and none explains it; see --arithmetic"
+        return sides, note
     note = (
         f"the trace does not record its arithmetic; {arithmetic.name} explains {explained} of"
         f" {judged} stages of one layer"
@@ -296,8 +341,8 @@ def _detect(sides: Sides) -> tuple[Sides, str]:
 
 
 def _agree_on_tokens(
-    request: RunRequest, model: Model | None, trace: TraceDirectory | None,
-    oracle: TraceDirectory | None,
+    request: RunRequest, model: Model | None, trace: StageSource | None,
+    oracle: StageSource | None,
 ) -> tuple[tuple[int, ...] | None, list[str]]:  # fmt: skip
     """The token ids of both sides.
 
@@ -360,7 +405,7 @@ def _encode(model: Model | None, prompt: str) -> tuple[int, ...]:
 
 
 def _depth(
-    model: Model | None, trace: TraceDirectory | None, oracle: TraceDirectory | None
+    model: Model | None, trace: StageSource | None, oracle: StageSource | None
 ) -> tuple[int, frozenset[str]]:
     """Layers and features of the model, or those that the directories show."""
     if model is not None:
@@ -374,8 +419,8 @@ def _depth(
 
 
 def _rows(
-    plan: Plan | None, model: Model | None, trace: TraceDirectory | None,
-    oracle: TraceDirectory | None,
+    plan: Plan | None, model: Model | None, trace: StageSource | None,
+    oracle: StageSource | None,
 ) -> tuple[StageKey, ...]:  # fmt: skip
     """Every tensor to report, in the order of computation.
 
@@ -397,14 +442,14 @@ def _rows(
     return tuple(sorted(both, key=computation_order))
 
 
-def _recorded(directory: TraceDirectory) -> set[StageKey]:
+def _recorded(directory: StageSource) -> set[StageKey]:
     """Tensors that a directory holds or says that it holds."""
     listed = (parse_path(path) for path in directory.sidecar.stages or ())
     return {*directory.keys(), *(key for key in listed if key is not None)}
 
 
 def _sizes(
-    model: Model | None, trace: TraceDirectory | None, oracle: TraceDirectory | None,
+    model: Model | None, trace: StageSource | None, oracle: StageSource | None,
     tokens: Sequence[int] | None,
 ) -> Mapping[str, int]:  # fmt: skip
     if model is not None and tokens is not None:
@@ -428,7 +473,7 @@ def _sizes(
     return infer_sizes(counts, None) if count is None else model.config.sizes(count)
 
 
-def _trace_side(model: Model | None, trace: TraceDirectory | None) -> Side:
+def _trace_side(model: Model | None, trace: StageSource | None) -> Side:
     if trace is not None:
         return _directory_side(trace)
     assert model is not None
@@ -436,7 +481,7 @@ def _trace_side(model: Model | None, trace: TraceDirectory | None) -> Side:
     return Side(str(model.path), f"{types} {model.format}, numpy float32", "float32")
 
 
-def _directory_side(directory: TraceDirectory) -> Side:
+def _directory_side(directory: StageSource) -> Side:
     sidecar = directory.sidecar
     engine = {"transformers": "HF"}.get(sidecar.backend or "", sidecar.backend)
     label = " ".join(word for word in (engine, sidecar.dtype) if word) or "origin not recorded"

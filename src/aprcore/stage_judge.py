@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.causes import Explanation, explain
 from aprcore.compare import Comparison, compare, compare_logits, describe
 from aprcore.judge import Evidence, Judgment, Verdict, decide, within
 from aprcore.layouts import (
@@ -20,6 +21,7 @@ from aprcore.layouts import (
     zero_above_diagonal,
 )
 from aprcore.noise import allowed_ratio, assess
+from aprcore.reference_weights import measure_quantisation
 from aprcore.replay import Expectation, expect_both
 from aprcore.report import LogitsReport, StageReport
 from aprcore.sides import Sides
@@ -28,6 +30,9 @@ from aprcore.stages import BY_NAME, StageKey, input_keys
 Floats = NDArray[np.floating[Any]]
 
 LOGITS_TOP_K = 5
+
+# A tensor in canonical layout, its judgment and what was expected of it, as far as there are any.
+_Judged = tuple[Floats | None, Judgment | None, Expectation | None]
 
 
 class StageJudge:
@@ -68,9 +73,20 @@ class StageJudge:
         for side in (self._trace, self._oracle):
             if side is not None:
                 side.enter(key)
-        result = self._judge(key, traced, oracle)
+        result = self._with_quantisation(self._judge(key, traced, oracle))
         self._verdicts[key] = result.verdict
         return result
+
+    def _with_quantisation(self, result: StageReport) -> StageReport:
+        """Add what the reference weights show, where they are at hand."""
+        reference, side = self._sides.reference, self._oracle
+        oracle = None if reference is None or side is None else side.tensor(result.key)
+        if reference is None or side is None or oracle is None:
+            return result
+        found = measure_quantisation(reference, side, result.key, oracle)
+        if found is not None and result.verdict in (Verdict.NOISE, Verdict.FAIL):
+            result = replace(result, reason=f"{result.reason}; {found.describe()}")
+        return replace(result, quantisation=found)
 
     def _judge(self, key: StageKey, traced: Floats | None, oracle: Floats | None) -> StageReport:
         sizes = self._sides.sizes
@@ -134,6 +150,12 @@ class StageJudge:
         verdict, reason = decide(evidence)
         if comparison is None and (verdict is None or not verdict.is_divergence):
             verdict, reason = self._lone(key, traced, oracle, verdict, reason)
+        explanation = self._explain(
+            key, layout, verdict, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
+        )
+        if explanation is not None:
+            judgment, _, figures = reason.partition(": ")
+            reason = f"{judgment}: {explanation.clause()}; {figures}"
         logits = None
         if key.stage == "lm_head" and traced is not None and oracle is not None and traced.size:
             found = compare_logits(traced, oracle, k=LOGITS_TOP_K)
@@ -141,10 +163,26 @@ class StageJudge:
             logits = LogitsReport(found, texts)
         return StageReport(
             key, layout, verdict, reason, comparison, kernel=kernel, model=model,
+            explanation=explanation,
             trace=None if traced is None or comparison is not None else describe(traced),
             oracle=None if oracle is None or comparison is not None else describe(oracle),
             logits=logits,
         )  # fmt: skip
+
+    def _explain(
+        self, key: StageKey, layout: Layout, verdict: Verdict | None, traced: _Judged,
+        oracle: _Judged,
+    ) -> Explanation | None:  # fmt: skip
+        """Why a stage fails, by experiments on the inputs of the side that shows it."""
+        if verdict is not Verdict.FAIL:
+            return None
+        for side, (x, judgment, expected), in_file in (
+            (self._trace, traced, False), (self._oracle, oracle, True),
+        ):  # fmt: skip
+            if judgment is not None and not judgment.passed:
+                assert side is not None and x is not None and expected is not None
+                return explain(side, key, x, expected, layout, in_file=in_file)
+        return None
 
     def _lone(
         self, key: StageKey, traced: Floats | None, oracle: Floats | None,

@@ -113,7 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("out of memory; try fewer tokens, layers or stages")
     except SystemExit as end:  # argparse has printed its line
         return end.code if isinstance(end.code, int) else UNUSABLE
+    except Exception as error:
+        if _comes_from_interrupt(error):
+            return INTERRUPTED
+        raise
     return code
+
+
+def _comes_from_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: inside an import Python may wrap it (`__set_name__`)."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _drop_output() -> None:

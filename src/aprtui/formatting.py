@@ -37,6 +37,15 @@ def format_short(value: float) -> str:
     return _plain(value) or f"{value:.2e}"
 
 
+def format_tolerance(tolerance: float) -> str:
+    """A tolerance in three digits, rounded up, so that what is shown is enough: "3.25e-03"."""
+    shown = f"{tolerance:.2e}"
+    if float(shown) < tolerance:
+        mantissa, _, exponent = shown.partition("e")
+        shown = f"{float(mantissa) + 0.01:.2f}e{exponent}"
+    return shown
+
+
 def format_position(axes: Sequence[str], position: Sequence[int]) -> str:
     """A position in words: "token 6, head 12, dim 63"."""
     return ", ".join(f"{axis} {index}" for axis, index in zip(axes, position))

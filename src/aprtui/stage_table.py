@@ -10,6 +10,7 @@ from rich.text import Text
 from aprcore.judge import Judgment, Verdict
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.stages import StageKey
+from aprtui.formatting import format_tolerance
 from aprtui.text import visible
 from aprtui.theme import VARIABLES, mark_of_verdict
 
@@ -89,11 +90,14 @@ class StageTable:
             figures += [_judgment(judgment) for judgment in judgments]
         line = Text(_row(stage.key.path, shape, figures, ""))
         if stage.verdict is None:
-            line.append("" if lone is None or not lone.nonfinite else f"{lone.nonfinite} non-finite")
+            if lone is not None and lone.nonfinite:
+                line.append(f"{lone.nonfinite} non-finite")
         else:
             line.append_text(_verdict(stage.verdict))
             if stage.verdict is not Verdict.PASS:
                 line.append(f"  {visible(stage.reason)}")
+            if stage.passes_at is not None:
+                line.append(f"; passes at {format_tolerance(stage.passes_at)}")
         self._console.print(line, soft_wrap=True)
 
     def _flush_missing(self) -> None:

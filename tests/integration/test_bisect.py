@@ -11,6 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from aprcore.bisect import Request, bisect, run
+from aprcore.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
+from aprcore.judge import Verdict
+from aprcore.plan import Plan
+from aprcore.report import Report, RunHeader, StageReport
+from aprcore.stages import StageKey
+from aprcore.trace import Sidecar
 from tiny import (
     NUM_LAYERS,
     SIZES,
@@ -23,14 +31,6 @@ from tiny import (
     write_model,
     write_stages,
 )
-
-from aprcore.bisect import Request, bisect, run
-from aprcore.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
-from aprcore.judge import Verdict
-from aprcore.plan import Plan
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.stages import StageKey
-from aprcore.trace import Sidecar
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -143,8 +143,9 @@ def test_a_wrong_weight_is_found_where_it_is_used(tmp_path: Path, oracle: Path) 
 
 
 class TestTokens:
-    def test_another_prompt_is_refused_with_both_lists(self, tensors: Tensors, tmp_path: Path,
-                                                       oracle: Path, model: Path) -> None:  # fmt: skip
+    def test_another_prompt_is_refused_with_both_lists(
+        self, tensors: Tensors, tmp_path: Path, oracle: Path, model: Path
+    ) -> None:
         other = write_stages(tmp_path / "other", tensors, tokens=(5, 0, 39, 7, 8))
         for request in (
             Request(trace=other, oracle=oracle),
@@ -202,7 +203,9 @@ class TestTokens:
             with pytest.raises(TokenizerError):
                 run(request)
 
-    def test_other_positions_are_refused(self, tensors: Tensors, tmp_path: Path, oracle: Path) -> None:
+    def test_other_positions_are_refused(
+        self, tensors: Tensors, tmp_path: Path, oracle: Path
+    ) -> None:
         late = write_stages(tmp_path / "late", tensors, positions=(3, 4, 5, 6, 7))
         for request in (Request(trace=late, oracle=oracle), Request(trace=oracle, oracle=late)):
             with pytest.raises(OracleError, match="only a full pass from position 0"):
@@ -359,9 +362,7 @@ class TestNonFinite:
             assert report.first_divergence.key == key
             assert "oracle" in report.first_divergence.reason
 
-    def test_all_zero_tensors(
-        self, oracle: Path, tensors: Tensors, tmp_path: Path
-    ) -> None:
+    def test_all_zero_tensors(self, oracle: Path, tensors: Tensors, tmp_path: Path) -> None:
         zeros = write_stages(tmp_path / "z", {k: np.zeros_like(x) for k, x in tensors.items()})
         assert only_pass(run(Request(trace=zeros, oracle=zeros)))
         for a, b in ((zeros, oracle), (oracle, zeros)):

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from aprcore.stages import BY_NAME, StageKey
+from aprtui.cli import main
 from tiny import (
     SIZES,
     TOKENS,
@@ -24,9 +27,6 @@ from tiny import (
     write_model,
     write_stages,
 )
-
-from aprcore.stages import BY_NAME, StageKey
-from aprtui.cli import main
 
 IDS = ",".join(map(str, TOKENS))
 UP = StageKey(1, "ffn_up")
@@ -185,7 +185,9 @@ class TestFiles:
         assert_refused(aprtui(*arguments, cwd=root), *words)
         assert leftovers(root) == before
 
-    def test_names_that_look_like_markup_are_shown_literally(self, root: Path, tmp_path: Path) -> None:
+    def test_names_that_look_like_markup_are_shown_literally(
+        self, root: Path, tmp_path: Path
+    ) -> None:
         model = tmp_path / f"{NASTY.replace('/', '')}.apr"
         model.write_bytes((root / "m.apr").read_bytes())
         shown = NASTY_SHOWN.replace("/", "")
@@ -271,7 +273,8 @@ class TestTrace:
         runs = []
         for name in "ab":
             done = aprtui("trace", root / "m.apr", "--tokens", IDS, "--save-tensor", "ALL",
-                          "--save-tensor-layers", "0..2", "--save-tensor-dir", tmp_path / name)  # fmt: skip
+                          "--save-tensor-layers", "0..2",
+                          "--save-tensor-dir", tmp_path / name)  # fmt: skip
             assert (done.returncode, done.stderr) == (0, "")
             runs.append(done.stdout.splitlines()[1:])
         names = [name for name in leftovers(tmp_path / "a") if name.endswith(".bin")]
@@ -308,7 +311,9 @@ class TestTrace:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
-        assert (process.returncode, output, errors) == (130, "", "")
+        # Python itself may end by the signal when it came during an import; shells show 130 too.
+        assert process.returncode in (130, -signal.SIGINT)
+        assert (output, errors) == ("", "")
         assert leftovers(tmp_path) == []
 
 
@@ -329,7 +334,9 @@ class TestDiff:
     def test_exit_codes(self, root: Path, arguments: list[str], code: int) -> None:
         done = aprtui("diff", *arguments, cwd=root)
         assert (done.returncode, done.stderr) == (code, "")
-        assert done.stdout.splitlines()[-1] == ("different" if code else "equal within the tolerance")
+        assert done.stdout.splitlines()[-1] == (
+            "different" if code else "equal within the tolerance"
+        )
 
     @pytest.mark.parametrize(("a", "b", "code"), [("oracle", "wrong", 1), ("m.apr", "m.apr", 0)])
     def test_json(self, root: Path, a: str, b: str, code: int) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TOKENS, trace_model, write_model, write_stages
 
 from aprcore.stages import StageKey
 from models import build, save, small_model, write_gguf
+from tiny import TOKENS, trace_model, write_model, write_stages
 
 PRELUDE = """
 import os, sys
@@ -84,6 +84,7 @@ def test_a_model_that_shrinks_while_open(apr: Path) -> None:
     assert "m.apr: the file ends" in in_process(READ_ALL, apr, apr)
 
 
+@pytest.mark.slow  # imports torch and transformers
 def test_a_gguf_or_safetensors_file_that_shrinks_while_open(
     weights: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -157,8 +158,10 @@ for _ in range(300):
         outcomes.add("refused")
 print(*outcomes)
 """
-    process = subprocess.Popen([sys.executable, "-c", PRELUDE + code, oracle],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code, oracle],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
     process.stdout.readline()
     while process.poll() is None:

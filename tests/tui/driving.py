@@ -23,7 +23,18 @@ async def settle(pilot: Pilot[Any]) -> None:
     handled = asyncio.Event()
     explorer_of(pilot).call_later(handled.set)  # queued behind the run's messages
     await handled.wait()
-    await pilot.pause(QUIET_S)
+    await come_to_rest(pilot)
+
+
+async def come_to_rest(pilot: Pilot[Any]) -> None:
+    """Wait until the picture stays as it is; on a busy machine one pause is not enough."""
+    before = ""
+    for _ in range(50):
+        await pilot.pause(QUIET_S)
+        now = pilot.app.export_screenshot()
+        if now == before:
+            return
+        before = now
 
 
 def explorer_of(pilot: Pilot[Any]) -> ExplorerScreen:
@@ -37,13 +48,13 @@ def drive(
     steps: Callable[[Pilot[Any]], Coroutine[Any, Any, None]],
     *,
     size: tuple[int, int] = (120, 40),
-    wait: Callable[[Pilot[Any]], Awaitable[None]] = settle,
+    wait: Callable[[Pilot[Any]], Awaitable[None]] | None = None,
 ) -> None:
     """Run an app without a terminal, wait until the run is over, take some steps."""
 
     async def run() -> None:
         async with app.run_test(size=size) as pilot:
-            await wait(pilot)
+            await (wait or settle)(pilot)
             await steps(pilot)
 
     asyncio.run(run())

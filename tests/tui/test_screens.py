@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import settle
+from driving import come_to_rest, settle
 from textual.pilot import Pilot
 
 from aprcore.bisect import Request, bisect
-from aprcore.errors import FormatError
+from aprcore.errors import FormatError, TraceError
 from aprcore.report import RunHeader
 from aprtui.app import ExplorerApp
 
@@ -26,7 +26,7 @@ def then_press(*keys: str) -> Callable[[Pilot[Any]], Any]:
     async def run_before(pilot: Pilot[Any]) -> None:
         await settle(pilot)
         await pilot.press(*keys)
-        await pilot.pause(0.1)
+        await come_to_rest(pilot)
 
     return run_before
 
@@ -121,16 +121,21 @@ class TestOverlays:
         async def run_before(pilot: Pilot[Any]) -> None:
             await settle(pilot)
             await pilot.press("ctrl+p", *"layer 2 rope")
-            await pilot.pause(0.5)
+            await come_to_rest(pilot)
             pilot.app.screen.query_one("Input").cursor_blink = False  # type: ignore[attr-defined]
-            await pilot.pause(0.2)
+            await come_to_rest(pilot)
 
         app = ExplorerApp(failing_request)
         assert snap_compare(app, terminal_size=(100, 30), run_before=run_before)
 
     @pytest.mark.parametrize("size", [(40, 10), (80, 24)], ids=["40x10", "80x24"])
     def test_error(self, snap_compare: Compare, size: Any) -> None:
-        app = ExplorerApp(Request(trace=Path("nowhere"), oracle=Path("hf-stages")))
+        def failing(request: Request) -> Iterator[Any]:
+            raise TraceError(
+                "does not exist", where="hf-stages", hint="give a directory of stage files"
+            )
+
+        app = ExplorerApp(Request(trace=Path("dump"), oracle=Path("hf-stages")), failing)
         assert snap_compare(app, terminal_size=size, run_before=settle)
 
     def test_error_in_the_middle(

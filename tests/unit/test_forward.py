@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import NUM_LAYERS, SIZES, TOKENS, opened, trace_model, write_model
 
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.errors import ConfigError
@@ -19,12 +18,15 @@ from aprcore.model import Model
 from aprcore.plan import Plan
 from aprcore.record import record_trace
 from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
+from tiny import NUM_LAYERS, SIZES, TOKENS, opened, trace_model, write_model
 
 LOGITS = StageKey(None, "lm_head")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["bias", "no bias"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
     path = write_model(tmp_path_factory.mktemp("model") / "m.apr", has_bias=request.param)
     with opened(path) as model:
         yield model

@@ -86,9 +86,7 @@ class TestMask:
     def test_a_decoding_step_sees_every_position(self) -> None:
         layout = layout_of(StageKey(0, "attn_scores"), {"H": 2, "T": 1, "S": 5}, 10)
         x = numbered(layout)
-        np.testing.assert_array_equal(
-            zero_above_diagonal(StageKey(0, "attn_scores"), x, layout), x
-        )
+        np.testing.assert_array_equal(zero_above_diagonal(StageKey(0, "attn_scores"), x, layout), x)
 
     @given(stage_names.filter(lambda name: name != "attn_scores"), sizes)
     def test_other_stages_are_passed_through(self, name: str, sizes: dict[str, int]) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from closeness import FLOAT32_ROUNDOFF as U
-from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ArrayWeight
 
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.rope import Rope, RopeScaling
 from aprcore.weights import CHUNK_BYTES
+from closeness import FLOAT32_ROUNDOFF as U
+from closeness import assert_close
+from tiny import ArrayWeight
 
 OP = NumpyBackend(2)
 EXACT = ReferenceBackend()

@@ -105,7 +105,7 @@ class TestLayers:
 
     def test_a_range_must_lie_within_the_model(self) -> None:
         check_layers(None, 3)
-        check_layers(range(0, 3), 3)
+        check_layers(range(3), 3)
         with pytest.raises(PlanError, match=r"1\.\.4 reach beyond the model's 3 layers"):
             check_layers(range(1, 4), 3)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from closeness import assert_close
-from tiny import ArrayWeight
 
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.rope import Rope, RopeScaling
 from aprcore.weights import CHUNK_BYTES
+from closeness import assert_close
+from tiny import ArrayWeight
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -124,8 +124,8 @@ class TestAttention:
     def test_all_three_are_torchs_attention(
         self, num_heads: int, num_kv_heads: int, tokens: int, positions: int
     ) -> None:
-        q, k, v = (draw(n, heads * self.DIM, seed=i) for i, (n, heads) in enumerate(
-            [(tokens, num_heads), (positions, num_kv_heads), (positions, num_kv_heads)]))  # fmt: skip
+        q = draw(tokens, num_heads * self.DIM)
+        k, v = (draw(positions, num_kv_heads * self.DIM, seed=seed) for seed in (1, 2))
         parts = [T(x).view(x.shape[0], -1, self.DIM).transpose(0, 1)[None] for x in (q, k, v)]
         expected = F.scaled_dot_product_attention(
             *parts, attn_mask=~above_diagonal(tokens, positions), enable_gqa=True

@@ -44,7 +44,9 @@ def parsed(value: Any) -> Any:
     return json.loads(json.dumps(value, allow_nan=False), parse_constant=refuse)
 
 
-def stage(verdict: Verdict | None = Verdict.PASS, key: StageKey = NORM, **parts: Any) -> StageReport:
+def stage(
+    verdict: Verdict | None = Verdict.PASS, key: StageKey = NORM, **parts: Any
+) -> StageReport:
     return StageReport(key, layout_of(key, {"T": 2, "E": 3}, 6), verdict, "why", **parts)
 
 
@@ -84,7 +86,11 @@ def test_a_compared_stage_is_strict_json(a: list[float], b: list[float]) -> None
     x, y = np.float32(a), np.float32(b)
     logits = LogitsReport(compare_logits(x, y), {5: "\ud800[/INST]"})
     record = parsed(stage_to_json(stage(comparison=compare(x, y, 4), logits=logits), top_k=2))
-    assert (record["path"], record["layer"], record["stage"]) == ("layer-2/attn_norm", 2, "attn_norm")
+    assert (record["path"], record["layer"], record["stage"]) == (
+        "layer-2/attn_norm",
+        2,
+        "attn_norm",
+    )
     assert (record["shape"], record["verdict"], record["reason"]) == ([2, 3], "PASS", "why")
     assert len(record["cumulative"]["top_diffs"]) <= 2
     assert set(record["logits"]["top_trace"][0]) == {"id", "text", "logit"}

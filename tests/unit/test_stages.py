@@ -26,8 +26,8 @@ from aprcore.stages import (
     stage_keys,
 )
 
-# FORMATS.md, "Canonical layouts", in its notation and in the order of computation (there the experts
-# follow the residual). S stands for the second T of the scores, which is n + 1 at a decoding step.
+# FORMATS.md, "Canonical layouts", in its notation and in the order of computation (there the
+# experts follow the residual). S stands for the second T of the scores, n + 1 when decoding.
 FORMATS_TABLE = {
     "embedding": "T,E",
     "attn_norm": "T,E",
@@ -109,8 +109,9 @@ def test_any_text_is_a_path_or_is_none(text: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["attn_norm", "layer-1/embedding", "layer-0/lm_head", "layer-/attn_norm", "layer--1/attn_norm",
-     "layer-1", "layer-x/attn_norm", "layer-²/attn_norm", "layer-٣/attn_norm", "x/layer-0/attn_norm",
-     "layer-0/layer-0/attn_norm", "layer-0/Attn_norm", "layer-0/", "", "Layer-0/ffn_up"],
+     "layer-1", "layer-x/attn_norm", "layer-²/attn_norm", "layer-٣/attn_norm",
+     "x/layer-0/attn_norm", "layer-0/layer-0/attn_norm", "layer-0/Attn_norm", "layer-0/", "",
+     "Layer-0/ffn_up"],
 )  # fmt: skip
 def test_other_paths_name_no_stage(path: str) -> None:
     assert parse_path(path) is None

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import leftovers, write_stages
 
 from aprcore.errors import AprError, FormatError, TraceError, TruncatedError
 from aprcore.stages import StageKey
@@ -26,6 +25,7 @@ from aprcore.trace import (
     read_stage_file,
     write_stage_file,
 )
+from tiny import leftovers, write_stages
 
 NORM = StageKey(0, "attn_norm")
 LOGITS = StageKey(None, "lm_head")
@@ -35,7 +35,9 @@ VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 def aprt(layer: int, values: bytes, count: int | None = None) -> bytes:
     """An APRT file made from FORMATS.md alone."""
-    return b"APRT" + struct.pack("<II", layer, len(values) // 4 if count is None else count) + values
+    return (
+        b"APRT" + struct.pack("<II", layer, len(values) // 4 if count is None else count) + values
+    )
 
 
 def put(path: Path, content: bytes) -> Path:
@@ -101,7 +103,9 @@ class TestStageFile:
         self, tmp_path: Path, header: int, place: StageKey
     ) -> None:
         path = put(tmp_path / f"{place.path}.bin", aprt(header, VALUES.tobytes()))
-        with pytest.raises(FormatError, match=r"its header says .* its place in the directory says"):
+        with pytest.raises(
+            FormatError, match=r"its header says .* its place in the directory says"
+        ):
             TraceDirectory(tmp_path).read(place)
         assert read_stage_file(path)[1].size == 6  # on its own it is fine
 
@@ -131,7 +135,12 @@ class TestDirectory:
 
     def test_files_that_are_no_stage_are_left_out_and_named(self, tmp_path: Path) -> None:
         put(tmp_path / "layer-0/attn_norm.bin", aprt(0, VALUES.tobytes()))
-        for name in ("layer-0/foo.bin", "attn_norm.bin", "layer-0/lm_head.bin", "layer-x/ffn_up.bin"):
+        for name in (
+            "layer-0/foo.bin",
+            "attn_norm.bin",
+            "layer-0/lm_head.bin",
+            "layer-x/ffn_up.bin",
+        ):
             put(tmp_path / name, b"not a stage file")
         put(tmp_path / "layer-0/ffn_up.txt", b"")
         (tmp_path / "layer-0/ffn_gate.bin").mkdir()
@@ -202,7 +211,9 @@ class TestDirectory:
         assert directory.keys() == (NORM,)
         assert directory.read(NORM)[0] == 1
 
-    def test_a_file_that_shrinks_or_vanishes_after_listing_is_an_error(self, tmp_path: Path) -> None:
+    def test_a_file_that_shrinks_or_vanishes_after_listing_is_an_error(
+        self, tmp_path: Path
+    ) -> None:
         big = np.zeros(1 << 20, np.float32)
         write_stages(tmp_path, {NORM: big, LOGITS: VALUES})
         directory = TraceDirectory(tmp_path)
@@ -297,7 +308,9 @@ class TestSidecar:
         assert found.prompt == "What is 2+2?"
         assert found.dtype == "float16"
 
-    @pytest.mark.parametrize("tokens", ["", "[]", "3838 374", "[1, x]", "[-1]", "[" + "9" * 5000 + "]"])
+    @pytest.mark.parametrize(
+        "tokens", ["", "[]", "3838 374", "[1, x]", "[-1]", "[" + "9" * 5000 + "]"]
+    )
     def test_provenance_that_cannot_be_understood_records_nothing(
         self, tmp_path: Path, tokens: str
     ) -> None:
@@ -346,7 +359,7 @@ class TestWriter:
         if not is_new:
             write_stages(target, {NORM: VALUES})
         before = snapshot(tmp_path)
-        with pytest.raises(fault), TraceWriter(target, Sidecar()) as writer:  # noqa: PT012
+        with pytest.raises(fault), TraceWriter(target, Sidecar()) as writer:
             writer.write(NORM, VALUES + 1)
             writer.write(StageKey(1, "ffn_up"), VALUES)
             raise fault("stop")
@@ -409,9 +422,10 @@ class TestWriter:
         assert leftovers(tmp_path) == []
 
     def test_the_folder_may_vanish_meanwhile(self, tmp_path: Path) -> None:
-        with pytest.raises(AprError, match="cannot be written"), TraceWriter(  # noqa: PT012
-            tmp_path / "new", Sidecar()
-        ) as writer:
+        with (
+            pytest.raises(AprError, match="cannot be written"),
+            TraceWriter(tmp_path / "new", Sidecar()) as writer,
+        ):
             shutil.rmtree(tmp_path / "new")
             writer.write(NORM, VALUES)
         assert leftovers(tmp_path) == []

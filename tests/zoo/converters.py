@@ -68,6 +68,8 @@ class Draft:
             return base
         if self.weights[name].ndim < 2 or (name in (EMBEDDING, HEAD) and not embed):
             return "F32"
+        if base in ("Q8_0", "Q4_0") and self.weights[name].shape[1] % 32:
+            return "F32"  # as the importer does: such rows are no whole blocks
         return base
 
     def write(self, path: Path) -> Path:

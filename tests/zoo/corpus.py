@@ -99,7 +99,7 @@ gelu@1                     qwen2       Q8_0       float16   9  f16
 norm-layer@1               llama       F32        float32   7  bf16
 bias-missing@2             qwen2-bias  F32        float32   9  bf16
 transposed-out@1           llama       Q8_0       float32   7  q8_0
-rope-position-late@1       long        F32        float32   2048
+rope-position-late@0       longest       F32        float32   2048
 local-rope-head@1          llama       F32        float32   7
 local-rope-pairs-head@2    qwen2       Q4_K       float16   9
 local-rope-last-token@1    mistral     F32        float32   9
@@ -132,7 +132,7 @@ local-rope-head@2          stories260k F32        float32   9
 local-norm-token@2         demo        F32        float32   11
 local-rope-last-token@1    long        F32        float32   512
 local-residual-token@0     long        Q8_0       float32   512
-local-rope-token-early@1   long        F32        float32   2048
+local-rope-token-early@0   longest       F32        float32   2048
 """
 
 FILE_FAULTS = """
@@ -176,7 +176,7 @@ bytes-padding@1            odd         Q4_K       float32   7
 bytes-q8-scales-shifted@1  qwen2       Q8_0       float32   7
 file-pairs@2               stories260k Q8_0       float32   9
 file-layer-down@3          stories260k F16        float32   9
-file-gate-up-swapped@1     demo        Q8_0       float32   11
+file-gate-up-swapped@1     demo        Q4_K       float32   11
 file-theta@0               long        F16        float32   512
 file-rows-zero@1           llama       Q4_K       float32   7
 file-rows-zero@2           qwen2       Q8_0       bfloat16  1
@@ -229,8 +229,8 @@ sound                      demo        Q4_K       float32   11
 sound                      long        F32        float32   512
 sound                      long        Q8_0       float16   512
 sound                      long        Q4_K       bfloat16  512
-sound                      long        F32        float16   2048
-sound                      long        Q8_0       float32   2048
+sound                      longest       F32        float16   2048
+sound                      longest       Q8_0       float32   2048
 sound                      llama       F32        float32   7  f32
 sound                      qwen2       Q8_0       float16   9  f16
 sound                      llama       F32        float32   7  bf16

@@ -25,7 +25,7 @@ STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q
 
 @dataclass(frozen=True)
 class Frequencies:
-    """RoPE's schedule: angle per position of each pair, [D/2], and what sine and cosine are times."""
+    """RoPE's schedule: angle per position of each pair, [D/2], and a factor of sine and cosine."""
 
     inverse: Tensor
     factor: float = 1.0
@@ -80,7 +80,9 @@ class Engine:
         found = self.weights.get(name if layer is None else f"model.layers.{layer}.{name}")
         return None if found is None else found.to(self.dtype)
 
-    def run(self, tokens: Sequence[int], faults: Mapping[StageKey, Wrong]) -> dict[StageKey, Tensor]:
+    def run(
+        self, tokens: Sequence[int], faults: Mapping[StageKey, Wrong]
+    ) -> dict[StageKey, Tensor]:
         """Every stage of a pass in canonical layout; what the faults did is left in `effects`."""
         features = self.config.features
         made: dict[StageKey, Tensor] = {}
@@ -148,7 +150,9 @@ class Step:
         """The columns of q, k or v."""
         sizes = self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads
         columns = [n * self.config.head_dim for n in sizes]
-        return torch.split(self.inputs[-1] if qkv is None else qkv, columns, dim=1)["qkv".index(letter)]
+        return torch.split(self.inputs[-1] if qkv is None else qkv, columns, dim=1)[
+            "qkv".index(letter)
+        ]
 
     # The operations, with everything that a fault may want to change as an argument.
 
@@ -173,7 +177,8 @@ class Step:
 
     def rotate(
         self, x: Tensor, *, inverse: Tensor | None = None, positions: Tensor | None = None,
-        factor: float | None = None, sign: float = 1.0, pairs: bool = False, width: int | None = None,
+        factor: float | None = None, sign: float = 1.0, pairs: bool = False,
+        width: int | None = None,
     ) -> Tensor:  # fmt: skip
         """RoPE of every head of x, [T, N·D]; `width` dimensions of each, or all."""
         own = self.engine.frequencies

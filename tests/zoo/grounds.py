@@ -81,6 +81,8 @@ LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
 LONG = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
         "num_key_value_heads": 1, "num_hidden_layers": 2, "vocab_size": 96}  # fmt: skip
 
+LONGEST = LONG | {"num_attention_heads": 1, "num_hidden_layers": 1}
+
 GROUNDS: Mapping[str, Ground] = {
     "llama": Ground("llama", _settings()),
     "mha": Ground("llama", _settings(num_key_value_heads=8)),
@@ -96,6 +98,7 @@ GROUNDS: Mapping[str, Ground] = {
     "odd": Ground("llama", _settings(hidden_size=96, intermediate_size=160,
                                      num_attention_heads=6, num_key_value_heads=3)),
     "long": Ground("qwen2", _settings(**LONG)),
+    "longest": Ground("qwen2", _settings(**LONGEST)),
     "demo": Ground("", place=DEMO / "sound.apr"),
     "stories260k": Ground("", place=SHARED / "data" / "stories260k"),
 }  # fmt: skip

@@ -110,7 +110,9 @@ plant("kv-tiled-values", "tile", attention=lambda s: s.values(groups=_tiled(s)))
 plant("kv-tiled", "tile", attn_scores=lambda s: s.scores(groups=_tiled(s)),
       attention=lambda s: s.values(groups=_tiled(s)))  # fmt: skip
 plant("kv-groups-count", "group", attn_scores=lambda s: s.scores(groups=s.groups() // 2))
-plant("kv-first-only", "group|kv head|tile|head", attention=lambda s: s.values(groups=s.groups() * 0))
+plant(
+    "kv-first-only", "group|kv head|tile|head", attention=lambda s: s.values(groups=s.groups() * 0)
+)
 
 
 def _unmasked(s: Step) -> Tensor:
@@ -260,7 +262,9 @@ plant("q-norm-missing", "norm", q_post_rope=lambda s: s.rotate(s.part("q")))
 plant("gelu", "gelu", ffn_silu=lambda s: activate(s.x, "gelu"))
 plant("gelu-tanh", "gelu", ffn_silu=lambda s: activate(s.x, "gelu_pytorch_tanh"))
 plant("relu", "relu", ffn_silu=lambda s: activate(s.x, "relu"))
-plant("silu-on-up", "up", ffn_silu=lambda s: activate(s.made[StageKey(s.key.layer, "ffn_up")], "silu"))
+plant(
+    "silu-on-up", "up", ffn_silu=lambda s: activate(s.made[StageKey(s.key.layer, "ffn_up")], "silu")
+)
 plant("gate-not-activated", "activation|linear|not applied|identity|stale",
       ffn_silu=lambda s: s.x.clone())  # fmt: skip
 plant("residual-missing", "residual|addend", post_attn_residual=lambda s: s.inputs[1].clone())
@@ -332,11 +336,15 @@ plant("local-rope-last-token", "position|token",
       q_post_rope=at(token(LAST), positions(lambda p: p * 0)))  # fmt: skip
 plant("local-rope-token-early", "position|token",
       k_post_rope=at(token(4), positions(lambda p: p - 1)))  # fmt: skip
-plant("local-scale-head", "scale|factor|head", attn_scores=at(head(2), lambda s: s.scores(scale=1.0)))
+plant(
+    "local-scale-head", "scale|factor|head", attn_scores=at(head(2), lambda s: s.scores(scale=1.0))
+)
 plant("local-scores-row", "token|zero", attn_scores=at(token(3), lambda s: s.sound() * 0))
-plant("local-kv-head", "head|tile|group", attention=at(head(5), lambda s: s.values(groups=_tiled(s))))
+plant(
+    "local-kv-head", "head|tile|group", attention=at(head(1), lambda s: s.values(groups=_tiled(s)))
+)
 plant("local-kv-scores-head", "head|tile|group",
-      attn_scores=at(head(5), lambda s: s.scores(groups=_tiled(s))))  # fmt: skip
+      attn_scores=at(head(1), lambda s: s.scores(groups=_tiled(s))))  # fmt: skip
 plant("local-softmax-last-key", "mask|token|zero",
       attn_softmax=at(token(LAST), lambda s: _forgets_last_key(s)))  # fmt: skip
 plant("local-softmax-head-half", "head|half|precision|f16",

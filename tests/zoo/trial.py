@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from aprcore.bisect import Request, run
-from aprcore.judge import Verdict
 from aprcore.report import Report, StageReport
-from aprcore.stages import StageKey, computation_order, input_keys
+from aprcore.stages import StageKey, computation_order
 from aprcore.trace import Sidecar, TraceWriter
 
 from . import converters, kernels
@@ -59,7 +56,9 @@ class Case:
     @property
     def is_local(self) -> bool:
         """Whether the fault is confined to a part of its stage."""
-        return all(name in LOCAL_FILE_FAULTS or name.startswith("local-") for name, _ in self.faults)
+        return all(
+            name in LOCAL_FILE_FAULTS or name.startswith("local-") for name, _ in self.faults
+        )
 
 
 LOCAL_FILE_FAULTS = frozenset({
@@ -291,6 +290,8 @@ def _measure_file(
             fault = converters.FAULTS[name]
             layers = range(sound.config.num_layers) if fault.everywhere else (layer,)
             for key in dict.fromkeys(key_of(s, n) for n in layers for s in fault.stages):
+                if key not in oracle:  # no biases to spoil
+                    continue
                 right, spoilt = (run_on(e, key, tokens, read) for e in (sound, wrong))
                 sigma = largest_effect(spoilt - right, read(key).reshape(right.shape) - right)
                 found.append(Planted(key, name, "model", sigma, fault.causes))

@@ -242,7 +242,11 @@ class PredictionBackend:
     def activation(self, x: Estimate, kind: str) -> Estimate:
         value = self._exact.activation(x.value, kind)
         # exp(-x) is off by u |x| relatively; a few more roundings follow.
-        variance = self._sum_error(np.square(value) * (4 + np.square(x.value)))
+        energy = np.square(value) * (4 + np.square(x.value))
+        if kind.startswith("gelu"):
+            # x/2 (1 + tanh): far below zero the sum cancels to a few roundings of 1.
+            energy += 4 * np.square(x.value / 2)
+        variance = self._sum_error(energy)
         variance += self._stored(value)
         if np.any(x.variance):
             variance += np.square(self._slope(x.value, kind)) * x.variance
@@ -387,8 +391,8 @@ def _piece_buffers(values: int) -> tuple[NDArray[np.float32], Float64, NDArray[n
     if held is None or held[0].size < values:
         held = (np.empty(values, np.float32), np.empty(values), np.empty(values, np.float32))
         _scratch.held = held
-    narrow, wide, squares = (buffer[:values] for buffer in held)
-    return narrow, wide, squares
+    narrow, wide, squares = held
+    return narrow[:values], wide[:values], squares[:values]
 
 
 def _fits(x: NDArray[np.float32], kind: FloatType) -> bool:

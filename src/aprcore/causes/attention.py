@@ -98,11 +98,10 @@ def _unrotated(scene: Scene) -> Iterator[Trial]:
     if qkv is None:
         return
     rotated = scene.inputs
-    bare = tuple(REFERENCE.columns(qkv, *scene.config.qkv_columns(part)) for part in "qk")
-    for name, q, k in (
-        ("q and k", *bare), ("q", bare[0], rotated[1]), ("k", rotated[0], bare[1]),
-    ):  # fmt: skip
-        yield name, scene.run(inputs=(q, k))
+    q, k = (REFERENCE.columns(qkv, *scene.config.qkv_columns(part)) for part in "qk")
+    yield "q and k", scene.run(inputs=(q, k))
+    yield "q", scene.run(inputs=(q, rotated[1]))
+    yield "k", scene.run(inputs=(rotated[0], k))
 
 
 def _qkv(scene: Scene) -> Float64 | None:

@@ -72,6 +72,15 @@ class Experiment:
         self._variance = self._widened()
         self.region = find_region(scene)
 
+    @property
+    def plain_fails(self) -> bool:
+        """Whether rounding does not explain the output."""
+        return not assess(self._observed, self.scene.plain, self.scene.layout).explained
+
+    def variance(self, columns: NDArray[np.int64]) -> Float64:
+        """Predicted variances of some columns of a [T, C] output."""
+        return self._variance.reshape(self.scene.plain.value.shape)[:, columns]
+
     def _widened(self) -> Float64:
         """Predicted variances, raised to their token's mean.
 
@@ -108,8 +117,12 @@ class Experiment:
         variance = self._variance * self._gain(value)
         estimate = Estimate(value, variance, self.scene.plain.token_dof)
         explains = assess(self._observed, estimate, self.scene.layout).explained
+        return Outcome(*self.figures(value), explains, self.misfit(value), region)
+
+    def figures(self, value: Float64) -> tuple[float, float]:
+        """Relative L2 and cosine of the observed output against a value."""
         found = compare(self._observed.reshape(-1), value.reshape(-1))
-        return Outcome(found.relative_l2, found.cosine, explains, self.misfit(value), region)
+        return found.relative_l2, found.cosine
 
     def _gain(self, value: Float64) -> float:
         """Larger values are rounded more coarsely."""

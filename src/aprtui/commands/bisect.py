@@ -22,8 +22,9 @@ def add_parser(subparsers: Any) -> None:
     add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument(
-        "--strict", action="store_true", help="let a MISSING stage fail the run too"
-    )
+        "--strict", action="store_true",
+        help="let a MISSING stage, and noise beyond its --budget, fail the run too",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 

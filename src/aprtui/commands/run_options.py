@@ -32,11 +32,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--oracle", type=Path, metavar="DIR",
-        help="stage files to hold it against (see `aprtui oracle`)",
+        help="stage files to hold it against (see `aprtui oracle`), or one .safetensors, .npz or"
+        " .pt file",
     )  # fmt: skip
     parser.add_argument(
         "--trace", type=Path, metavar="DIR",
-        help="judge these stage files of another engine instead of tracing MODEL",
+        help="judge these stage files of another engine, or its .safetensors, .npz or .pt file,"
+        " instead of tracing MODEL",
+    )  # fmt: skip
+    parser.add_argument(
+        "--names", type=Path, metavar="MAP.toml",
+        help="what such a file calls the stages, if not as transformers or llama.cpp do",
     )  # fmt: skip
     add_token_options(parser)
     parser.add_argument(
@@ -55,15 +61,33 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--cumulative-only", action="store_true",
         help="only compare with the oracle; no model and kernel judgments, about 3 times faster",
     )  # fmt: skip
+    add_tolerance_options(parser)
+
+
+def add_tolerance_options(parser: argparse.ArgumentParser) -> None:
+    """`--budget`, `--tolerances` and `--reference-weights`."""
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="STAGE=TOLERANCE",
+        help="largest relative L2 of a stage's own error, such as layer3.ffn_out=1e-3; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerances", type=Path, metavar="FILE.toml",
+        help="budgets per stage and dtype: [default] and [stage.NAME], with float16 = 1e-2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference-weights", type=Path, metavar="HF_DIR",
+        help="the float model that MODEL was quantised from: say what quantisation really makes",
+    )  # fmt: skip
 
 
 def make_request(args: argparse.Namespace) -> Request:
-    """The run that the options ask for; nothing is opened.
+    """The run that the options ask for; nothing but a file of tolerances is opened.
 
     Raises:
         PlanError: An option is malformed.
     """
     from aprcore.bisect import Request
+    from aprcore.budget import parse_budgets
     from aprcore.errors import PlanError
     from aprcore.plan import Plan, check_prompt, parse_layers, parse_stages, parse_tokens
 
@@ -81,6 +105,10 @@ def make_request(args: argparse.Namespace) -> Request:
         plan=plan,
         threads=args.threads,
         arithmetic=None if args.arithmetic == "auto" else args.arithmetic,
+        names=args.names,
+        reference_weights=args.reference_weights,
+        budgets=parse_budgets(args.budget, args.tolerances),
+        strict=getattr(args, "strict", False),
         cumulative_only=args.cumulative_only,
     )
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.save_tensor_layers is not None or args.save_tensor_dir is not None:
         raise PlanError("nothing to save", hint="say which stages with --save-tensor, or all")
     tokens = None if args.tokens is None else parse_tokens(args.tokens)
-    prompt = check_prompt(DEFAULT_PROMPT if args.prompt is None else args.prompt)
+    text = check_prompt(DEFAULT_PROMPT if args.prompt is None else args.prompt)
 
     from aprcore.model import open_model
     from aprcore.record import record_trace
@@ -69,10 +69,9 @@ def run(args: argparse.Namespace) -> int:
     with open_model(args.model) as model:
         if plan is not None:
             check_layers(plan.layers, model.config.num_layers)
+        prompt = text if tokens is None else None
         if tokens is None:
-            tokens = tuple(model.tokenizer().encode(prompt))
-        else:
-            prompt = None
+            tokens = tuple(model.tokenizer().encode(text))
         check_token_ids(tokens, model.config.vocab_size)
         directory = None
         if plan is not None:

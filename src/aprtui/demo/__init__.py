@@ -1,4 +1,4 @@
-"""The bundled demo: a tiny model that answers sums, its oracle, and planted faults.
+"""The bundled demo: a tiny model that answers sums, its oracle, planted faults, and one non-fault.
 
 Made by `tools/train_demo.py`. Nothing here is computed, and neither torch nor transformers is
 needed to open it.
@@ -18,15 +18,16 @@ MANIFEST = "faults.json"
 
 @dataclass(frozen=True, slots=True)
 class DemoFault:
-    """A planted fault.
+    """A planted fault, or sound quantised weights to hold beside it.
 
     Attributes:
         name: What the command line calls it.
-        kind: "model" (a wrong .apr) or "trace" (the dump of a wrong engine over the sound .apr).
+        kind: "model" (a wrong .apr), "kernel" (the dump of a wrong engine over the sound .apr) or
+            "sound" (nothing wrong but rounding).
         model: The model to open.
-        trace: The dump to judge in place of tracing, for kind "trace".
-        layer: Where the fault is.
-        stage: The first stage that it spoils.
+        trace: The dump to judge in place of tracing, for kind "kernel".
+        layer: Where the fault is; None for kind "sound".
+        stage: The first stage that it spoils; None for kind "sound".
         description: One line for people.
     """
 
@@ -34,8 +35,8 @@ class DemoFault:
     kind: str
     model: Path
     trace: Path | None
-    layer: int
-    stage: str
+    layer: int | None
+    stage: str | None
     description: str
 
 

@@ -1,0 +1,154 @@
+"""What goes wrong with q, k and v as a whole: their biases, and the order of the three."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.causes.scene import Entry, Float64, Scene, Trial, stages
+from aprcore.stages import K, Q, V
+from aprcore.weights import read_all
+
+BIAS, BOTH = stages("qkv_bias"), stages("qkv_matmul", "qkv_bias")
+_MODULES = {"q": Q, "k": K, "v": V}
+
+
+def _bias(scene: Scene, part: str, layer: int | None) -> Float64 | None:
+    weight = scene.site.weights.get(f"model.layers.{layer}.{_MODULES[part]}.bias")
+    return None if weight is None else read_all(weight).astype(np.float64)
+
+
+def _biases(scene: Scene) -> dict[str, Float64]:
+    found = {part: _bias(scene, part, scene.key.layer) for part in "qkv"}
+    return {part: bias for part, bias in found.items() if bias is not None}
+
+
+def _subsets() -> tuple[str, ...]:
+    return ("qkv", "q", "k", "v", "qk", "kv", "qv")
+
+
+def _spelled(parts: str) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts
+
+
+def _changed(scene: Scene, change: dict[str, Float64]) -> Float64:
+    """The stage with these biases instead of its own."""
+    own = _biases(scene)
+    return scene.inputs[0] + np.concatenate([change.get(part, own[part]) for part in "qkv"])
+
+
+def _missing(scene: Scene) -> Iterator[Trial]:
+    for parts in _subsets():
+        yield _spelled(parts), _changed(scene, {p: 0 * b for p, b in _biases(scene).items()
+                                                if p in parts})  # fmt: skip
+
+
+def _multiplied(scene: Scene) -> Iterator[Trial]:
+    own = _biases(scene)
+    factors = [("doubled", 2.0), ("subtracted", -1.0)]
+    if scene.in_file:
+        factors += [("halved", 0.5)]
+    for parts in _subsets():
+        for name, factor in factors:
+            changed = {p: factor * own[p] for p in parts}
+            yield f"of {_spelled(parts)} {name}", _changed(scene, changed)
+
+
+def _other_layers(scene: Scene) -> Iterator[Trial]:
+    for layer in range(scene.config.num_layers):
+        others = {part: _bias(scene, part, layer) for part in "qkv"}
+        if layer == scene.key.layer:
+            continue
+        for parts in _subsets():
+            changed = {p: b for p in parts if (b := others[p]) is not None}
+            yield f"of {_spelled(parts)} of layer {layer}", _changed(scene, changed)
+
+
+def _reordered(scene: Scene) -> Iterator[Trial]:
+    own, dim = _biases(scene), scene.config.head_dim
+    if own["k"].size == own["v"].size:
+        yield "of k and v exchanged", _changed(scene, {"k": own["v"], "v": own["k"]})
+    for order in permutations("qkv"):
+        if "".join(order) != "qkv":
+            joined = np.concatenate([own[p] for p in order])
+            yield f"in the order {', '.join(order)}", scene.inputs[0] + joined
+    pairs = {p: own[p].reshape(-1, 2, dim // 2).swapaxes(1, 2).reshape(-1) for p in "qk"}
+    halves = {p: own[p].reshape(-1, dim // 2, 2).swapaxes(1, 2).reshape(-1) for p in "qk"}
+    for parts in ("qk", "q", "k"):
+        for name, table in (("halves to pairs", pairs), ("pairs to halves", halves)):
+            yield f"of {_spelled(parts)} permuted from {name}", _changed(
+                scene, {p: table[p] for p in parts}
+            )
+    for name, step in (("late", 1), ("early", -1)):
+        joined = np.concatenate([own[p] for p in "qkv"])
+        yield f"one index {name}", scene.inputs[0] + np.roll(joined, step)
+        yield f"one head {name}", scene.inputs[0] + np.roll(joined, step * dim)
+    first = {p: np.tile(own[p][:dim], own[p].size // dim) for p in "qkv"}
+    yield "of the first head for all heads", _changed(scene, first)
+
+
+def _lost(scene: Scene) -> Iterator[Trial]:
+    """The oracle adds the same to every token: other biases than this file's."""
+    if scene.num_tokens < 3:
+        return
+    observed = scene.observed.reshape(scene.plain.value.shape)
+    addend = (observed - scene.inputs[0]).mean(axis=0)
+    own = _biases(scene)
+    zero = [p for p in "qkv" if not own[p].any()]
+    for parts in _subsets():
+        starts = {p: scene.config.qkv_columns(p) for p in parts}
+        changed = {p: addend[slice(*starts[p])] for p in parts}
+        state = "zeros" if all(p in zero for p in parts) else "others"
+        yield f"{_spelled(parts)} (this file has {state})", _changed(scene, changed)
+
+
+def _orders(scene: Scene) -> Iterator[Trial]:
+    """The three blocks of columns in another order."""
+    plain, config = scene.plain.value, scene.config
+    blocks = {part: plain[:, slice(*config.qkv_columns(part))] for part in "qkv"}
+    for order in permutations("qkv"):
+        if "".join(order) != "qkv":
+            joined = np.concatenate([blocks[part] for part in order], axis=1)
+            yield ", ".join(order), joined
+    for name, index in interleavings(config.num_heads, config.num_kv_heads, config.head_dim):
+        yield name, plain[:, index]
+        yield f"{name}, undone once more", plain[:, np.argsort(index)]
+
+
+def interleavings(heads: int, kv: int, dim: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Canonical columns of q, k and v in the orders of fused weights.
+
+    `plain[:, index]` is what an engine gives that takes the fused order for the canonical one.
+    """
+    q = np.arange(heads * dim).reshape(kv, -1)
+    k = heads * dim + np.arange(kv * dim).reshape(kv, -1)
+    v = heads * dim + kv * dim + np.arange(kv * dim).reshape(kv, -1)
+    if kv > 1:
+        yield "interleaved by group (q, k, v of each kv head)", np.hstack([q, k, v]).reshape(-1)
+        pairs = np.stack([k.reshape(kv, dim), v.reshape(kv, dim)], axis=1).reshape(-1)
+        yield "k and v interleaved by head", np.concatenate([q.reshape(-1), pairs])
+    if heads == kv:
+        every = np.stack([q.reshape(-1), k.reshape(-1), v.reshape(-1)], axis=1)
+        yield "interleaved by dimension (q, k, v of each)", every.reshape(-1)
+
+
+_ADDITION = "the addition of the biases"
+_ORIGINAL = " in the original model"
+
+ENTRIES = (
+    Entry("bias of {} missing", BIAS, _missing, _ADDITION, "no bias of {}" + _ORIGINAL,
+          "whether these biases belong to this model"),
+    Entry("bias {}", BIAS, _multiplied, _ADDITION, "bias {}" + _ORIGINAL,
+          "the biases in the conversion"),
+    Entry("bias {}", BIAS, _other_layers, "the offset of this layer's biases",
+          "bias stored as that {}", "the layer numbers in the conversion"),
+    Entry("bias {}", BIAS, _reordered, "the order of the biases: q, k, v, heads as the weights'",
+          "bias stored {}", "the order of the biases in the conversion"),
+    Entry("bias lost", BIAS, _lost, "", "bias of {} lost in this file",
+          "the biases in the conversion", is_fallback=True, in_engine=False),
+    Entry("q, k and v in the order {}", BOTH, _orders, "the order of the fused q, k and v",
+          "q, k and v stored in the order {}", "the split of the fused q, k and v"),
+)  # fmt: skip

@@ -1,0 +1,104 @@
+"""What goes wrong around an operation: outputs not written, stale, shifted or scaled.
+
+They apply to every stage, and mostly to a part of it: a tile, a head, the last tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from aprcore.causes.scene import EVERY, LINEAR, Entry, Float64, Scene, Trial, single
+from aprcore.stages import STAGES, StageKey
+
+ADVICE_STALE = "which buffer the kernel writes: the output is an earlier tensor"
+
+
+def _zeros(scene: Scene) -> Float64:
+    return np.zeros_like(scene.plain.value)
+
+
+def _stale(scene: Scene) -> Iterator[Trial]:
+    """Other tensors of this layer and of the one before, of as many values."""
+    layer = scene.key.layer
+    last = scene.config.num_layers - 1
+    for where in [layer, last if layer is None else layer - 1]:
+        for stage in STAGES:
+            key = StageKey(where, stage.name)
+            if key == scene.key or (where is not None and where < 0):
+                continue
+            tensor = scene.tensor(stage.name, where) if where is not None else None
+            if tensor is not None and tensor.size == scene.plain.value.size:
+                yield f"{key}", tensor.reshape(scene.plain.value.shape)
+    for number, tensor in enumerate(scene.inputs):
+        if tensor.size == scene.plain.value.size:
+            yield f"its input {number + 1}", tensor.reshape(scene.plain.value.shape)
+
+
+def _multiples(scene: Scene) -> Iterator[Trial]:
+    for name, factor in (("doubled", 2.0), ("negated", -1.0), ("halved", 0.5), ("tripled", 3.0)):
+        yield name, factor * scene.plain.value
+
+
+def _shifted(scene: Scene) -> Iterator[Trial]:
+    """The right values at the wrong index, by whole axes or by a tile of columns."""
+    plain = scene.plain.value.reshape(scene.layout.factors)
+    for axis, name in enumerate(scene.layout.axes):
+        size = plain.shape[axis]
+        steps = {1} | ({2, 4, 8, 16, 32, 64, 128, 256} if axis == len(scene.layout.axes) - 1 else set())
+        for step in sorted(s for s in steps if s < size):
+            for sign, word in ((1, "late"), (-1, "early")):
+                moved = np.roll(plain, sign * step, axis=axis)
+                yield f"{step} {name}{'s' if step > 1 else ''} {word}", moved
+        if size > 2:
+            yield f"{name}s in reverse", np.flip(plain, axis=axis)
+
+
+def _from_neighbour(scene: Scene) -> Iterator[Trial]:
+    """Every token, head or dimension as the first or the last one."""
+    plain = scene.plain.value.reshape(scene.layout.factors)
+    for axis, name in enumerate(scene.layout.axes):
+        size = plain.shape[axis]
+        if size > 1:
+            for word, place in (("first", 0), ("last", -1)):
+                yield f"{word} {name}", np.broadcast_to(
+                    plain.take([place], axis=axis), plain.shape
+                ).reshape(scene.plain.value.shape)
+
+
+def _clamped(scene: Scene) -> Iterator[Trial]:
+    top = float(np.abs(scene.observed).max())
+    if 0 < top < float(np.abs(scene.plain.value).max()):
+        yield f"{top:g}", np.clip(scene.plain.value, -top, top)
+
+
+def _zero_rows(scene: Scene) -> Iterator[Trial]:
+    """Columns that this file's weight makes zero, where the original's are not."""
+    plain = scene.plain.value
+    observed = scene.observed.reshape(plain.shape)
+    dead = ~plain.any(axis=0)
+    if dead.any() and observed[:, dead].any():
+        places = np.flatnonzero(dead)
+        yield f"{places[0]} to {places[-1]}", np.where(dead[None, :], observed, plain)
+
+
+ENTRIES = (
+    Entry("not computed (left at zero)", EVERY, single(_zeros),
+          "the bounds of the loop or of the launch grid: this part is never written",
+          "zero in the original model", "the conversion of this weight"),
+    Entry("weight rows {} are zero in this file", LINEAR, _zero_rows, "",
+          "weight rows {} are zero in this file", "the conversion lost these rows",
+          in_engine=False),
+    Entry("stale: the tensor of {}", EVERY, _stale, ADVICE_STALE, is_fallback=True),
+    Entry("output {}", EVERY, _multiples, "a factor, or an addition that runs twice",
+          "output {} in the original model", "a factor folded into a weight", is_fallback=True),
+    Entry("output {}", EVERY, _shifted, "the index that the result is written to",
+          is_fallback=True),
+    Entry("a copy of the {}", EVERY, _from_neighbour, "the index that is read or written",
+          is_fallback=True),
+    Entry("output clamped to ±{}", EVERY, _clamped, "a clamp, or saturation of a half type",
+          "output clamped to ±{} in the original model", "a clamp in the original config",
+          is_fallback=True),
+)  # fmt: skip
+

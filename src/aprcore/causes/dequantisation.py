@@ -1,0 +1,344 @@
+"""What goes wrong in expanding stored blocks: alternatives to the decoder, from the raw bytes.
+
+Most slips are a change of the bytes before the usual decoder, or of the values after it.
+Source: ggml-quants.c for the block structures; FORMATS.md for AprQ4 and for padded rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.causes.projections import Indices, Part, Pick, Variant
+from aprcore.causes.scene import Entry, Float64, Scene, Trial, stages
+from aprcore.quant import FORMATS, Layout, dequantize, locate, row_bytes
+from aprcore.weights import Weight
+
+Bytes = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+Change = Callable[[Bytes], Bytes]  # of blocks [n, block_bytes], a copy
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Where a type keeps its parts within a block.
+
+    Attributes:
+        nibbles: The bytes that hold two values each.
+        minimum: The bytes of the minimum (or of its scale).
+        high: The bytes of the values' high bits.
+        span: Values that a run of nibbles covers: low halves first, then high halves.
+    """
+
+    nibbles: slice | None = None
+    minimum: slice | None = None
+    high: slice | None = None
+    span: int = 32
+
+
+_SCALE = slice(0, 2)
+_BLOCKS = {
+    "Q4_0": _Blocks(slice(2, 18)),
+    "Q4_1": _Blocks(slice(4, 20), minimum=slice(2, 4)),
+    "Q5_0": _Blocks(slice(6, 22), high=slice(2, 6)),
+    "Q5_1": _Blocks(slice(8, 24), minimum=slice(2, 4), high=slice(4, 8)),
+    "Q8_0": _Blocks(),
+    "Q4_K": _Blocks(slice(16, 144), minimum=slice(2, 4), span=64),
+    "Q5_K": _Blocks(slice(48, 176), minimum=slice(2, 4), high=slice(16, 48), span=64),
+    "Q6_K": _Blocks(slice(0, 128), high=slice(128, 192), span=128),
+    "AprQ4": _Blocks(slice(2, 18)),
+}
+
+
+def _swap_nibbles(where: slice) -> Change:
+    def change(blocks: Bytes) -> Bytes:
+        blocks[:, where] = (blocks[:, where] >> 4) | (blocks[:, where] << 4)
+        return blocks
+
+    return change
+
+
+def _clear(where: slice, mask: int = 0) -> Change:
+    def change(blocks: Bytes) -> Bytes:
+        blocks[:, where] &= np.uint8(mask)
+        return blocks
+
+    return change
+
+
+def _exchange(first: slice, second: slice) -> Change:
+    def change(blocks: Bytes) -> Bytes:
+        kept = blocks[:, first].copy()
+        blocks[:, first] = blocks[:, second]
+        blocks[:, second] = kept
+        return blocks
+
+    return change
+
+
+def _scales_rolled(where: slice, step: int) -> Change:
+    def change(blocks: Bytes) -> Bytes:
+        blocks[:, where] = np.roll(blocks[:, where], step, axis=0)
+        return blocks
+
+    return change
+
+
+def _repack(variant: str) -> Change:
+    """Q4_K's and Q5_K's twelve bytes of 6-bit scales and minima, read in a wrong way."""
+
+    def change(blocks: Bytes) -> Bytes:
+        packed = blocks[:, 4:16]
+        low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+        scales = np.hstack([low & 63, (high & 15) | ((low >> 6) << 4)])
+        minima = np.hstack([middle & 63, (high >> 4) | ((middle >> 6) << 4)])
+        if variant == "exchanged":
+            scales, minima = minima, scales
+        elif variant == "first formula":
+            scales, minima = np.hstack([low & 63, middle & 63]), np.hstack([middle & 63, high & 63])
+        elif variant == "nibbles":
+            scales = np.hstack([low & 63, (high >> 4) | ((low >> 6) << 4)])
+            minima = np.hstack([middle & 63, (high & 15) | ((middle >> 6) << 4)])
+        elif variant == "crossed":
+            scales = np.hstack([low & 63, (high & 15) | ((middle >> 6) << 4)])
+            minima = np.hstack([middle & 63, (high >> 4) | ((low >> 6) << 4)])
+        elif variant == "one":
+            scales, minima = np.repeat(scales[:, :1], 8, 1), np.repeat(minima[:, :1], 8, 1)
+        blocks[:, 4:8] = (scales[:, :4] & 63) | ((scales[:, 4:] >> 4) << 6)
+        blocks[:, 8:12] = (minima[:, :4] & 63) | ((minima[:, 4:] >> 4) << 6)
+        blocks[:, 12:16] = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
+        return blocks
+
+    return change
+
+
+def _changes(dtype: str) -> Iterator[tuple[str, Change]]:
+    """Wrong readings of a type's bytes."""
+    kind = _BLOCKS[dtype]
+    if kind.nibbles is not None:
+        yield "nibbles swapped", _swap_nibbles(kind.nibbles)
+    if kind.minimum is not None:
+        yield "minimum ignored", _clear(kind.minimum)
+        yield "scale and minimum exchanged", _exchange(_SCALE, kind.minimum)
+    if kind.high is not None:
+        yield "high bits ignored", _clear(kind.high)
+        yield "high bits swapped", _swap_nibbles(kind.high)
+    if dtype in ("Q4_K", "Q5_K"):
+        yield "high bits of the scales ignored", _clear(slice(4, 12), 63)
+        yield "scale bits misread (scales and minima exchanged)", _repack("exchanged")
+        yield "scale bits misread (the first four's formula for all)", _repack("first formula")
+        yield "scale bits misread (their nibbles exchanged)", _repack("nibbles")
+        yield "scale bits misread (high bits of the other kind)", _repack("crossed")
+        yield "scale bits misread (the first sub-block's for all)", _repack("one")
+    scale = slice(208, 210) if dtype == "Q6_K" else _SCALE
+    yield "scale of the block before", _scales_rolled(scale, 1)
+    yield "scale of the block after", _scales_rolled(scale, -1)
+    if dtype == "Q6_K":
+        yield "sub-block scales one early", lambda b: _rolled_within(b, slice(192, 208), -1)
+        yield "scale bits misread (the first sub-block's for all)", _first_scale
+
+
+def _rolled_within(blocks: Bytes, where: slice, step: int) -> Bytes:
+    blocks[:, where] = np.roll(blocks[:, where], step, axis=1)
+    return blocks
+
+
+def _first_scale(blocks: Bytes) -> Bytes:
+    blocks[:, 192:208] = blocks[:, 192:193]
+    return blocks
+
+
+def pickers(weight: Weight) -> Iterator[tuple[str, Pick]]:
+    """Wrong decoders of a quantised weight, as ways to pick rows."""
+    kind = FORMATS.get(weight.dtype)
+    if kind is None or weight.dtype not in _BLOCKS or len(weight.shape) != 2:
+        return
+    reader: Any = weight
+    if not hasattr(reader, "read_raw" if kind.layout is not Layout.FLAT else "file"):
+        return
+    for name, change in _changes(weight.dtype):
+        yield name, _decoded(reader, change)
+    for name, after in _rearranged(weight):
+        yield name, _rearranging(reader, after)
+    if weight.dtype in ("Q8_0", "Q4_0", "Q5_0", "AprQ4", "Q6_K"):
+        yield "values read without their sign or offset", _unsigned(reader)
+    if kind.layout is Layout.PADDED_ROWS and weight.shape[1] % kind.block_values:
+        yield "row padding ignored", _unpadded(reader)
+    if weight.shape[1] > kind.block_values and kind.layout is not Layout.FLAT:
+        for name, step in (("next", 1), ("previous", -1)):
+            yield f"first block of the {name} row", _foreign_block(reader, step, first=True)
+            yield f"last block of the {name} row", _foreign_block(reader, step, first=False)
+        yield "blocks one late", _rolled_blocks(reader, kind.block_values)
+        yield "blocks one early", _rolled_blocks(reader, -kind.block_values)
+
+
+def _decode(weight: Any, raw: Bytes, rows: int) -> Float32:
+    out = np.empty(rows * weight.shape[1], np.float32)
+    dequantize(weight.dtype, raw, out, row_length=weight.shape[1])
+    return out.reshape(rows, weight.shape[1])
+
+
+def _decoded(weight: Any, change: Change) -> Pick:
+    kind = FORMATS[weight.dtype]
+
+    def run(start: int, stop: int) -> Float32:
+        if kind.layout is Layout.FLAT:
+            return _decode_flat(weight, change, start, stop)
+        raw = weight.read_raw(start, stop).reshape(-1, kind.block_bytes).copy()
+        return _decode(weight, np.ascontiguousarray(change(raw)).reshape(-1), stop - start)
+
+    return _in_runs(run)
+
+
+def _decode_flat(weight: Any, change: Change, start: int, stop: int) -> Float32:
+    width = weight.shape[1]
+    kind = FORMATS[weight.dtype]
+    span = locate(kind, width, start * width, (stop - start) * width)
+    raw = np.empty(span.size_bytes, np.uint8)
+    weight.file.read_into(weight.offset_bytes + span.offset_bytes, raw)
+    out = np.empty((stop - start) * width, np.float32)
+    blocks = np.ascontiguousarray(change(raw.reshape(-1, kind.block_bytes)))
+    dequantize(weight.dtype, blocks.reshape(-1), out, skip_values=span.skip_values)
+    return out.reshape(stop - start, width)
+
+
+def _in_runs(read: Callable[[int, int], Float32]) -> Pick:
+    def pick(rows: Indices) -> Float32:
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        return np.concatenate([read(int(r[0]), int(r[-1]) + 1) for r in np.split(rows, breaks)])
+
+    return pick
+
+
+def _rearranged(weight: Weight) -> Iterator[tuple[str, Indices]]:
+    """Values of a run of nibbles in another order: which value comes to each place."""
+    kind = _BLOCKS[weight.dtype]
+    width = weight.shape[1]
+    if kind.nibbles is None or width % kind.span:
+        return
+    order = np.arange(kind.span)
+    if weight.dtype == "AprQ4":  # even indices in the low nibbles
+        changed = order.reshape(-1, 2).T.reshape(-1)
+        yield "nibbles taken as halves instead of even and odd", _every(changed, width)
+        yield "nibbles stored as halves instead of even and odd", _every(np.argsort(changed), width)
+    elif weight.dtype != "Q6_K":
+        changed = order.reshape(2, -1).T.reshape(-1)
+        yield "nibbles taken as even and odd instead of halves", _every(changed, width)
+        yield "nibbles stored as even and odd instead of halves", _every(np.argsort(changed), width)
+
+
+def _every(order: Indices, width: int) -> Indices:
+    starts = np.arange(0, width, order.size)[:, None]
+    return np.asarray((starts + order[None, :]).reshape(-1))
+
+
+def _rearranging(weight: Any, columns: Indices) -> Pick:
+    return _in_runs(lambda start, stop: weight.read(start, stop)[:, columns])
+
+
+def _unsigned(weight: Any) -> Pick:
+    """Codes taken as unsigned: int8 without its sign, nibbles without their offset."""
+    plain = _in_runs(weight.read)
+    offsets = {"Q4_0": 8, "AprQ4": 8, "Q5_0": 16, "Q6_K": 32}
+
+    def pick(rows: Indices) -> Float32:
+        values = plain(rows)
+        if weight.dtype == "Q8_0":
+            step = _steps(weight, rows)
+            return np.where(values < 0, values + 256 * step, values).astype(np.float32)
+        return (values + offsets[weight.dtype] * _signed_steps(weight, rows)).astype(np.float32)
+
+    return pick
+
+
+def _steps(weight: Any, rows: Indices) -> Float32:
+    """The step of every value, [n, C]."""
+    found = []
+    for row in rows:
+        squares, group = weight.step_squares(int(row), int(row) + 1)
+        found.append(np.repeat(np.sqrt(squares), group, axis=1)[:, : weight.shape[1]])
+    return np.concatenate(found)
+
+
+def _signed_steps(weight: Any, rows: Indices) -> Float32:
+    """As `_steps`; scales may be negative where a block's values are mostly below zero."""
+    ones = _decoded(weight, _all_codes_zero(weight.dtype))(rows)
+    offsets = {"Q4_0": 8, "AprQ4": 8, "Q5_0": 16, "Q6_K": 32}
+    return -ones / offsets[weight.dtype]
+
+
+def _all_codes_zero(dtype: str) -> Change:
+    """Blocks whose codes are zero decode to minus the offset times the step."""
+
+    def change(blocks: Bytes) -> Bytes:
+        kind = _BLOCKS[dtype]
+        for where in (kind.nibbles, kind.high):
+            if where is not None:
+                blocks[:, where] = 0
+        return blocks
+
+    return change
+
+
+def _unpadded(weight: Any) -> Pick:
+    """Rows taken one after the other as if no row were filled up."""
+    width = weight.shape[1]
+    kind = FORMATS[weight.dtype]
+    padded = row_bytes(kind, width) // kind.block_bytes * kind.block_values
+
+    def pick(rows: Indices) -> Float32:
+        out = np.empty((rows.size, width), np.float32)
+        for number, row in enumerate(rows.tolist()):
+            first, last = row * width // padded, ((row + 1) * width - 1) // padded + 1
+            raw = weight.read_raw(first, last)
+            flat = np.empty((last - first) * padded, np.float32)
+            dequantize(weight.dtype, raw, flat, row_length=padded)
+            start = row * width - first * padded
+            out[number] = flat[start : start + width]
+        return out
+
+    return pick
+
+
+def _foreign_block(weight: Any, step: int, *, first: bool) -> Pick:
+    plain = _in_runs(weight.read)
+    size = FORMATS[weight.dtype].block_values
+    tail = (weight.shape[1] - 1) % size + 1
+    where = slice(0, size) if first else slice(weight.shape[1] - tail, None)
+
+    def pick(rows: Indices) -> Float32:
+        values = plain(rows)
+        values[:, where] = plain((rows + step) % weight.shape[0])[:, where]
+        return values
+
+    return pick
+
+
+def _rolled_blocks(weight: Any, step: int) -> Pick:
+    return _in_runs(lambda start, stop: np.roll(weight.read(start, stop), step, axis=1))
+
+
+def decoders(part: Part) -> Iterator[Variant]:
+    """A product by the same bytes, read otherwise."""
+    advice = f"the decoder of {part.weight.dtype} blocks"
+    if part.scene.in_file:
+        advice = f"how the converter wrote {part.weight.dtype} blocks"
+    for name, pick in pickers(part.weight):
+        yield Variant(f"{{}} dequantised with {name}", advice, pick)
+
+
+def _embedded(scene: Scene) -> Iterator[Trial]:
+    for name, pick in pickers(scene.site.weight("model.embed_tokens.weight")):
+        rows: list[Float64] = [pick(np.array([t])).astype(np.float64) for t in scene.site.tokens]
+        yield name, np.concatenate(rows)
+
+
+ENTRIES = (
+    Entry("embedding dequantised with {}", stages("embedding"), _embedded,
+          "the decoder of the table's blocks", "embedding dequantised with {}",
+          "how the converter wrote the table's blocks"),
+)  # fmt: skip

@@ -1,0 +1,137 @@
+"""What goes wrong with precision: sums carried too coarsely, values rounded on the way.
+
+The order of an engine's sums is not known, so its rounding cannot be reproduced value by value.
+What can be said is that the error is of the size and spread that a coarser arithmetic predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
+from aprcore.causes.experiment import Experiment, Outcome
+from aprcore.causes.projections import Part, Pick, Variant, picker
+from aprcore.causes.scene import Float64
+from aprcore.causes.solving import best_factor
+from aprcore.noise import assess
+from aprcore.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic
+from aprcore.replay import run_stage
+from aprcore.weights import Weight
+
+_ADVICE = "the types that this kernel stores and accumulates in: sums belong in float32"
+ARITHMETICS = (
+    ("result rounded to float16", Arithmetic("", FLOAT16, FLOAT32)),
+    ("accumulation in float16", Arithmetic("", FLOAT32, FLOAT16)),
+    ("result rounded to bfloat16", Arithmetic("", BFLOAT16, FLOAT32)),
+    ("accumulation in bfloat16", Arithmetic("", FLOAT32, BFLOAT16)),
+)
+# A coarser arithmetic predicts an upper estimate of its error: blocked sums do better, but an
+# error far below has another origin. In energy.
+SMALLEST_SHARE = 1e-3
+# A constant factor is no rounding: as much of the error's energy may be along the output.
+LARGEST_ALONG = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Coarser:
+    """An arithmetic that explains an output."""
+
+    name: str
+    advice: str
+    outcome: Outcome
+
+
+def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
+    """The first coarser arithmetic whose roundoff the error is, spread over the whole output."""
+    scene = experiment.scene
+    plain, observed = scene.plain.value, scene.observed.reshape(scene.plain.value.shape)
+    factor = best_factor(observed.reshape(-1), plain.reshape(-1))
+    error = observed - plain
+    if scene.in_file or experiment.region is not None or factor is None:
+        return
+    along = (factor - 1) ** 2 * float(np.square(plain).sum())
+    if along > LARGEST_ALONG * float(np.square(error).sum()) and plain.size > 2:
+        return
+    for name, arithmetic in ARITHMETICS:
+        own = scene.profile.arithmetic
+        if arithmetic.stored.digits >= own.stored.digits and (
+            arithmetic.accumulated.digits >= own.accumulated.digits
+        ):
+            continue
+        if arithmetic.stored is not FLOAT32 and not _is_stored(observed, arithmetic):
+            continue
+        estimate = _estimate(experiment, arithmetic)
+        if estimate is None:
+            continue
+        found = assess(observed, estimate, scene.layout)
+        if found.explained and found.ratio > SMALLEST_SHARE:
+            figures = experiment.figures(plain)
+            yield Coarser(name, _ADVICE, Outcome(*figures, True, found.ratio))
+            return
+
+
+def _estimate(experiment: Experiment, arithmetic: Arithmetic) -> Estimate | None:
+    scene = experiment.scene
+    backend = PredictionBackend([(None, Profile(arithmetic, scene.profile.weights_rounded))])
+    inputs = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in scene.inputs]
+    return run_stage(backend, scene.site, scene.key, inputs)
+
+
+def _is_stored(x: Float64, arithmetic: Arithmetic) -> bool:
+    """Whether every value is a number of the stored type."""
+    with np.errstate(over="ignore"):
+        if arithmetic.stored is FLOAT16:
+            return bool((x.astype(np.float16).astype(np.float64) == x).all())
+        return not np.any(x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF))
+
+
+def rounded_inputs(part: Part) -> Iterator[Variant]:
+    """The input of a product, or the weight, rounded before it: these can be reproduced."""
+    advice = "what the kernel rounds before the product"
+    if part.scene.in_file:
+        return
+    for block, name in ((32, "Q8_0, 32 values a block"), (256, "Q8_K, 256 values a block"),
+                        (64, "64 values a block"), (128, "128 values a block"),
+                        (part.x.shape[1], "a scale for each token")):  # fmt: skip
+        for half_scale in (False, True):
+            x = _in_8_bits(part.x, block, half_scale=half_scale)
+            yield Variant(f"{{}} activations rounded to 8 bits ({name})", advice, x=x)
+    for name, cast in (("float16", _float16), ("bfloat16", _bfloat16)):
+        yield Variant(f"{{}} activations rounded to {name}", advice, x=cast(part.x))
+        if part.weight.dtype not in ("F16", "BF16"):
+            yield Variant(f"{{}} weight rounded to {name}", advice, _cast_rows(part.weight, name))
+            yield Variant(f"{{}} activations and weight rounded to {name}", advice,
+                          _cast_rows(part.weight, name), cast(part.x))  # fmt: skip
+
+
+def _cast_rows(weight: Weight, name: str) -> Pick:
+    cast = {"float16": _float16, "bfloat16": _bfloat16}[name]
+    plain = picker(weight)
+    return lambda rows: cast(plain(rows).astype(np.float64)).astype(np.float32)
+
+
+def _in_8_bits(x: Float64, block: int, *, half_scale: bool) -> Float64:
+    """Rounded to -127..127 steps of each block's largest magnitude."""
+    rows, columns = x.shape
+    padded = np.zeros((rows, -(-columns // block) * block))
+    padded[:, :columns] = x
+    blocks = padded.reshape(rows, -1, block)
+    step = np.abs(blocks).max(axis=2, keepdims=True) / 127
+    codes = np.round(blocks / np.where(step > 0, step, 1.0))
+    if half_scale:
+        step = _float16(step)
+    return np.asarray((codes * step).reshape(rows, -1)[:, :columns])
+
+
+def _float16(x: Float64) -> Float64:
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float64)
+
+
+def _bfloat16(x: Float64) -> Float64:
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF_0000)
+    return rounded.view(np.float32).astype(np.float64)

@@ -1,0 +1,174 @@
+"""What goes wrong with products by a weight: q, k and v, the other projections and the head.
+
+Weights are large and the alternatives many, so each is tried on a few output columns first, those
+that are most wrong; what already fails there is dropped. q, k and v are judged apart: one of them
+may be wrong alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.causes.experiment import Experiment, Outcome, part_scene
+from aprcore.causes.scene import Float64, Scene
+from aprcore.compare import compare
+from aprcore.stages import DOWN, GATE, UP, K, O, Q, V
+from aprcore.weights import Weight, read_all, row_chunks
+
+Indices = NDArray[np.int64]
+Pick = Callable[[Indices], NDArray[np.float32]]
+"""Rows of a weight by their numbers: [n] -> [n, C]."""
+
+MODULES = {
+    "qkv_matmul": (Q, K, V), "attn_out": (O,), "ffn_gate": (GATE,), "ffn_up": (UP,),
+    "ffn_out": (DOWN,), "lm_head": ("lm_head",),
+}  # fmt: skip
+# Output columns tried first, half of them the most wrong ones.
+SAMPLED_COLUMNS = 16
+# How far the sample may lie outside the prediction: a single value's own limit, with room.
+SAMPLE_LIMIT = 100.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight's share of a linear stage.
+
+    Attributes:
+        scene: The stage, cut to this weight's columns.
+        module: "self_attn.q_proj", ..., "lm_head".
+        weight: [out, C].
+        bias: Added to the product, [out]; None where there is none.
+        x: The input, [T, C].
+        experiment: For holding outputs against what was observed.
+    """
+
+    scene: Scene
+    module: str
+    weight: Weight
+    bias: Float64 | None
+    x: Float64
+    experiment: Experiment
+
+    @property
+    def short_name(self) -> str:
+        """ "q_proj"."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def head_dim(self) -> int | None:
+        """D where the rows are heads."""
+        return self.scene.config.head_dim if self.module in (Q, K, V) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Another product.
+
+    Attributes:
+        name: What it does otherwise, with `{}` for the weight's short name.
+        advice: What to look at.
+        pick: The rows of the weight; None: as they are.
+        x: The input; None: as it is.
+        bias: What is added; None: as it is.
+        is_fallback: As in `Entry`.
+    """
+
+    name: str
+    advice: str
+    pick: Pick | None = None
+    x: Float64 | None = None
+    bias: Float64 | None = None
+    is_fallback: bool = False
+
+
+Variants = Callable[[Part], Iterator[Variant]]
+
+
+def parts_of(scene: Scene) -> Iterator[Part]:
+    """The weights of a linear stage whose share of the output is wrong."""
+    modules = MODULES[scene.key.stage]
+    first = 0
+    for module in modules:
+        weight = scene.site.find(f"{module}.weight")
+        if weight is None and module == "lm_head":
+            weight = scene.site.find("model.embed_tokens.weight")
+        assert weight is not None, module
+        width = weight.shape[0]
+        cut = scene if len(modules) == 1 else part_scene(scene, first, first + width)
+        first += width
+        stored = None if len(modules) > 1 else scene.site.find(f"{module}.bias")
+        bias = None if stored is None else read_all(stored).astype(np.float64)
+        experiment = Experiment(cut)
+        if experiment.plain_fails:
+            x = scene.inputs[0][-1:] if module == "lm_head" else scene.inputs[0]
+            yield Part(cut, module, weight, bias, x, experiment)
+
+
+def try_variant(part: Part, variant: Variant) -> Outcome | None:
+    """Hold a product against the output, on a sample first; None if it is the plain one."""
+    sample = _sample(part)
+    rows = sample.columns
+    value = _product(part, variant, rows)
+    plain = part.scene.plain
+    if value is None:
+        return None
+    observed = part.scene.observed.reshape(plain.value.shape)[:, rows]
+    expected, variance = plain.value[:, rows], part.experiment.variance(rows)
+    near = np.square(value - expected) <= 4 * variance
+    error = np.square(observed - value)[sample.mask].sum()
+    energies = [float(np.square(y).mean()) for y in (value, expected)]
+    gain = max(1.0, energies[0] / energies[1]) if energies[1] > 0 else 1.0
+    if error > SAMPLE_LIMIT * gain * variance[sample.mask].sum() or not np.isfinite(value).all():
+        if near.all():
+            return None
+        found = compare(observed.reshape(-1), value.reshape(-1))
+        return Outcome(found.relative_l2, found.cosine, False, float("inf"))
+    whole = [_product(part, variant, np.arange(start, stop))
+             for start, stop in row_chunks(part.weight)]  # fmt: skip
+    return part.experiment.hold(np.concatenate([y for y in whole if y is not None], axis=1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Columns to try first, and which of their values are wrong."""
+
+    columns: Indices
+    mask: NDArray[np.bool_]
+
+
+def _sample(part: Part) -> _Sample:
+    plain = part.scene.plain.value
+    error = np.square(part.scene.observed.reshape(plain.shape) - plain)
+    region = part.experiment.region
+    mask = np.ones(plain.shape, bool) if region is None else region.mask.reshape(plain.shape)
+    worst = np.argsort(-np.where(mask, error, 0).sum(axis=0), kind="stable")
+    within = worst[: max(1, int(mask.any(axis=0).sum()))]
+    spread = within[np.linspace(0, within.size - 1, SAMPLED_COLUMNS // 2).astype(np.int64)]
+    columns = np.unique(np.concatenate([worst[: SAMPLED_COLUMNS // 2], spread]))
+    return _Sample(columns, mask[:, columns])
+
+
+def _product(part: Part, variant: Variant, rows: Indices) -> Float64 | None:
+    pick = variant.pick or picker(part.weight)
+    weight = pick(rows).astype(np.float64)
+    x = part.x if variant.x is None else variant.x
+    if weight.shape[1] != x.shape[1]:
+        return None
+    value = x @ weight.T
+    bias = part.bias if variant.bias is None else variant.bias
+    return value if bias is None else value + bias[rows]
+
+
+def picker(weight: Weight) -> Pick:
+    """Rows of a weight by number, read in runs."""
+
+    def pick(rows: Indices) -> NDArray[np.float32]:
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs = np.split(rows, breaks)
+        return np.concatenate([weight.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+
+    return pick
