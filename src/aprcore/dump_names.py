@@ -64,14 +64,14 @@ def resolve(
 ) -> tuple[dict[StageKey, Recipe], tuple[str, ...]]:
     """The recipe of every stage that the names make, and the names that make none.
 
-    Where two dialects know a stage, the earlier one counts.
+    Where two dialects know a stage or a name, the earlier one counts.
     """
     recipes: dict[StageKey, Recipe] = {}
     known: set[str] = set()
     for dialect in dialects:
         found: dict[Place, str] = {}
         for name in names:
-            place = dialect.parse(name)
+            place = None if name in known else dialect.parse(name)
             if place is not None:
                 found.setdefault(place, name)
         for layer in dict.fromkeys(layer for layer, _ in found):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from aprcore.stages import BY_NAME, StageKey, axis_names, resolve_factors, resolve_shape
 
 Floats = NDArray[np.floating[Any]]
+Int64 = NDArray[np.int64]
 
 # Stages whose last two axes are (query, key) of causal attention, and hold nothing above the
 # diagonal: engines write zeros, minus infinity, the type's lowest value or the raw product there.
@@ -104,13 +105,17 @@ def zero_above_diagonal(key: StageKey, x: Floats, layout: Layout) -> Floats:
     return np.where(allowed, x.reshape(layout.factors), np.zeros(1, dtype=x.dtype)).reshape(-1)
 
 
-def alternatives(key: StageKey, x: Floats, layout: Layout) -> Iterator[tuple[str, Floats]]:
+def alternatives(
+    key: StageKey, x: Floats, layout: Layout, *, is_oracle: bool = False
+) -> Iterator[tuple[str, Floats]]:
     """Other readings of a tensor: (what the dump did, the tensor put into canonical order).
 
     Args:
         key: The stage.
         x: The dumped values, flat.
         layout: The canonical layout that they should have had.
+        is_oracle: Whether the dump is the reference. The order of q, k and v and of their rows is
+            then the weights' own: another one means that the model file is wrong.
     """
     factors = layout.factors
     if x.size != math.prod(factors):
@@ -122,18 +127,60 @@ def alternatives(key: StageKey, x: Floats, layout: Layout) -> Iterator[tuple[str
             by_head = x.reshape(heads, tokens, dim).transpose(1, 0, 2).reshape(-1)
             readings.append(("heads before tokens", by_head))
             yield readings[-1]
-        if key.stage in ("q_post_rope", "k_post_rope") and dim % 2 == 0:
-            for name, y in readings:
-                halves = y.reshape(tokens, heads, dim // 2, 2).swapaxes(-1, -2).reshape(-1)
-                also = f"{name}, " if name else ""
-                yield f"{also}adjacent pairs within each head", halves
+        for name, y in readings:
+            for order, columns in _column_orders(key, heads, dim, is_oracle=is_oracle):
+                both = f"{name}, {order}" if name else order
+                yield both, y.reshape(tokens, heads * dim)[:, columns].reshape(-1)
     if layout.axes == ("head", "token", "position") and factors[0] > 1 and factors[1] > 1:
         heads, queries, keys = factors
         yield "tokens before heads", x.reshape(queries, heads, keys).transpose(1, 0, 2).reshape(-1)
+        if queries == keys:
+            yield "tokens reversed", x.reshape(factors)[:, ::-1, ::-1].reshape(-1)
+    if layout.axes[:1] == ("token",) and factors[0] > 1:
+        yield "tokens reversed", x.reshape(factors)[::-1].reshape(-1)
     if layout.axes[:1] == ("token",) and len(layout.shape) == 2 and layout.shape[0] > 1:
         tokens, width = layout.shape
         if tokens != width:
             yield "dimensions before tokens", x.reshape(width, tokens).T.reshape(-1)
+
+
+def _column_orders(
+    key: StageKey, heads: int, dim: int, *, is_oracle: bool
+) -> Iterator[tuple[str, Int64]]:
+    """Where each canonical column lies in dumps of q, k and v with columns in another order."""
+    if key.stage in ("q_post_rope", "k_post_rope") and dim % 2 == 0:
+        yield "adjacent pairs within each head", _adjacent_pairs(heads, dim)
+    if key.stage not in ("qkv_matmul", "qkv_bias") or is_oracle:
+        return
+    for kv in range(1, heads // 3 + 1):
+        if (heads - 2 * kv) % kv:
+            continue
+        rotated = heads - kv
+        if dim % 2 == 0:
+            columns = np.arange(heads * dim)
+            columns[: rotated * dim] = _adjacent_pairs(rotated, dim)
+            yield "adjacent pairs within each head of q and k", columns
+        for name, order in interleavings(heads - 2 * kv, kv, dim):
+            yield name, np.argsort(order)
+
+
+def _adjacent_pairs(heads: int, dim: int) -> Int64:
+    """Dimension i + s·D/2 of each head lies at 2i + s."""
+    return np.arange(heads * dim).reshape(heads, dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def interleavings(heads: int, kv: int, dim: int) -> Iterator[tuple[str, Int64]]:
+    """Orders of a fused q, k and v: the canonical column at each place of the fused one."""
+    q = np.arange(heads * dim).reshape(kv, -1)
+    k = heads * dim + np.arange(kv * dim).reshape(kv, -1)
+    v = k + kv * dim
+    if kv > 1:
+        yield "interleaved q, k and v of each kv head", np.hstack([q, k, v]).reshape(-1)
+        pairs = np.hstack([k, v]).reshape(-1)
+        yield "interleaved k and v of each head", np.concatenate([q.reshape(-1), pairs])
+    if heads == kv:
+        every = np.stack([q.reshape(-1), k.reshape(-1), v.reshape(-1)], axis=1)
+        yield "interleaved q, k and v of each dimension", every.reshape(-1)
 
 
 def last_token(x: Floats, layout: Layout, count: int) -> tuple[Floats, Layout] | None:

@@ -84,7 +84,8 @@ class StageJudge:
         if reference is None or side is None or oracle is None:
             return result
         found = measure_quantisation(reference, side, result.key, oracle)
-        if found is not None and result.verdict in (Verdict.NOISE, Verdict.FAIL):
+        told = (Verdict.NOISE, Verdict.INHERITED, Verdict.FAIL)
+        if found is not None and result.verdict in told:
             result = replace(result, reason=f"{result.reason}; {found.describe()}")
         return replace(result, quantisation=found)
 
@@ -236,7 +237,7 @@ class StageJudge:
         judgment = make_judgment(x, expected, layout)
         if judgment is None or judgment.passed or not may_permute:
             return x, judgment, None
-        for name, reading in alternatives(key, dumped, layout):
+        for name, reading in alternatives(key, dumped, layout, is_oracle=side == "the oracle"):
             permuted = zero_above_diagonal(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
             if other is not None and other.passed:

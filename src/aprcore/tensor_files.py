@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -271,7 +272,9 @@ def read_torch_dump(path: Path) -> TensorFile:
             hint="pip install 'aprtui[oracle]', or save it as .safetensors or .npz",
         ) from error  # fmt: skip
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about damage that is reported below
+            warnings.simplefilter("ignore")
+            held = torch.load(path, map_location="cpu", weights_only=True)
         items = list(_flatten(held, ""))
     except pickle.UnpicklingError as error:
         raise FormatError("holds more than tensors in dicts and lists", where=path,

@@ -18,6 +18,7 @@ from aprtui.formatting import (
     format_ratio,
     format_shape,
     format_short,
+    format_tolerance,
     quoted,
 )
 from aprtui.rows import summarise_layer
@@ -91,7 +92,8 @@ def describe_stage(report: StageReport, header: RunHeader, paint: Paint) -> Rend
     parts: list[RenderableType] = [_heading(report, paint)]
     mark = mark_of(report)
     verdict = (f"{mark.glyph} {mark.word}".rstrip(), paint(mark.ink, bold=True))
-    parts.append(Text.assemble(verdict, f" {report.reason}"))
+    passes = "" if report.passes_at is None else f"; passes at {format_tolerance(report.passes_at)}"
+    parts.append(Text.assemble(verdict, f" {report.reason}{passes}"))
     if report.comparison is not None:
         figures = _comparison(report.comparison, report.layout, header, paint)
         parts.append(Padding(_facts(figures, paint), (1, 0, 0, 0)))

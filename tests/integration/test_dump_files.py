@@ -17,7 +17,7 @@ from aprcore.stages import StageKey
 from aprcore.trace import TraceDirectory
 from aprtui.cli import main
 from aprtui.demo import demo_path, load_faults
-from tests.dump_files import (
+from dump_files import (
     Arrays,
     huggingface_names,
     llama_cpp_names,

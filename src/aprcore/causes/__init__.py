@@ -8,26 +8,27 @@ observed one, to within rounding, is the cause. Adding one is adding an `Entry` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
 
 from aprcore.causes import (
     activations,
     attention,
     biases,
+    buffers,
+    dequantisation,
     embedding_head,
     norms,
+    precision,
     residual,
     rope,
+    weight_variants,
 )
-from aprcore.causes.experiment import Experiment, Outcome
-from aprcore.causes.projections import MODULES, parts_of, try_variant
+from aprcore.causes.experiment import Experiment
+from aprcore.causes.projections import Variants
 from aprcore.causes.records import CauseTried, Explanation
 from aprcore.causes.scene import Entry, Scene
+from aprcore.causes.search import settle, try_arithmetics, try_entries, try_projections
 from aprcore.causes.symptom import describe_symptom
-from aprcore.causes.weight_variants import VARIANTS
 from aprcore.layouts import Layout
 from aprcore.replay import Expectation, Floats, RecordedSide
 from aprcore.stages import StageKey
@@ -42,10 +43,14 @@ CATALOGUE: tuple[Entry, ...] = (
     *residual.ENTRIES,
     *embedding_head.ENTRIES,
     *biases.ENTRIES,
+    *dequantisation.ENTRIES,
+    *buffers.ENTRIES,
 )
-
-# Causes that do not explain are listed up to this many, the nearest first.
-LISTED = 8
+PRODUCTS: tuple[Variants, ...] = (
+    *weight_variants.VARIANTS,
+    dequantisation.decoders,
+    precision.rounded_inputs,
+)
 
 
 def explain(
@@ -66,8 +71,12 @@ def explain(
     if scene is None:
         return Explanation((), None, 0)
     experiment = Experiment(scene)
-    tried = [*_try_entries(experiment), *_try_projections(scene)]
-    causes = tuple(_settle(experiment, tried))
+    tried = [
+        *try_entries(experiment, CATALOGUE),
+        *try_projections(scene, PRODUCTS),
+        *try_arithmetics(experiment),
+    ]
+    causes = tuple(settle(experiment, tried))
     named = any(cause.explains for cause in causes)
     symptom = None if named else describe_symptom(experiment)
     return Explanation(causes, symptom, len(tried))
@@ -92,72 +101,3 @@ def _scene(
         recorded=side.peek,
         features=side.features,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """An alternative and how it fared; `part` is the weight it belongs to."""
-
-    name: str
-    advice: str
-    outcome: Outcome
-    is_fallback: bool
-    part: str = ""
-
-
-def _try_entries(experiment: Experiment) -> Iterator[_Tried]:
-    scene = experiment.scene
-    for entry in CATALOGUE:
-        title = entry.title(scene)
-        if title is None or (entry.stages and scene.key.stage not in entry.stages):
-            continue
-        for name, value in entry.outputs(scene):
-            outcome = experiment.hold(value)
-            if outcome is not None:
-                advice = entry.advice_for(scene)
-                yield _Tried(title.format(name), advice, outcome, entry.is_fallback)
-
-
-def _try_projections(scene: Scene) -> Iterator[_Tried]:
-    if scene.key.stage not in MODULES:
-        return
-    for part in parts_of(scene):
-        for variants in VARIANTS:
-            for variant in variants(part):
-                outcome = try_variant(part, variant)
-                if outcome is not None:
-                    name, advice = (
-                        text.format(part.short_name) for text in (variant.name, variant.advice)
-                    )
-                    yield _Tried(name, advice, outcome, variant.is_fallback, part.short_name)
-
-
-def _settle(experiment: Experiment, tried: list[_Tried]) -> Iterator[CauseTried]:
-    """The causes, best first: those that explain, as few as the evidence allows, then the rest."""
-    explaining = [t for t in tried if t.outcome.explains]
-    whole = [t for t in explaining if not t.part]
-    named: list[_Tried] = []
-    parts = [""] if whole else sorted({t.part for t in explaining})
-    for part in parts:
-        named += _best(experiment, [t for t in explaining if t.part == part])
-    names: set[str] = set()
-    for t in (*named, *_others(tried, named)):
-        region = t.outcome.region
-        name = t.name if region is None else f"{t.name}, in {region.name} only"
-        if name not in names:
-            names.add(name)
-            figures = t.outcome.relative_l2, t.outcome.cosine
-            yield CauseTried(name, t.advice, *figures, any(t is n for n in named))
-
-
-def _best(experiment: Experiment, explaining: list[_Tried]) -> list[_Tried]:
-    """Those that explain as well as any other."""
-    sure = [t for t in explaining if not t.is_fallback] or explaining
-    ranked = sorted(sure, key=lambda t: t.outcome.misfit)
-    best = ranked[0].outcome.misfit if ranked else 0.0
-    return [t for t in ranked if not experiment.tells_apart(best, t.outcome.misfit)]
-
-
-def _others(tried: list[_Tried], named: list[_Tried]) -> list[_Tried]:
-    rest = [t for t in tried if not any(t is n for n in named)]
-    return sorted(rest, key=lambda t: t.outcome.relative_l2)[:LISTED]

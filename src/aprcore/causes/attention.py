@@ -27,7 +27,8 @@ def _head_maps(scene: Scene) -> Iterator[tuple[str, NDArray[np.int64]]]:
     for group in range(1, heads + 1):
         if group != heads // kv:
             yield f"in groups of {group}", np.minimum(index // group, kv - 1)
-            yield f"in groups of {group}, wrapping", index // group % kv
+            if group > 1:  # by ones is tiled
+                yield f"in groups of {group}, wrapping", index // group % kv
 
 
 def _other_groups(scene: Scene) -> Iterator[Trial]:
@@ -35,13 +36,19 @@ def _other_groups(scene: Scene) -> Iterator[Trial]:
     for name, heads in _head_maps(scene):
         if scene.key.stage == "attn_scores":
             q, k = scene.inputs
-            yield name, REFERENCE.attention_scores(
-                q, _heads_of(k, config.head_dim, heads), config.num_heads, config.num_heads
+            yield (
+                name,
+                REFERENCE.attention_scores(
+                    q, _heads_of(k, config.head_dim, heads), config.num_heads, config.num_heads
+                ),
             )
         else:
             softmax, v = scene.inputs[0], values_of(scene)
-            yield name, REFERENCE.weighted_values(
-                softmax, _heads_of(v, config.head_dim, heads), config.num_heads
+            yield (
+                name,
+                REFERENCE.weighted_values(
+                    softmax, _heads_of(v, config.head_dim, heads), config.num_heads
+                ),
             )
 
 
@@ -284,11 +291,13 @@ def _other_values(scene: Scene) -> Iterator[Trial]:
         yield "v one token earlier", weighted(np.roll(v, 1, axis=0))
         yield "v one token earlier (zeros first)", weighted(np.vstack([0 * v[:1], v[:-1]]))
     kv_heads = v.reshape(v.shape[0], kv, -1)
-    yield "v with heads and dimensions exchanged", weighted(
-        v.reshape(v.shape[0], -1, kv).swapaxes(1, 2).reshape(v.shape)
+    yield (
+        "v with heads and dimensions exchanged",
+        weighted(v.reshape(v.shape[0], -1, kv).swapaxes(1, 2).reshape(v.shape)),
     )
-    yield "v with heads and tokens exchanged", weighted(
-        kv_heads.reshape(kv, v.shape[0], -1).swapaxes(0, 1).reshape(v.shape)
+    yield (
+        "v with heads and tokens exchanged",
+        weighted(kv_heads.reshape(kv, v.shape[0], -1).swapaxes(0, 1).reshape(v.shape)),
     )
 
 

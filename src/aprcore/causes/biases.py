@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from itertools import permutations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aprcore.causes.scene import Entry, Float64, Scene, Trial, stages
+from aprcore.layouts import interleavings
 from aprcore.stages import K, Q, V
 from aprcore.weights import read_all
 
 BIAS, BOTH = stages("qkv_bias"), stages("qkv_matmul", "qkv_bias")
+# Error energy over the predicted from which on a part's bias counts as wrong.
+WRONG_SHARE = 100.0
 _MODULES = {"q": Q, "k": K, "v": V}
 
 
@@ -79,8 +81,9 @@ def _reordered(scene: Scene) -> Iterator[Trial]:
     halves = {p: own[p].reshape(-1, dim // 2, 2).swapaxes(1, 2).reshape(-1) for p in "qk"}
     for parts in ("qk", "q", "k"):
         for name, table in (("halves to pairs", pairs), ("pairs to halves", halves)):
-            yield f"of {_spelled(parts)} permuted from {name}", _changed(
-                scene, {p: table[p] for p in parts}
+            yield (
+                f"of {_spelled(parts)} permuted from {name}",
+                _changed(scene, {p: table[p] for p in parts}),
             )
     for name, step in (("late", 1), ("early", -1)):
         joined = np.concatenate([own[p] for p in "qkv"])
@@ -96,13 +99,16 @@ def _lost(scene: Scene) -> Iterator[Trial]:
         return
     observed = scene.observed.reshape(scene.plain.value.shape)
     addend = (observed - scene.inputs[0]).mean(axis=0)
-    own = _biases(scene)
-    zero = [p for p in "qkv" if not own[p].any()]
-    for parts in _subsets():
-        starts = {p: scene.config.qkv_columns(p) for p in parts}
-        changed = {p: addend[slice(*starts[p])] for p in parts}
-        state = "zeros" if all(p in zero for p in parts) else "others"
-        yield f"{_spelled(parts)} (this file has {state})", _changed(scene, changed)
+    own, wrong, zero = _biases(scene), "", True
+    for part in "qkv":
+        columns = slice(*scene.config.qkv_columns(part))
+        error = np.square(observed - scene.plain.value)[:, columns].sum()
+        if error > WRONG_SHARE * scene.plain.variance[:, columns].sum():
+            wrong, zero = wrong + part, zero and not own[part].any()
+    if wrong:
+        changed = {p: addend[slice(*scene.config.qkv_columns(p))] for p in wrong}
+        state = "zeros" if zero else "other values"
+        yield f"{_spelled(wrong)} lost: this file has {state}", _changed(scene, changed)
 
 
 def _orders(scene: Scene) -> Iterator[Trial]:
@@ -118,23 +124,6 @@ def _orders(scene: Scene) -> Iterator[Trial]:
         yield f"{name}, undone once more", plain[:, np.argsort(index)]
 
 
-def interleavings(heads: int, kv: int, dim: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """Canonical columns of q, k and v in the orders of fused weights.
-
-    `plain[:, index]` is what an engine gives that takes the fused order for the canonical one.
-    """
-    q = np.arange(heads * dim).reshape(kv, -1)
-    k = heads * dim + np.arange(kv * dim).reshape(kv, -1)
-    v = heads * dim + kv * dim + np.arange(kv * dim).reshape(kv, -1)
-    if kv > 1:
-        yield "interleaved by group (q, k, v of each kv head)", np.hstack([q, k, v]).reshape(-1)
-        pairs = np.stack([k.reshape(kv, dim), v.reshape(kv, dim)], axis=1).reshape(-1)
-        yield "k and v interleaved by head", np.concatenate([q.reshape(-1), pairs])
-    if heads == kv:
-        every = np.stack([q.reshape(-1), k.reshape(-1), v.reshape(-1)], axis=1)
-        yield "interleaved by dimension (q, k, v of each)", every.reshape(-1)
-
-
 _ADDITION = "the addition of the biases"
 _ORIGINAL = " in the original model"
 
@@ -147,7 +136,7 @@ ENTRIES = (
           "bias stored as that {}", "the layer numbers in the conversion"),
     Entry("bias {}", BIAS, _reordered, "the order of the biases: q, k, v, heads as the weights'",
           "bias stored {}", "the order of the biases in the conversion"),
-    Entry("bias lost", BIAS, _lost, "", "bias of {} lost in this file",
+    Entry("bias lost", BIAS, _lost, "", "bias of {}",
           "the biases in the conversion", is_fallback=True, in_engine=False),
     Entry("q, k and v in the order {}", BOTH, _orders, "the order of the fused q, k and v",
           "q, k and v stored in the order {}", "the split of the fused q, k and v"),

@@ -46,7 +46,9 @@ def _shifted(scene: Scene) -> Iterator[Trial]:
     plain = scene.plain.value.reshape(scene.layout.factors)
     for axis, name in enumerate(scene.layout.axes):
         size = plain.shape[axis]
-        steps = {1} | ({2, 4, 8, 16, 32, 64, 128, 256} if axis == len(scene.layout.axes) - 1 else set())
+        steps = {1} | (
+            {2, 4, 8, 16, 32, 64, 128, 256} if axis == len(scene.layout.axes) - 1 else set()
+        )
         for step in sorted(s for s in steps if s < size):
             for sign, word in ((1, "late"), (-1, "early")):
                 moved = np.roll(plain, sign * step, axis=axis)
@@ -62,9 +64,12 @@ def _from_neighbour(scene: Scene) -> Iterator[Trial]:
         size = plain.shape[axis]
         if size > 1:
             for word, place in (("first", 0), ("last", -1)):
-                yield f"{word} {name}", np.broadcast_to(
-                    plain.take([place], axis=axis), plain.shape
-                ).reshape(scene.plain.value.shape)
+                yield (
+                    f"{word} {name}",
+                    np.broadcast_to(plain.take([place], axis=axis), plain.shape).reshape(
+                        scene.plain.value.shape
+                    ),
+                )
 
 
 def _clamped(scene: Scene) -> Iterator[Trial]:
@@ -77,7 +82,7 @@ def _zero_rows(scene: Scene) -> Iterator[Trial]:
     """Columns that this file's weight makes zero, where the original's are not."""
     plain = scene.plain.value
     observed = scene.observed.reshape(plain.shape)
-    dead = ~plain.any(axis=0)
+    dead = np.all(plain == 0, axis=0)
     if dead.any() and observed[:, dead].any():
         places = np.flatnonzero(dead)
         yield f"{places[0]} to {places[-1]}", np.where(dead[None, :], observed, plain)
@@ -101,4 +106,3 @@ ENTRIES = (
           "output clamped to ±{} in the original model", "a clamp in the original config",
           is_fallback=True),
 )  # fmt: skip
-

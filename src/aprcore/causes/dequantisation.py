@@ -248,8 +248,8 @@ def _unsigned(weight: Any) -> Pick:
     def pick(rows: Indices) -> Float32:
         values = plain(rows)
         if weight.dtype == "Q8_0":
-            step = _steps(weight, rows)
-            return np.where(values < 0, values + 256 * step, values).astype(np.float32)
+            wrapped: Float32 = np.where(values < 0, values + 256 * _steps(weight, rows), values)
+            return wrapped
         return (values + offsets[weight.dtype] * _signed_steps(weight, rows)).astype(np.float32)
 
     return pick
@@ -268,7 +268,7 @@ def _signed_steps(weight: Any, rows: Indices) -> Float32:
     """As `_steps`; scales may be negative where a block's values are mostly below zero."""
     ones = _decoded(weight, _all_codes_zero(weight.dtype))(rows)
     offsets = {"Q4_0": 8, "AprQ4": 8, "Q5_0": 16, "Q6_K": 32}
-    return -ones / offsets[weight.dtype]
+    return (-ones / np.float32(offsets[weight.dtype])).astype(np.float32)
 
 
 def _all_codes_zero(dtype: str) -> Change:

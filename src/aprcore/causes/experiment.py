@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aprcore.backends.prediction import Estimate
 from aprcore.causes.scene import Float64, Scene
 from aprcore.compare import compare
+from aprcore.layouts import Layout
 from aprcore.noise import SMALLEST_ENERGY, allowed_ratio, assess
 
 Bools = NDArray[np.bool_]
@@ -23,6 +24,8 @@ DECISIVE_NATS = 12.0
 # Error energies below this part of the predicted are as good as none: predictions are upper
 # estimates, and alternatives are computed in float64 by another route than the engine's.
 NEGLIGIBLE_RATIO = 1e-3
+# An alternative's own values are rounded a few times on the way, as the plain ones are.
+ALTERNATIVE_ROUNDINGS = 8
 # A region larger than this share of the tensor is no local fault.
 LARGEST_LOCAL_SHARE = 0.75
 
@@ -40,6 +43,12 @@ class Region:
     mask: Bools
     name: str
     indices: tuple[tuple[int, ...] | None, ...]
+
+    def without(self, axis: int, layout: Layout) -> Region:
+        """The region without its limits along one axis."""
+        indices = list(self.indices)
+        indices[axis] = None
+        return _region(tuple(indices), layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +114,23 @@ class Experiment:
         whole = self._outcome(value, None)
         if whole.explains or self.region is None:
             return whole
-        local = self._outcome(np.where(self.region.mask, value, self._plain), self.region)
-        return local if local.explains else whole
+        local = self._within(value, self.region)
+        return self._widest(value, local) if local.explains else whole
+
+    def _within(self, value: Float64, region: Region) -> Outcome:
+        return self._outcome(np.where(region.mask, value, self._plain), region)
+
+    def _widest(self, value: Float64, local: Outcome) -> Outcome:
+        """The same in as large a region as explains it: fewer words, and nothing by accident."""
+        assert local.region is not None
+        for axis, indices in enumerate(local.region.indices):
+            if indices is None or sum(i is not None for i in local.region.indices) == 1:
+                continue
+            wider = local.region.without(axis, self.scene.layout)
+            outcome = self._within(value, wider)
+            if outcome.explains:
+                return self._widest(value, outcome)
+        return local
 
     def _is_plain(self, value: Float64) -> bool:
         """Whether an alternative is the plain operation but for rounding."""
@@ -114,7 +138,8 @@ class Experiment:
         return bool((change <= 4 * self._variance + SMALLEST_ENERGY * self._energy).all())
 
     def _outcome(self, value: Float64, region: Region | None) -> Outcome:
-        variance = self._variance * self._gain(value)
+        rounding = (self.scene.profile.arithmetic.stored.roundoff * value) ** 2 / 3
+        variance = self._variance * self._gain(value) + ALTERNATIVE_ROUNDINGS * rounding
         estimate = Estimate(value, variance, self.scene.plain.token_dof)
         explains = assess(self._observed, estimate, self.scene.layout).explained
         return Outcome(*self.figures(value), explains, self.misfit(value), region)
@@ -171,22 +196,31 @@ def find_region(scene: Scene) -> Region | None:
         return None
     floor = SMALLEST_ENERGY * float(np.square(plain).mean()) * 1e-6
     predicted = scene.plain.variance.reshape(shape) + floor
-    mask = np.ones(shape, dtype=np.bool_)
     indices: list[tuple[int, ...] | None] = []
     for axis in range(len(shape)):
         wrong = _wrong_along(error, predicted, axis, scene)
-        if not wrong.any() or wrong.all():
-            indices.append(None)
-            continue
-        indices.append(tuple(int(i) for i in np.flatnonzero(wrong)))
-        mask &= wrong.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    if mask.all() or mask.mean() > LARGEST_LOCAL_SHARE:
+        some = wrong.any() and not wrong.all()
+        indices.append(tuple(int(i) for i in np.flatnonzero(wrong)) if some else None)
+    region = _region(tuple(indices), scene.layout)
+    if region.mask.mean() > LARGEST_LOCAL_SHARE:
         return None
     rest = Estimate(plain, scene.plain.variance.reshape(shape), scene.plain.token_dof)
-    if not assess(np.where(mask, plain, observed), rest, scene.layout).explained:
+    if not assess(np.where(region.mask, plain, observed), rest, scene.layout).explained:
         return None
-    names = [_range_name(axes[a], found) for a, found in enumerate(indices) if found is not None]
-    return Region(mask, ", ".join(names), tuple(indices))
+    return region
+
+
+def _region(indices: tuple[tuple[int, ...] | None, ...], layout: Layout) -> Region:
+    """The product of the indices along each axis."""
+    mask = np.ones(layout.factors, dtype=np.bool_)
+    names = []
+    for axis, found in enumerate(indices):
+        if found is not None:
+            along = np.zeros(layout.factors[axis], dtype=np.bool_)
+            along[list(found)] = True
+            mask &= along.reshape([-1 if a == axis else 1 for a in range(mask.ndim)])
+            names.append(_range_name(layout.axes[axis], found))
+    return Region(mask, ", ".join(names), indices)
 
 
 def _wrong_along(error: Float64, predicted: Float64, axis: int, scene: Scene) -> Bools:

@@ -129,17 +129,21 @@ def _other_gains(norm: _Norm) -> Iterator[Trial]:
              if name.endswith("norm.weight") and w.shape == own.shape and name != own.name]  # fmt: skip
     layer = f"model.layers.{norm.scene.key.layer}."
     for name in sorted(names, key=lambda n: not n.startswith(layer)):
-        yield name.removeprefix("model.").removesuffix(".weight"), _gain(
-            norm.scene.site.weights[name]
-        ) * norm.normed
+        yield (
+            name.removeprefix("model.").removesuffix(".weight"),
+            _gain(norm.scene.site.weights[name]) * norm.normed,
+        )
 
 
 def _layer_norm(norm: _Norm) -> Iterator[Trial]:
     centred = norm.x - norm.x.mean(axis=2, keepdims=True)
     variance = np.square(centred).mean(axis=2, keepdims=True)
     yield "", norm.gain * centred / np.sqrt(variance + norm.eps)
-    yield "", norm.gain * (norm.x - norm.x.mean(axis=2, keepdims=True)) / np.sqrt(
-        norm.mean_square + norm.eps
+    yield (
+        "",
+        norm.gain
+        * (norm.x - norm.x.mean(axis=2, keepdims=True))
+        / np.sqrt(norm.mean_square + norm.eps),
     )
 
 
@@ -163,14 +167,16 @@ def _wrong_mean(norm: _Norm) -> Iterator[Trial]:
         kept = size - size % tile
         if 0 < kept < size:
             part = squares[:, :, :kept].sum(axis=2, keepdims=True) / size
-            yield f"without the last {size - kept} values", norm.gain * norm.x / np.sqrt(
-                part + norm.eps
+            yield (
+                f"without the last {size - kept} values",
+                norm.gain * norm.x / np.sqrt(part + norm.eps),
             )
 
 
 def _no_root(norm: _Norm) -> Iterator[Trial]:
-    yield "divided by the mean square, without its root", norm.gain * norm.x / (
-        norm.mean_square + norm.eps
+    yield (
+        "divided by the mean square, without its root",
+        norm.gain * norm.x / (norm.mean_square + norm.eps),
     )
     yield "multiplied by the root", norm.gain * norm.x * np.sqrt(norm.mean_square + norm.eps)
 

@@ -15,6 +15,7 @@ class CauseTried:
         relative_l2: Of the observed output against this alternative.
         cosine: Of the two.
         explains: Whether it explains the output to within the bound, and as well as any other.
+        part: The weights whose share of the output it was tried on, where a stage has several.
     """
 
     name: str
@@ -22,6 +23,7 @@ class CauseTried:
     relative_l2: float
     cosine: float
     explains: bool
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,17 @@ class Explanation:
 
     def clause(self) -> str:
         """The finding for the middle of a sentence."""
-        if self.named:
-            first = self.named[0]
-            names = " or ".join(cause.name for cause in self.named)
-            return f"{names} (cos {first.cosine:.7f} when tried)"
-        return self.symptom or "no known cause"
+        if not self.named:
+            return f"no known cause: {self.symptom}" if self.symptom else "no known cause"
+        parts = dict.fromkeys(cause.part for cause in self.named)
+        choices = [" or ".join(c.name for c in self.named if c.part == part) for part in parts]
+        cosine = min(cause.cosine for cause in self.named)
+        return f"{'; '.join(choices)} (cos {cosine:.7f} when tried)"
 
     def summary(self) -> str:
         """The finding in one sentence."""
-        if len(self.named) > 1:
-            return f"The output is explained equally by {self.clause()}."
         if self.named:
-            return f"The output is explained by {self.clause()}."
-        return f"None of the {self.tried} causes tried explains the output: {self.clause()}."
+            return f"Of {self.tried} causes tried, the output is that of: {self.clause()}."
+        return (
+            f"None of the {self.tried} causes tried gives this output. {self.symptom or ''}".strip()
+        )

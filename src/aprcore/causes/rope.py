@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from aprcore.causes.scene import REFERENCE, ROTATED, Entry, Float64, Scene, Trial, single
-from aprcore.causes.solving import minimise
+from aprcore.causes.solving import minimise, round_number
 from aprcore.rope import Rope, RopeScaling
 
 # Bases that models are trained with; others are solved for.
-USUAL_THETAS = (1e2, 1e3, 5e3, 1e4, 2e4, 4e4, 5e4, 1e5, 1.5e5, 2.5e5, 3e5, 5e5, 6e5, 1e6, 2e6, 3.5e6,
-                5e6, 8e6, 1e7, 1e8)  # fmt: skip
+USUAL_THETAS = (
+    5e3, 1e4, 2e4, 4e4, 5e4, 1e5, 1.5e5, 2.5e5, 3e5, 5e5, 6e5, 1e6, 2e6, 3.5e6, 5e6, 8e6, 1e7,
+)  # fmt: skip
 USUAL_FACTORS = (0.125, 0.25, 0.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 40.0)
 # Solving for theta reads this many tokens and heads: the last ones turn the furthest.
 SOLVED_TOKENS = 33
@@ -109,13 +110,19 @@ def _restarts_once(scene: Scene) -> Iterator[Trial]:
     """Positions that start again at some token, as at the boundary of two batches or chunks."""
     for start in range(1, min(scene.num_tokens, 64)):
         positions = scene.positions.astype(np.float64)
-        yield f"{start}", _rotated_at(scene, np.where(positions < start, positions, positions - start))
+        yield (
+            f"{start}",
+            _rotated_at(scene, np.where(positions < start, positions, positions - start)),
+        )
 
 
-def _solved_theta(scene: Scene) -> Iterator[Trial]:
+def _usual_thetas(scene: Scene) -> Iterator[Trial]:
     for theta in USUAL_THETAS:
         if theta != scene.config.rope.theta:
             yield f"{theta:g}", _with_rope(scene, replace(scene.config.rope, theta=theta))
+
+
+def _solved_theta(scene: Scene) -> Iterator[Trial]:
     x, observed = before_rotation(scene), scene.observed.reshape(scene.plain.value.shape)
     rows = slice(-SOLVED_TOKENS, None)
     positions, rope = scene.positions[rows], scene.config.rope
@@ -125,6 +132,7 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
         return float(np.square(turned - observed[rows]).sum())
 
     theta = float(np.exp(minimise(misfit, np.linspace(np.log(2.0), np.log(1e9), 240))))
+    theta = round_number(theta, 1e-5)
     yield f"{theta:.6g}", _with_rope(scene, replace(rope, theta=theta))
 
 
@@ -185,6 +193,35 @@ def _scaling_partial(scene: Scene) -> Iterator[Trial]:
         yield "as if it were linear", _with_rope(scene, linear)
 
 
+def _scaling_added(scene: Scene) -> Iterator[Trial]:
+    """Long-context scaling that this file does not state, with usual parameters."""
+    rope, trained = scene.config.rope, scene.config.max_position_embeddings or 8192
+    if rope.scaling.kind != "default" or rope.divisors is not None:
+        return
+    for kind in ("llama3", "yarn"):
+        for factor in (2.0, 4.0, 8.0, 16.0, 32.0, 40.0):
+            originals = {16, 64, 512, 2048, 4096, 8192, 32768, trained, int(trained / factor)}
+            for original in sorted(n for n in originals if n > 0):
+                scaling = RopeScaling(kind, factor, original)
+                name = f"{kind} by {factor:g} from {original}"
+                yield name, _with_rope(scene, replace(rope, scaling=scaling))
+
+
+def _other_columns(scene: Scene) -> Iterator[Trial]:
+    """The rotation of something else than this side's q or k."""
+    part, positions, rope = _part(scene), scene.positions, scene.config.rope
+    start, stop = scene.config.qkv_columns(part)
+    bare = scene.tensor("qkv_matmul")
+    if "qkv_bias" in scene.features and bare is not None:
+        yield f"{part} before its bias", REFERENCE.rope(bare[:, start:stop], positions, rope)
+    qkv = scene.inputs[0]
+    for other in "qkv":
+        first = scene.config.qkv_columns(other)[0]
+        columns = qkv[:, first : first + stop - start]
+        if other != part and columns.shape[1] == stop - start:
+            yield f"the columns of {other}", REFERENCE.rope(columns, positions, rope)
+
+
 def _scaled_positions(scene: Scene) -> Iterator[Trial]:
     for factor in USUAL_FACTORS:
         yield f"{factor:g}", _rotated_at(scene, scene.positions / factor)
@@ -201,7 +238,6 @@ def _exponents(scene: Scene) -> Iterator[Trial]:
         ("-2i/E", -2 * index / scene.config.hidden_size),
         ("-2i/(H·D)", -2 * index / (dim * scene.config.num_heads)),
         ("-2(i+1)/D", -2 * (index + 1) / dim),
-        ("-2i/(D-2)", -2 * index / max(1, dim - 2)),
         ("+2i/D", 2 * index / dim),
         ("-2i/D in reverse order", (-2 * index / dim)[::-1]),
     ):
@@ -295,8 +331,12 @@ ENTRIES = (
           "the sign of the sine, or which half is negated in rotate_half"),
     _row("RoPE with the {} sine's sign wrong", _one_sign,
          "the signs of the two products with the sine: x·cos - y·sin and x·sin + y·cos", None),
-    _row("RoPE theta {}", _solved_theta, "which base the kernel's frequencies are made from",
+    _row("RoPE theta {}", _usual_thetas, "which base the kernel's frequencies are made from",
          "RoPE theta {} in the original model", "rope_theta of this file: " + _CONFIG),
+    _row("RoPE theta {}", _solved_theta, "which base the kernel's frequencies are made from",
+         "RoPE theta {} in the original model", "rope_theta of this file: " + _CONFIG,
+         is_fallback=True),
+    _row("RoPE of {}", _other_columns, "which buffer and which columns the rotation reads", None),
     _row("RoPE positions off by {}", _offsets,
          "which position the first token gets, and the cache's length when it is read", None),
     _row("RoPE positions restarting every {} tokens", _restarts,
@@ -320,7 +360,10 @@ ENTRIES = (
          "rope_scaling of this file: " + _CONFIG),
     _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions",
          "RoPE positions divided by {} in the original model",
-         "rope_scaling of this file: " + _CONFIG),
+         "rope_scaling of this file: " + _CONFIG, is_fallback=True),
+    _row("RoPE scaling added: {}", _scaling_added, "the kernel applies a rope_scaling of its own",
+         "RoPE scaling {} in the original model",
+         "rope_scaling of this file: " + _CONFIG, is_fallback=True),
     _row("RoPE frequencies theta^({})", _exponents,
          "the exponent of theta in the frequencies: -2i/D", None),
     Entry("RoPE with one frequency for all dimensions", ROTATED, single(_one_angle),

@@ -66,8 +66,10 @@ def _other_modules(part: Part) -> Iterator[Variant]:
         if not same or inside == name:
             continue
         other = inside.removesuffix(".weight").rpartition(".")[2]
+        pair = {name[: -len("_proj")] for name in (part.short_name, other)}
+        swapped = " (gate and up swapped)" if pair == {"gate", "up"} else ""
         yield Variant(
-            f"{{}} uses the weight of {other}",
+            f"{{}} uses the weight of {other}{swapped}",
             _say(part, f"which weight is bound here: {{}} or {other}",
                  f"{{}} and {other} are exchanged in the conversion"),
             picker(weight),
@@ -238,11 +240,11 @@ def _row_factors(part: Part) -> Iterator[Variant]:
 
 def _lost_bias(part: Part) -> Iterator[Variant]:
     """The oracle adds the same to every token: a bias that this file lacks."""
-    observed, plain = part.scene.observed.reshape(part.scene.plain.value.shape), part.scene.plain
+    plain = part.scene.plain.value
     stored = part.scene.site.find(f"{part.module}.bias")
-    if not part.scene.in_file or observed.shape[0] < 3:
+    if not part.scene.in_file or plain.shape[0] < 3:
         return
-    addend = (observed - plain.value).mean(axis=0)
+    addend = (part.scene.observed.reshape(plain.shape) - plain).mean(axis=0)
     is_zero = stored is None or not np.any(read_all(stored))
     state = "lacks it" if stored is None else ("has zeros" if is_zero else "has another")
     yield Variant(

@@ -29,6 +29,18 @@ typedef ushort8 loose_ushort8 __attribute__((aligned(2)));
 #define TO_INT8(integers) convert_int8(integers)
 #endif
 
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
+
+// A work-group goes through SPAN values (or rows of values), its lanes side by side.
+#define FOR_SPAN(i, count)                                                                \
+    for (size_t i = get_group_id(0) * SPAN + get_local_id(0),                             \
+                end_of_##i = min((size_t)(count), (size_t)(get_group_id(0) + 1) * SPAN);  \
+         i < end_of_##i; i += LANES)
+
 #define COUNT8 ((int8)(0, 1, 2, 3, 4, 5, 6, 7))
 
 static inline float sum8(float8 v) {

@@ -2,12 +2,6 @@
 //
 // Follows stored_float.cl or stored_blocks.cl, which define `eight` and `tail`.
 
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL
-#endif
-
 #define BLOCK_VALUES (8 * BLOCK_PARTS)
 
 #ifdef TOKENS
@@ -92,11 +86,16 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
 #define CHUNK 256
 
 // x in tiles of 16 tokens, [tile, k, 16], zero for tokens that are not there.
-kernel GROUP void pack_tokens(global const float *x, global float *packed, uint width, uint tokens) {
-    const uint tile = get_global_id(1), k = get_global_id(0);
-    packed += ((size_t)tile * width + k) * 16;
-    for (uint i = 0; i < 16; i++)
-        packed[i] = 16 * tile + i < tokens ? x[(size_t)(16 * tile + i) * width + k] : 0;
+kernel GROUP void pack_tokens(global const float *x, uint width, uint tokens,
+                              global float *packed) {
+    const uint tile = get_group_id(1), start = get_group_id(0) * CHUNK;
+    const uint stop = min(start + CHUNK, width);
+    for (uint i = 0; i < 16; i++) {
+        const uint token = 16 * tile + i;
+        global const float *from = x + (size_t)token * width;
+        global float *to = packed + (size_t)tile * width * 16 + i;
+        for (uint k = start; k < stop; k++) to[(size_t)k * 16] = token < tokens ? from[k] : 0;
+    }
 }
 
 static inline void expand_chunk(global const uchar *row, uint first, uint count, float scale,

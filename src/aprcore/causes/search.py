@@ -1,0 +1,137 @@
+"""Going through the catalogue for one failed stage, and settling which causes to name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from aprcore.causes.experiment import Experiment, Outcome
+from aprcore.causes.precision import coarser_arithmetics
+from aprcore.causes.projections import MODULES, Variants, parts_of, try_variant
+from aprcore.causes.records import CauseTried
+from aprcore.causes.scene import Entry, Scene
+
+# Causes that do not explain are listed up to this many, the nearest first.
+LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An alternative and how it fared.
+
+    Attributes:
+        name, advice: As in `CauseTried`; `{}` stands for the weight it belongs to.
+        outcome: How it fared.
+        is_fallback: As in `Entry`.
+        part: The weight's short name, for products by several.
+    """
+
+    name: str
+    advice: str
+    outcome: Outcome
+    is_fallback: bool = False
+    part: str = ""
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        """Lower is simpler, when two explain equally."""
+        return self.is_fallback, self.outcome.region is not None
+
+    def described(self) -> str:
+        """The name with the region that it is confined to."""
+        region = self.outcome.region
+        return self.name if region is None else f"{self.name}, in {region.name} only"
+
+
+def try_entries(experiment: Experiment, catalogue: Iterable[Entry]) -> Iterator[Tried]:
+    """Every entry that applies; of an entry's variants that cannot be told apart, the first."""
+    scene = experiment.scene
+    for entry in catalogue:
+        title = entry.title(scene)
+        if title is None or (entry.stages and scene.key.stage not in entry.stages):
+            continue
+        advice = entry.advice_for(scene)
+        outcomes = ((title.format(name), experiment.hold(value)) for name, value in
+                    entry.outputs(scene))  # fmt: skip
+        yield from _distinct(
+            Tried(name, advice, outcome, entry.is_fallback)
+            for name, outcome in outcomes
+            if outcome is not None
+        )
+
+
+def try_projections(scene: Scene, catalogue: Iterable[Variants]) -> Iterator[Tried]:
+    """Every variant of a product, for each weight whose share of the output is wrong."""
+    if scene.key.stage not in MODULES:
+        return
+    for part in parts_of(scene):
+        for variants in catalogue:
+            outcomes = ((variant, try_variant(part, variant)) for variant in variants(part))
+            yield from _distinct(
+                Tried(v.name, v.advice, outcome, v.is_fallback, part.short_name)
+                for v, outcome in outcomes
+                if outcome is not None
+            )
+
+
+def _distinct(tried: Iterable[Tried]) -> Iterator[Tried]:
+    """Variants of one entry without those that say the same as a simpler one."""
+    found: dict[tuple[float, float], Tried] = {}
+    for t in tried:
+        figures = t.outcome.misfit, t.outcome.relative_l2
+        if figures not in found or t.rank < found[figures].rank:
+            found[figures] = t
+    yield from found.values()
+
+
+def try_arithmetics(experiment: Experiment) -> Iterator[Tried]:
+    """Coarser arithmetic, which explains the size of an error and not its values."""
+    for found in coarser_arithmetics(experiment):
+        yield Tried(found.name, found.advice, found.outcome, is_fallback=True)
+
+
+def settle(experiment: Experiment, tried: list[Tried]) -> Iterator[CauseTried]:
+    """The causes, best first: those that explain, as few as the evidence allows, then the rest."""
+    explaining = [t for t in tried if t.outcome.explains]
+    whole = [t for t in explaining if not t.part]
+    parts = list(dict.fromkeys(t.part for t in explaining if t.part))
+    if any(t.rank == (False, False) for t in whole) or not parts:
+        named = _best(experiment, whole)
+    else:
+        named = [t for part in parts for t in _best(experiment, _of(explaining, part))]
+    yield from _merged(named, explains=True)
+    chosen = {t.described() for t in named}
+    rest = [t for t in tried if not t.outcome.explains and t.described() not in chosen]
+    rest.sort(key=lambda t: t.outcome.relative_l2)
+    yield from _merged(rest[: 2 * LISTED], explains=False)[:LISTED]
+
+
+def _of(tried: list[Tried], part: str) -> list[Tried]:
+    return [t for t in tried if t.part == part]
+
+
+def _best(experiment: Experiment, explaining: list[Tried]) -> list[Tried]:
+    """Those that explain as well as any other, the simplest of them."""
+    sure = [t for t in explaining if not t.is_fallback] or explaining
+    ranked = sorted(sure, key=lambda t: (t.outcome.misfit, t.rank))
+    if not ranked:
+        return []
+    best = ranked[0].outcome.misfit
+    equal = [t for t in ranked if not experiment.tells_apart(best, t.outcome.misfit)]
+    simplest = min(t.rank for t in equal)
+    return [t for t in equal if t.rank == simplest]
+
+
+def _merged(tried: list[Tried], *, explains: bool) -> list[CauseTried]:
+    """As records; the same cause in several weights is one: "q_proj and k_proj rows ..."."""
+    groups: dict[str, list[Tried]] = {}
+    for t in tried:
+        groups.setdefault(t.described(), []).append(t)
+    causes = []
+    for name, group in groups.items():
+        parts = " and ".join(dict.fromkeys(t.part for t in group if t.part))
+        worst = max(group, key=lambda t: t.outcome.relative_l2)
+        figures = worst.outcome.relative_l2, worst.outcome.cosine
+        texts = [text.replace("{}", parts) if parts else text for text in (name, worst.advice)]
+        causes.append(CauseTried(texts[0], texts[1], *figures, explains, parts))
+    return causes

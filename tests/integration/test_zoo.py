@@ -1,0 +1,65 @@
+"""The judge held to the fault zoo's figures: `python -m tests.zoo` prints them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
+pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
+
+from zoo import corpus, table  # noqa: E402
+from zoo.grounds import Farm  # noqa: E402
+from zoo.run import outcomes  # noqa: E402
+from zoo.trial import Case, Outcome  # noqa: E402
+
+FAST_GROUNDS = ("qwen2", "demo")
+
+
+def sample(cases: tuple[Case, ...], step: int) -> list[Case]:
+    """Every `step`th case on two models that are quickly made."""
+    return [case for case in cases if case.ground in FAST_GROUNDS and case.num_tokens < 17][::step]
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    cases = [
+        *sample(corpus.single_faults(), 1),
+        *sample(corpus.several_faults(), 6),
+        *sample(corpus.sound_pairs(), 2),
+    ]
+    return list(outcomes(cases, Farm(tmp_path_factory.mktemp("zoo"))))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    cases = [*corpus.single_faults(), *corpus.several_faults(), *corpus.sound_pairs()]
+    return list(outcomes(cases, Farm(tmp_path_factory.mktemp("zoo"))))
+
+
+def check(found: list[Outcome]) -> None:
+    lines = table.figures(found)
+    assert not [line.name for line in lines if line.met is False], table.to_text(lines)
+
+
+def test_every_fault_is_planted_somewhere():
+    corpus.check_names()
+
+
+def test_the_corpus_is_as_large_as_it_should_be():
+    single = corpus.single_faults()
+    assert len(single) >= 80
+    assert len(corpus.sound_pairs()) >= 40
+    assert len(corpus.several_faults()) == 60
+    assert 3 * sum(case.is_local for case in single) >= len(single)
+
+
+def test_a_part_of_the_zoo(fast: list[Outcome]):
+    check(fast)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_zoo(whole: list[Outcome]):
+    check(whole)
