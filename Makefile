@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Where to look for torch besides the usual index. On Linux the usual one has it with CUDA
-# libraries; https://download.pytorch.org/whl/cpu has it without.
+# Where to look for torch besides the usual index: PyTorch's own index of CPU builds, say, since on
+# Linux the usual one has it with CUDA libraries.
 TORCH_INDEX ?=
 # Passed to pytest: make test ARGS='-k diff'
 ARGS ?=

@@ -99,21 +99,15 @@ def _offsets(scene: Scene) -> Iterator[Trial]:
 
 
 def _restarts(scene: Scene) -> Iterator[Trial]:
-    tokens = scene.num_tokens
+    """Positions that start again: in every chunk, or at the boundary of two batches."""
+    positions, tokens = scene.positions.astype(np.float64), scene.num_tokens
     usual = [n for n in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n < tokens]
     others = [n for n in range(3, min(tokens, 48)) if n not in usual]
     for period in (*usual, *others):
-        yield f"{period}", _rotated_at(scene, (scene.positions % period).astype(np.float64))
-
-
-def _restarts_once(scene: Scene) -> Iterator[Trial]:
-    """Positions that start again at some token, as at the boundary of two batches or chunks."""
-    for start in range(1, min(scene.num_tokens, 64)):
-        positions = scene.positions.astype(np.float64)
-        yield (
-            f"{start}",
-            _rotated_at(scene, np.where(positions < start, positions, positions - start)),
-        )
+        yield f"every {period} tokens", _rotated_at(scene, positions % period)
+    for start in range(1, min(tokens, 64)):
+        moved = np.where(positions < start, positions, positions - start)
+        yield f"at token {start}", _rotated_at(scene, moved)
 
 
 def _usual_thetas(scene: Scene) -> Iterator[Trial]:
@@ -339,10 +333,8 @@ ENTRIES = (
     _row("RoPE of {}", _other_columns, "which buffer and which columns the rotation reads", None),
     _row("RoPE positions off by {}", _offsets,
          "which position the first token gets, and the cache's length when it is read", None),
-    _row("RoPE positions restarting every {} tokens", _restarts,
-         "positions are taken within a chunk or tile and not within the text", None),
-    _row("RoPE positions restarting at token {}", _restarts_once,
-         "positions start again at a boundary of two batches or chunks", None),
+    _row("RoPE positions restarting {}", _restarts,
+         "positions are taken within a chunk or batch and not within the text", None),
     Entry("RoPE with the last position for every token", ROTATED,
           single(_at_positions(lambda p: np.full_like(p, p[-1]))),
           "one position for all tokens, as when decoding"),
