@@ -22,6 +22,21 @@ def format_ratio(ratio: float) -> str:
     return _plain(ratio) or f"{ratio:.1e}"
 
 
+def format_compact(figure: float) -> str:
+    """An error figure in six cells: "3.2e-7", "1.1e0"."""
+    text = _plain(figure) or _short_exponent(f"{figure:.1e}")
+    return text if len(text) <= 6 else _short_exponent(f"{figure:.0e}")
+
+
+def format_times(ratio: float) -> str:
+    """How many times what was predicted: "0.78x", "61x", "4e+07x"."""
+    if not math.isfinite(ratio):
+        return f"{_plain(ratio)}x"
+    if ratio < 1000:
+        return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+    return f"{ratio:.0e}x"
+
+
 def format_figure(figure: float) -> str:
     """A figure for reading closely: "8.312e-01"; an exact zero is "0"."""
     return _plain(figure) or f"{figure:.3e}"
@@ -73,3 +88,8 @@ def _plain(x: float) -> str:
     if math.isinf(x):
         return "Inf" if x > 0 else "-Inf"
     return "0" if x == 0 else ""
+
+
+def _short_exponent(text: str) -> str:
+    mantissa, _, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}"

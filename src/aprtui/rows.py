@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from aprcore.stages import StageKey
+from aprtui.measures import JUDGMENTS, Measure, error_of, worst_by
 from aprtui.run_state import RunState
 from aprtui.theme import SEVERITY, mark_of
 
@@ -48,12 +49,32 @@ class SortOrder(Enum):
     COMPUTATION = "order of computation"
     COSINE = "lowest cosine first"
     RELATIVE_L2 = "largest relative L2 first"
+    MODEL = "model failures, then errors"
+    KERNEL = "kernel failures, then errors"
 
     @property
-    def following(self) -> SortOrder:
-        """The next one in the cycle."""
-        orders = list(SortOrder)
+    def measure(self) -> Measure | None:
+        """The judgment whose figures it goes by."""
+        return _MEASURES[self]
+
+    def following(self, measures: Sequence[Measure]) -> SortOrder:
+        """The next one in the cycle, of those that a run with these judgments has."""
+        orders = [order for order in SortOrder if order.measure in (None, *measures)]
         return orders[(orders.index(self) + 1) % len(orders)]
+
+    @classmethod
+    def by(cls, measure: Measure) -> SortOrder:
+        """The first order that goes by a judgment."""
+        return next(order for order in cls if order.measure is measure)
+
+
+_MEASURES = {
+    SortOrder.COMPUTATION: None,
+    SortOrder.COSINE: Measure.CUMULATIVE,
+    SortOrder.RELATIVE_L2: Measure.CUMULATIVE,
+    SortOrder.MODEL: Measure.MODEL,
+    SortOrder.KERNEL: Measure.KERNEL,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +117,7 @@ class LayerSummary:
         done, total: Stages judged, and all.
         worst: The gravest verdict so far.
         lowest: The stage with the lowest cosine so far.
+        worst_by: The stage that fares worst in the model and in the kernel judgment.
         nonfinite: NaN and infinities of the stages that stand alone.
     """
 
@@ -103,6 +125,7 @@ class LayerSummary:
     total: int
     worst: Verdict | None
     lowest: StageReport | None
+    worst_by: Mapping[Measure, StageReport | None]
     nonfinite: int
 
 
@@ -117,6 +140,7 @@ def summarise_layer(state: RunState, layer: int) -> LayerSummary:
         total=len(keys),
         worst=worst_of(verdicts),
         lowest=min(compared, key=cosine_of, default=None),
+        worst_by={measure: worst_by(reports, measure) for measure in JUDGMENTS},
         nonfinite=sum(report.trace.nonfinite for report in reports if report.trace is not None),
     )
 
@@ -150,17 +174,20 @@ def arrange(
 def matching_keys(state: RunState, filter: Filter, order: SortOrder) -> list[StageKey]:
     """The stages that pass the filter, folded away or not, in the order shown."""
     keys = [key for key in state.keys if filter.accepts(key, state.reports.get(key))]
+    measure = order.measure
     if order is SortOrder.COSINE:
         keys.sort(key=lambda key: cosine_of(state.reports.get(key)))
-    elif order is SortOrder.RELATIVE_L2:
-        keys.sort(key=lambda key: -_relative_l2_of(state.reports.get(key)))
+    elif measure is not None:
+        # Negated rather than reversed: equal ones stay in the order of computation.
+        keys.sort(key=lambda key: _negated(error_of(state.reports.get(key), measure)))
     return keys
+
+
+def _negated(error: tuple[bool, float]) -> tuple[bool, float]:
+    failed, figure = error
+    return not failed, -figure
 
 
 def cosine_of(report: StageReport | None) -> float:
     """For sorting: stages without a cosine come after all others."""
     return math.inf if report is None or report.comparison is None else report.comparison.cosine
-
-
-def _relative_l2_of(report: StageReport | None) -> float:
-    return -1.0 if report is None or report.comparison is None else report.comparison.relative_l2

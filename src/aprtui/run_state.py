@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aprcore.stages import StageKey
+from aprtui.measures import Measure, measures_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Verdict
@@ -66,6 +67,16 @@ class RunState:
     def has_oracle(self) -> bool:
         """Whether there is something to hold the trace against."""
         return self.header is not None and self.header.oracle is not None
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The judgments that this run makes, the one to begin with first."""
+        return measures_of(self.header)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether stages are judged on their own inputs."""
+        return self.header is not None and self.header.judged
 
     @property
     def first_divergence(self) -> StageReport | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
 pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
 
-from zoo import corpus, table  # noqa: E402
-from zoo.grounds import Farm  # noqa: E402
-from zoo.run import outcomes  # noqa: E402
-from zoo.trial import Case, Outcome  # noqa: E402
+from zoo import corpus, table
+from zoo.grounds import Farm
+from zoo.run import outcomes
+from zoo.trial import Case, Outcome
 
 FAST_GROUNDS = ("qwen2", "demo")
 

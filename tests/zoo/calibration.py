@@ -148,9 +148,7 @@ def trained_products(dtype: str, farm: Farm) -> Iterator[Measured]:
             stage = LINEAR_INPUTS["qkv" if part in "qkv" else part]
             if dtype not in PADDED and weights.shape[1] % 32:
                 continue
-            key = next(
-                k for k in oracle.keys() if k.stage == stage and f".{k.layer}." in name
-            )
+            key = next(k for k in oracle.keys() if k.stage == stage and f".{k.layer}." in name)
             x = oracle.read(key).reshape(-1, weights.shape[1]).astype(np.float64)
             yield measure(dtype, ground, weights, x)
 

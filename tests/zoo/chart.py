@@ -66,13 +66,17 @@ def _types(marks: Sequence[Mark], types: Sequence[str]) -> list[str]:
         middle = LEFT[0] + (number + 0.5) * width
         out.append(_text(middle, BOTTOM + 18, name, anchor="middle"))
         for place, (source, colour) in enumerate(COLOURS.items()):
-            ratios = [m.ratio for m in marks if m.kind == "type" and (m.x, m.source) == (name, source)]
+            ratios = [
+                m.ratio for m in marks if m.kind == "type" and (m.x, m.source) == (name, source)
+            ]
             if not ratios:
                 continue
             x = middle + (place - 1.5) * 7
             ratios.sort()
             low, high, centre = _y(ratios[0]), _y(ratios[-1]), _y(ratios[len(ratios) // 2])
-            out.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="3"/>')
+            out.append(
+                f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="3"/>'
+            )
             out.append(f'<circle cx="{x:.1f}" cy="{centre:.1f}" r="3.5" fill="{colour}"/>')
     for place, (source, colour) in enumerate(COLOURS.items()):
         x = LEFT[0] + place * 85

@@ -224,15 +224,15 @@ plant("file-layer-q", "qkv_matmul", "layer", take_from(Q, 1))
 plant("file-layer-norm", "attn_norm", "layer|norm", take_from(ATTN, 1))
 plant("file-norms-swapped", "attn_norm|ffn_norm", "norm|weight|swap|layer", swap(ATTN, FFN))
 plant("file-norm-ones", "ffn_norm", "weight|gain", change(FFN, np.ones_like))
-plant("file-norm-plus-one", "attn_norm", "+ 1|plus one|plus-one|+1", change(ATTN, lambda w: w + 1))
-plant("file-norm-minus-one", "ffn_norm", "- 1|minus one|+ 1|plus one|minus-one|plus-one|weight",
+plant("file-norm-plus-one", "attn_norm", "+ 1|- 1", change(ATTN, lambda w: w + 1))
+plant("file-norm-minus-one", "ffn_norm", "- 1|+ 1|weight",
       change(FFN, lambda w: w - 1))  # fmt: skip
 plant("file-final-norm-ones", "final_norm", "weight|gain",
       change("model.norm.weight", np.ones_like, layer=False))  # fmt: skip
 plant("file-qk-norm-ones", "q_post_rope", "norm",
       change("self_attn.q_norm.weight", np.ones_like))  # fmt: skip
 plant("file-down-scaled", "ffn_out", "scale|factor", change(DOWN, lambda w: w * np.float32(1.25)))
-plant("file-up-negated", "ffn_up", "sign|factor|scale|neg", change(UP, np.negative))
+plant("file-up-negated", "ffn_up", "sign|negated", change(UP, np.negative))
 plant("file-embedding-off", "embedding", "row|off by one|token",
       change(EMBEDDING, lambda w: np.roll(w, 1, axis=0), layer=False))  # fmt: skip
 plant("file-embedding-scaled", "embedding", "scale|sqrt|factor",
@@ -244,7 +244,7 @@ plant("file-scaling-lost", "q_post_rope|k_post_rope", "scaling", declare(rope_sc
       everywhere=True)  # fmt: skip
 plant("file-eps", "attn_norm|ffn_norm|final_norm", "eps", declare(rms_norm_eps=1e-2),
       everywhere=True)  # fmt: skip
-plant("file-act", "ffn_silu", "gelu", declare(hidden_act="gelu_pytorch_tanh"), everywhere=True)
+plant("file-act", "ffn_silu", "gelu|silu", declare(hidden_act="gelu_pytorch_tanh"), everywhere=True)
 
 # Local ones.
 
@@ -255,8 +255,8 @@ plant("file-columns-zero", "ffn_out", "zero|column|block|reduction|inner|input",
 plant("file-head-zero", "qkv_matmul", "zero|head|column|block", lambda d, n: d.put(
     n, Q, zero(np.s_[3 * d.sizes[2]: 4 * d.sizes[2]])(d.get(n, Q))))  # fmt: skip
 plant("file-kv-heads-swapped", "qkv_matmul", "head|order|permut|kv", _swap_heads)
-plant("file-row-negated", "ffn_up", "sign|row|column|factor", change(UP, times(np.s_[40], -1)))
-plant("file-block-scaled", "ffn_gate", "scale|block|row|column|factor",
+plant("file-row-negated", "ffn_up", "sign|negated", change(UP, times(np.s_[40], -1)))
+plant("file-block-scaled", "ffn_gate", "scale|factor|halved|doubled",
       change(GATE, times(np.s_[64:68, :], 2)))  # fmt: skip
 plant("file-embedding-row", "embedding", "row|token|zero", lambda d, n: d.put(
     None, EMBEDDING, zero(np.s_[d.tokens[0]])(d.get(None, EMBEDDING))))  # fmt: skip
@@ -265,6 +265,46 @@ plant("file-head-rows", "lm_head", "zero|row|column|block",
 plant("file-norm-tail", "attn_norm", "zero|column|block|weight", change(ATTN, zero(np.s_[-4:])))
 plant("file-bias-tail", "qkv_bias", "zero|bias|column|block", change(VB, zero(np.s_[-8:])))
 
+
+# Small ones, near the noise of some types and far above that of others.
+
+
+def one(*index: Any, to: float) -> Callable[[Float32], Float32]:
+    def spoil(w: Float32) -> Float32:
+        w[index] = np.float32(to)
+        return w
+
+    return spoil
+
+
+def _roll_rows(w: Float32) -> Float32:
+    w[20:24] = np.roll(w[20:24], 1, axis=0)
+    return w
+
+
+def _tenfold_eps(d: Draft, n: int) -> None:
+    d.metadata["rms_norm_eps"] *= 10
+
+
+def _near_theta(d: Draft, n: int) -> None:
+    d.metadata["rope_theta"] *= 1.01
+
+
+def _scale_v_head(d: Draft, n: int) -> None:
+    d.put(n, V, times(np.s_[: d.sizes[2]], 1.05)(d.get(n, V)))
+
+
+plant("small-weight", "ffn_out", "row|value|column|dim", change(DOWN, one(5, 17, to=4.0)))
+plant("small-row-scaled", "attn_out", "factor|scale|row|dim", change(O, times(np.s_[30], 1.1)))
+plant("small-rows-rolled", "ffn_up", "row|permut|order|dim", change(UP, _roll_rows))
+plant("small-column-zero", "ffn_gate", "column|input|zero", change(GATE, zero(np.s_[:, 77])))
+plant("small-norm-value", "ffn_norm", "weight|gain|dim", change(FFN, times(np.s_[9], 1.05)))
+plant("small-bias-value", "qkv_bias", "bias|dim", change(QB, times(np.s_[12], 1.1)))
+plant("small-v-head", "qkv_matmul", "factor|scale|head", _scale_v_head)
+plant("small-embedding-value", "embedding", "token|row|dim|value", lambda d, n: d.put(
+    None, EMBEDDING, times(np.s_[d.tokens[0], 3], 1.1)(d.get(None, EMBEDDING))))  # fmt: skip
+plant("file-eps-tenfold", "attn_norm|ffn_norm|final_norm", "eps", _tenfold_eps, everywhere=True)
+plant("file-theta-near", "q_post_rope|k_post_rope", "theta", _near_theta, everywhere=True)
 
 # Stored bytes.
 
@@ -312,6 +352,17 @@ def _neighbouring_scales(blocks: Blocks) -> None:
     rows[:, :2] = np.roll(rows[:, :2], 1, axis=0)
 
 
+def _one_scale(blocks: Blocks) -> None:
+    """One bit of one sub-block's six-bit scale."""
+    blocks.reshape(-1, 144)[9, 5] ^= 8
+
+
+def _one_code(blocks: Blocks) -> None:
+    blocks.reshape(-1, 34)[40, 7] ^= 64
+
+
+plant("small-scale-bit", "ffn_up", "scale|row|block|dim", bytes_of(UP, _one_scale))
+plant("small-code-bit", "ffn_out", "row|value|block|dim", bytes_of(DOWN, _one_code))
 plant("bytes-nibbles", "ffn_up", "nibble", bytes_of(UP, _swap_nibbles))
 plant("bytes-minimum", "ffn_gate", "minim", bytes_of(GATE, _ignore_minimum))
 plant("bytes-scale-bits", "attn_out", "scale", bytes_of(O, _misread_scale_bits))

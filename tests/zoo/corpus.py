@@ -132,6 +132,16 @@ local-rope-head@2          stories260k F32        float32   9
 local-norm-token@2         demo        F32        float32   11
 local-rope-last-token@1    long        F32        float32   512
 local-residual-token@0     long        Q8_0       float32   512
+local-gate-percent@1       llama       F32        float32   7
+local-gate-percent@2       qwen2       Q8_0       float16   7  f16
+local-gate-percent@1       llama       Q4_K       float32   7  bf16
+local-gate-percent@1       mistral     F32        float32   7  q8_0
+local-scores-percent@1     qwen2       F32        float32   9  f16
+local-scores-percent@0     llama       Q8_0       float32   9  bf16
+local-scores-percent@2     qwen2-bias  Q4_K       float16   9
+local-eps-token@1          llama       F32        float32   7
+local-v-row@2              qwen2       Q4_K       bfloat16  12
+local-v-row@1              qwen2-bias  F32        float32   33 f16
 local-rope-token-early@0   longest       F32        float32   2048
 """
 
@@ -192,6 +202,30 @@ file-norm-tail@1           llama       Q4_K       float32   7
 file-bias-tail@1           qwen2-bias  Q8_0       float32   9
 bytes-neighbour@1          llama       Q4_K       float32   33
 bytes-q8-scale@1           qwen2       Q8_0       float32   7
+small-weight@1             llama       Q8_0       float32   7
+small-weight@2             qwen2       Q4_K       float16   1
+small-row-scaled@1         llama       Q8_0       float32   7
+small-row-scaled@0         qwen2       F32        bfloat16  7
+small-rows-rolled@1        mistral     Q4_K       float32   7
+small-rows-rolled@2        qwen3       Q8_0       float16   1
+small-column-zero@1        llama       F32        float16   7
+small-column-zero@0        qwen2       Q8_0       float32   7
+small-norm-value@1         llama       F32        bfloat16  7
+small-norm-value@2         outlier     Q4_K       float16   9
+small-bias-value@1         qwen2       F32        float16   7
+small-bias-value@0         qwen2-bias  Q8_0       bfloat16  9
+small-v-head@1             qwen2       Q8_0       float32   7
+small-v-head@2             llama       F16        float16   9
+small-embedding-value@0    llama       F32        float16   7
+small-embedding-value@0    qwen2       Q8_0+embed float32   7
+small-scale-bit@1          llama       Q4_K       float32   7
+small-code-bit@1           qwen2       Q8_0       float32   33
+small-row-scaled@1         llama       Q4_K       float32   7
+small-column-zero@1        llama       Q4_K       float32   7
+file-eps-tenfold@0         qwen2       F32        float32   7
+file-eps-tenfold@0         qwen3       Q4_K       bfloat16  9
+file-theta-near@0          llama       Q8_0       float32   33
+file-theta-near@0          qwen2       F32        bfloat16  17
 """
 
 # Beside these, every small model in every stored type is a sound pair.

@@ -253,7 +253,7 @@ plant("norm-weight-plus-one", "+ 1|plus one|plus-one|+1",
       attn_norm=norm_of(ATTN, lambda s, x, w: s.norm(x, w + 1)))  # fmt: skip
 plant("norm-layer", "layernorm|layer norm|mean",
       ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x - x.mean(1, keepdim=True), w)))  # fmt: skip
-plant("norm-axis", "axis", attn_norm=norm_of(ATTN, lambda s, x, w: (
+plant("norm-axis", "axis|over tokens", attn_norm=norm_of(ATTN, lambda s, x, w: (
     x * torch.rsqrt(x.square().mean(0, keepdim=True) + s.config.rms_norm_eps) * w)))  # fmt: skip
 plant("norm-final-no-weight", "weight|gain", final_norm=lambda s: s.norm(
     s.x, torch.ones_like(s.weight("model.norm.weight"))))  # fmt: skip
@@ -352,13 +352,13 @@ plant("local-softmax-head-half", "head|half|precision|f16",
 plant("local-attention-last-block", "column|head|zero|block",
       attention=columns(-16, None))  # fmt: skip
 plant("local-gate-rows", "column|row|zero|block|tile", ffn_gate=columns(-8, None))
-plant("local-up-row", "column|row|sign|factor|value", ffn_up=columns(37, 38, torch.neg))
+plant("local-up-row", "negated|sign", ffn_up=columns(37, 38, torch.neg))
 plant("local-qkv-rows", "column|row|zero|block|tile|head", qkv_matmul=columns(8, 12))
 plant("local-out-row-order", "row|column|permut|swap", attn_out=at(span(4, 6), lambda s: (
     s.sound()[:, _swapped(s.config.hidden_size, 4, 5)])))  # fmt: skip
 plant("local-down-last-token", "token|stale", ffn_out=at(token(LAST), lambda s: (
     s.sound().roll(1, dims=0))))  # fmt: skip
-plant("local-down-block", "reduction|inner|column|block|row",
+plant("local-down-block", "leaves out|input",
       ffn_out=at(span(0, 16), inputs_cut("mlp.down_proj", -32)))  # fmt: skip
 plant("local-norm-token", "token|factor|weight|norm|gain", ffn_norm=at(token(2), norm_of(
     FFN, lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
@@ -377,6 +377,14 @@ plant("local-embedding-token", "row|token|off by one", embedding=at(token(2), la
 plant("local-head-rows", "zero|row|column|block", lm_head=columns(-8, None))
 plant("local-head-value", "factor|sign|value|row|column", lm_head=columns(5, 6, lambda y: y * 1.5))
 plant("local-bias-head", "bias|head|column", qkv_bias=at(head(2), lambda s: s.x.clone()))
+plant("local-gate-percent", "factor|value|token", ffn_gate=at(value(2, 40), lambda s: (
+    s.sound() * 1.01)))  # fmt: skip
+plant("local-scores-percent", "factor|scale|head",
+      attn_scores=at(head(1), lambda s: s.sound() * 1.01))  # fmt: skip
+plant("local-eps-token", "eps|factor|scale", attn_norm=at(token(1), norm_of(
+    ATTN, lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps))))  # fmt: skip
+plant("local-v-row", "token|value|position|zero|stale", attention=at(token(LAST), lambda s: (
+    s.values(v=s.part("v").roll(1, dims=0)))))  # fmt: skip
 plant("local-nan", "nan|non-finite|nonfinite", ffn_swigl=at(value(0, 3), lambda s: (
     s.sound() * torch.nan)))  # fmt: skip
 

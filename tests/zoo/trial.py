@@ -56,12 +56,10 @@ class Case:
     @property
     def is_local(self) -> bool:
         """Whether the fault is confined to a part of its stage."""
-        return all(
-            name in LOCAL_FILE_FAULTS or name.startswith("local-") for name, _ in self.faults
-        )
+        return all(n in LOCAL_FAULTS or n.startswith(("local-", "small-")) for n, _ in self.faults)
 
 
-LOCAL_FILE_FAULTS = frozenset({
+LOCAL_FAULTS = frozenset({
     "file-rows-zero", "file-row-zero", "file-columns-zero", "file-head-zero",
     "file-kv-heads-swapped", "file-row-negated", "file-block-scaled", "file-embedding-row",
     "file-head-rows", "file-norm-tail", "file-bias-tail", "bytes-neighbour", "bytes-q8-scale",
@@ -77,7 +75,7 @@ class Planted:
         key: Which.
         fault: The fault's name.
         kind: "kernel" or "model".
-        sigma: The largest effect of any row over the sound spread of that row.
+        sigma: What the fault changes in a row, over the sound spread of that row, at its largest.
         causes: Words of which a named cause should have one.
     """
 
@@ -122,9 +120,7 @@ class Outcome:
     def is_hit(self) -> bool:
         """Whether the first blamed stage is the first planted one."""
         first, wanted = self.report.first_divergence, self.first_planted
-        if wanted is None or first is None:
-            return wanted is None and first is None
-        return first.key == wanted.key
+        return wanted is not None and first is not None and first.key == wanted.key
 
     @property
     def false_alarms(self) -> tuple[StageReport, ...]:
@@ -306,11 +302,17 @@ def key_of(stage: str, layer: int) -> StageKey:
 
 
 def largest_effect(change: Tensor, spread: Tensor) -> float:
-    """The largest change of any row over the root mean square of that row's sound spread."""
+    """What a fault does to a row, in sigma, at its largest.
+
+    A row is what one token, or one head of a token, has. Root mean squares both: of the values that
+    the fault changes, and of the sound spread of the whole row. So one wrong value counts for what
+    it is, and a change of many is not judged by its extreme.
+    """
     rows = change.reshape(-1, change.shape[-1]).double()
     if not torch.isfinite(rows).all():
         return math.inf
     sigma = spread.reshape(rows.shape).double().square().mean(dim=1).sqrt()
-    peak = rows.abs().amax(dim=1)
-    ratio = torch.where(peak > 0, peak / sigma, 0.0)
+    touched = (rows != 0).sum(dim=1)
+    effect = (rows.square().sum(dim=1) / touched.clamp(min=1)).sqrt()
+    ratio = torch.where(touched > 0, effect / sigma, 0.0)
     return float(ratio.max())

@@ -82,11 +82,9 @@ class Tuning:
 
     Attributes:
         lanes: Work-items that share a row; a power of two, 1 on a CPU.
-        span: Values that a work-group of an elementwise kernel goes through.
     """
 
     lanes: int
-    span: int
 
     @property
     def is_cpu(self) -> bool:
@@ -287,4 +285,4 @@ def tune(info: DeviceInfo, lanes: int | None = None) -> Tuning:
         lanes = 1 if info.kind == "cpu" else _GPU_LANES
     while lanes > 1 and (lanes > info.max_group or lanes * _LANE_BYTES > info.local_bytes):
         lanes //= 2
-    return Tuning(lanes, span=4096 if lanes == 1 else 8 * lanes)
+    return Tuning(lanes)

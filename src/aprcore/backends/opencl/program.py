@@ -40,7 +40,7 @@ class Programs:
         Args:
             name: The kernel.
             sources: Files in `kernels/`; `common.cl` goes in front.
-            options: Macros besides LANES and SPAN.
+            options: Macros besides LANES.
 
         Raises:
             KernelBuildError: The device's compiler rejects the program.
@@ -67,8 +67,7 @@ class Programs:
         """
         import pyopencl as cl
 
-        tuning = self.device.tuning
-        macros = {"LANES": tuning.lanes, "SPAN": tuning.span} | options
+        macros = {"LANES": self.device.tuning.lanes} | options
         flags = [*_OPTIONS, *(f"-D{macro}={value}" for macro, value in macros.items())]
         with warnings.catch_warnings(), driver_errors(self.device.label):
             warnings.simplefilter("ignore", cl.CompilerWarning)

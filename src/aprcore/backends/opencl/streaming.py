@@ -112,7 +112,7 @@ class PieceStream:
             return self._loading[0].request
         return self._planned[0] if self._planned else None
 
-    def take(self) -> tuple[Request, Piece]:
+    def take(self) -> Piece:
         """The next piece, as soon as it is there. `give_back` must follow.
 
         Raises:
@@ -127,7 +127,7 @@ class PieceStream:
         except BaseException:
             self.forget()
             raise
-        return request, Piece(request.source, request.start, request.stop, loading.buffer, ready)
+        return Piece(request.source, request.start, request.stop, loading.buffer, ready)
 
     def give_back(self, piece: Piece) -> None:
         """The kernels that read the taken piece are queued: its slot can be filled after them."""
@@ -138,9 +138,8 @@ class PieceStream:
         self._free.append(loading.slot)
         self._advance()
 
-    def forget(self) -> list[Request]:
-        """Drop everything that is queued; returns it. Nothing is written into any more."""
-        dropped = [loading.request for loading in self._loading] + list(self._planned)
+    def forget(self) -> None:
+        """Drop everything that is queued. Nothing is being written when this returns."""
         self._planned.clear()
         while self._loading:
             loading = self._loading.popleft()
@@ -148,7 +147,6 @@ class PieceStream:
             if not loading.ready.cancelled():
                 loading.ready.exception()
             self._free.append(loading.slot)
-        return dropped
 
     def close(self) -> None:
         """Drop everything and end the thread."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,14 @@ _SHARED_MEMORY_SHARE, _SHARED_BUDGET_BYTES = 0.25, 512 * _MIB
 _ROW_GROUP = 12
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The requests for a weight that are queued up, and what was set aside for keeping it."""
+
+    requests: list[Request]
+    reserved_bytes: int
+
+
 @dataclass(eq=False)
 class _Entry:
     """What is known of a weight. Holds on to it, so that its id stays its own."""
@@ -36,7 +44,7 @@ class _Entry:
     source: RowSource
     uses: int = 0
     kept: list[Piece] | None = None
-    expected: list[list[Request]] = field(default_factory=list)
+    plan: _Plan | None = None
 
 
 class DeviceWeights:
@@ -106,10 +114,8 @@ class DeviceWeights:
         """
         for weight in weights:
             entry = self._entry(weight)
-            if entry.kept is None and not entry.expected:
-                requests = self._requests(entry)
-                entry.expected.append(requests)
-                self._stream.plan(requests)
+            if entry.kept is None and entry.plan is None:
+                self._plan(entry)
 
     def pieces(self, weight: Weight) -> Iterator[Piece]:
         """All rows of a weight, in order.
@@ -124,29 +130,35 @@ class DeviceWeights:
         if entry.kept is not None:
             yield from entry.kept
             return
-        if not entry.expected or self._stream.head is not entry.expected[0][0]:
+        if entry.plan is None or self._stream.head is not entry.plan.requests[0]:
             self._forget()
-            entry.expected.append(self._requests(entry))
-            self._stream.plan(entry.expected[0])
-        requests, pieces = entry.expected.pop(0), []
+            self._plan(entry)
+        plan, entry.plan = entry.plan, None
+        assert plan is not None
         entry.uses += 1
-        done = False
+        kept: list[Piece] = []
+        taken = 0
         try:
-            for _ in requests:
-                request, piece = self._stream.take()
+            for request in plan.requests:
+                piece = self._stream.take()
                 yield piece
                 self._stream.give_back(piece)
+                taken += 1
                 if request.keep:
-                    pieces.append(Piece(piece.source, piece.start, piece.stop, piece.buffer))
-            done = True
+                    kept.append(Piece(piece.source, piece.start, piece.stop, piece.buffer))
         finally:
-            if not done:  # an error, or nobody asks for the rest
+            if taken < len(plan.requests):  # an error, or nobody asks for the rest
                 self._forget()
-            if len(pieces) == len(requests):
-                entry.kept = pieces
-            elif requests[0].keep or pieces:  # memory ran out on the way: stay within what is there
-                self.kept_bytes -= entry.source.size_bytes
-                self.budget_bytes = self.kept_bytes
+            self._settle(entry, plan, kept, is_whole=taken == len(plan.requests))
+
+    def _settle(self, entry: _Entry, plan: _Plan, kept: list[Piece], *, is_whole: bool) -> None:
+        """Keep a weight of which every piece has a buffer of its own."""
+        if len(kept) == len(plan.requests):
+            entry.kept = kept
+            return
+        self.kept_bytes -= plan.reserved_bytes
+        if is_whole and plan.reserved_bytes:  # the device was full before the budget was
+            self.budget_bytes = self.kept_bytes
 
     def close(self) -> None:
         """Free everything on the device. The object cannot be used afterwards."""
@@ -160,30 +172,32 @@ class DeviceWeights:
             entry = self._entries[id(weight)] = _Entry(row_source(weight))
         return entry
 
-    def _requests(self, entry: _Entry) -> list[Request]:
+    def _plan(self, entry: _Entry) -> None:
+        """Queue up the rows of a weight."""
         source = entry.source
         keep = (
             entry.uses >= self._uses_before_keeping
             and self.kept_bytes + source.size_bytes <= self.budget_bytes
         )
-        if keep:
-            self.kept_bytes += source.size_bytes
+        reserved_bytes = source.size_bytes if keep else 0
+        self.kept_bytes += reserved_bytes
         rows = max(1, self._piece_bytes // max(1, source.row_bytes))
         if rows >= _ROW_GROUP:
             rows -= rows % _ROW_GROUP
-        return [
+        requests = [
             Request(source, start, min(start + rows, source.num_rows), keep)
             for start in range(0, source.num_rows, rows)
         ]
+        entry.plan = _Plan(requests, reserved_bytes)
+        self._stream.plan(requests)
 
     def _forget(self) -> None:
         """Expect nothing any more."""
         self._stream.forget()
         for entry in self._entries.values():
-            for requests in entry.expected:
-                if requests[0].keep:
-                    self.kept_bytes -= entry.source.size_bytes
-            entry.expected.clear()
+            if entry.plan is not None:
+                self.kept_bytes -= entry.plan.reserved_bytes
+                entry.plan = None
 
 
 def _default_budget(info: DeviceInfo) -> int:

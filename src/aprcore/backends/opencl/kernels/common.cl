@@ -35,11 +35,12 @@ typedef ushort8 loose_ushort8 __attribute__((aligned(2)));
 #define UNROLL
 #endif
 
-// A work-group goes through SPAN values (or rows of values), its lanes side by side.
-#define FOR_SPAN(i, count)                                                                \
-    for (size_t i = get_group_id(0) * SPAN + get_local_id(0),                             \
-                end_of_##i = min((size_t)(count), (size_t)(get_group_id(0) + 1) * SPAN);  \
-         i < end_of_##i; i += LANES)
+// The groups of a launch share `count` indices in equal spans; the lanes of one go side by side.
+#define SPAN(count) (((size_t)(count) + get_num_groups(0) - 1) / get_num_groups(0))
+#define FOR_SPAN(i, count)                                                        \
+    for (size_t i = get_group_id(0) * SPAN(count) + get_local_id(0),              \
+                end = min((size_t)(count), (get_group_id(0) + 1) * SPAN(count));  \
+         i < end; i += LANES)
 
 #define COUNT8 ((int8)(0, 1, 2, 3, 4, 5, 6, 7))
 

@@ -4,7 +4,7 @@
 //
 // cosines and sines: [tokens, half]. Both come from the host, because angles are rounded in float32
 // and every engine must round them alike to be comparable.
-kernel GROUP void rotate(global const float *x, global const float *cosines,
+kernel GROUP void rotate_heads(global const float *x, global const float *cosines,
                          global const float *sines, uint tokens, uint heads, uint half_size,
                          uint spacing, uint partner, global float *y) {
     FOR_SPAN(index, (size_t)tokens * heads * half_size) {

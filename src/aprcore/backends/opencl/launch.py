@@ -1,0 +1,149 @@
+"""Arrays on the device, and kernels that run over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.opencl.device import OpenDevice
+from aprcore.backends.opencl.errors import driver_errors
+from aprcore.backends.opencl.program import Programs
+from aprcore.weights import Float32
+
+# Work of an elementwise group, in values: large against handing out a group on a CPU, small enough
+# to occupy a GPU.
+_CPU_GROUP_WORK, _LANE_WORK = 4096, 4
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class DeviceArray:
+    """A float32 array on the device, row-major and contiguous.
+
+    Attributes:
+        buffer: pyopencl's buffer.
+        shape: Sizes.
+    """
+
+    buffer: Any
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class Launcher:
+    """Allocates arrays and queues kernels on one device, in order.
+
+    Attributes:
+        device: The device.
+    """
+
+    def __init__(self, device: OpenDevice) -> None:
+        import pyopencl.tools
+
+        self.device = device
+        self._programs = Programs(device)
+        # Fresh memory costs more than most operations: freed arrays are used again. The queue is
+        # in order, so whoever gets them writes after whoever read them.
+        with driver_errors(device.label):
+            allocator = pyopencl.tools.ImmediateAllocator(device.queue)
+            self._pool = pyopencl.tools.MemoryPool(allocator)
+
+    def close(self) -> None:
+        """Wait for the device and free arrays that nobody holds."""
+        self.finish()
+        self._pool.stop_holding()
+
+    def finish(self) -> None:
+        """Wait until everything queued is done."""
+        with driver_errors(self.device.label):
+            self.device.queue.finish()
+
+    def empty(self, shape: tuple[int, ...]) -> DeviceArray:
+        """An array of unknown content.
+
+        Raises:
+            DeviceMemoryError: There is no room for it.
+        """
+        size_bytes = 4 * math.prod(shape)
+        limit = self.device.info.largest_allocation_bytes
+        with driver_errors(self.device.label):
+            if size_bytes > limit:  # which not every driver checks
+                raise _too_large(size_bytes)
+            return DeviceArray(self._pool.allocate(size_bytes), shape)
+
+    def upload(self, values: NDArray[Any]) -> Any:
+        """A buffer with a copy of `values`."""
+        import pyopencl as cl
+
+        with driver_errors(self.device.label):
+            buffer = self._pool.allocate(values.nbytes)
+            cl.enqueue_copy(self.device.queue, buffer, np.ascontiguousarray(values))
+        return buffer
+
+    def download(self, buffer: Any, shape: tuple[int, ...]) -> Float32:
+        """A float32 buffer on the host; waits for everything before it."""
+        import pyopencl as cl
+
+        values = np.empty(shape, dtype=np.float32)
+        with driver_errors(self.device.label):
+            cl.enqueue_copy(self.device.queue, values, buffer)
+        return values
+
+    def copy(self, x: DeviceArray, first: int, shape: tuple[int, ...]) -> DeviceArray:
+        """A copy of consecutive values from the flat index `first`."""
+        import pyopencl as cl
+
+        out = self.empty(shape)
+        with driver_errors(self.device.label):
+            cl.enqueue_copy(self.device.queue, out.buffer, x.buffer, src_offset=4 * first,
+                            byte_count=4 * out.size)  # fmt: skip
+        return out
+
+    def kernel(self, name: str, sources: Sequence[str], **options: int) -> Any:
+        """See `Programs.kernel`."""
+        return self._programs.kernel(name, sources, **options)
+
+    def run(self, kernel: Any, groups: tuple[int, ...], *args: Any, after: Any = None) -> Any:
+        """Queue a kernel over so many groups; returns its event.
+
+        Args:
+            kernel: From `kernel`.
+            groups: Work-groups along each axis.
+            args: Arrays, buffers and numpy scalars.
+            after: An event of another queue to wait for.
+        """
+        import pyopencl as cl
+
+        lanes = self.device.tuning.lanes
+        local = (lanes, *(1 for _ in groups[1:]))
+        queue = self.device.queue
+        values = [arg.buffer if isinstance(arg, DeviceArray) else arg for arg in args]
+        with driver_errors(self.device.label):
+            kernel.set_args(*values)
+            event = cl.enqueue_nd_range_kernel(
+                queue, kernel, (groups[0] * lanes, *groups[1:]), local,
+                wait_for=None if after is None else [after],
+            )  # fmt: skip
+            queue.flush()
+        return event
+
+    def run_over(self, kernel: Any, count: int, *args: Any, cost: int = 1) -> Any:
+        """Queue an elementwise kernel over `count` indices, each worth `cost` values."""
+        lanes = self.device.tuning.lanes
+        work = _CPU_GROUP_WORK if self.device.tuning.is_cpu else _LANE_WORK * lanes
+        groups = max(1, min(-(-count // lanes), -(-count * cost // work)))
+        return self.run(kernel, (groups,), *args)
+
+
+def _too_large(size_bytes: int) -> Exception:
+    import pyopencl as cl
+
+    return cl.MemoryError("allocate", cl.status_code.INVALID_BUFFER_SIZE, f"{size_bytes} bytes")
