@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.errors import AprError, OracleError, Where
-from aprcore.plan import Plan
+from aprcore.plan import Plan, check_layers
 from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
 
 Float32 = NDArray[np.float32]
@@ -98,16 +98,12 @@ def expected_keys(model: Module, layers: range | None, where: Where = None) -> t
     """The tensors that a capture yields, in the table's order.
 
     Raises:
-        OracleError: The range holds no layer of the model, or the model is not built like a
-            supported one.
+        PlanError: The range holds no layer of the model.
+        OracleError: The model is not built like a supported one.
     """
     _check_structure(model, where)
     num_layers = model.config.num_hidden_layers
-    if layers is not None and layers.start >= num_layers:
-        raise OracleError(
-            f"layers {layers.start}..{layers.stop} were asked for and the model has {num_layers}",
-            where=where, hint=f"layers are 0..{num_layers}",
-        )  # fmt: skip
+    check_layers(layers, num_layers)
     keys = stage_keys(num_layers, _features(model))
     return tuple(filter(Plan(layers=layers).wants, keys))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.base import Array, Backend, Site
+from aprcore.backends.base import Array, Backend, KeyValueCache, Site
 from aprcore.config import ModelConfig
 from aprcore.errors import ConfigError
 from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
@@ -55,10 +55,12 @@ def trace(
     backend: Backend,
     tokens: Sequence[int],
     wants: Wants = everything,
+    cache: KeyValueCache | None = None,
 ) -> Iterator[tuple[StageKey, NDArray[np.floating[Any]]]]:
     """As `forward`, with each tensor on the host in the shape of the table."""
-    sizes = config.sizes(len(tokens))
-    for key, tensor in forward(config, weights, backend, tokens, wants):
+    past = 0 if cache is None else cache.num_positions
+    sizes = config.sizes(len(tokens), past + len(tokens))
+    for key, tensor in forward(config, weights, backend, tokens, wants, cache):
         shape = resolve_shape(BY_NAME[key.stage].shape, sizes)
         yield key, backend.to_host(tensor).reshape(shape)
 
@@ -69,8 +71,9 @@ def forward(
     backend: Backend,
     tokens: Sequence[int],
     wants: Wants = everything,
+    cache: KeyValueCache | None = None,
 ) -> Iterator[tuple[StageKey, Array]]:
-    """Run a full pass and yield each wanted tensor as soon as it is made.
+    """Run a pass and yield each wanted tensor as soon as it is made.
 
     A tensor is kept only until the last stage that reads it, so a long prompt does not accumulate.
     Whether anyone keeps what is yielded does not change the arithmetic: nothing is written into.
@@ -81,6 +84,9 @@ def forward(
         backend: Where to compute.
         tokens: Token ids, [T], already checked against the vocabulary.
         wants: Which tensors to yield; what no wanted stage reads is not computed.
+        cache: Makes `tokens` the continuation of those that filled it, and keeps their keys and
+            values as well: those of every layer only where `lm_head` is wanted. None for a full
+            pass.
 
     Yields:
         The key and the backend's array, in the order of computation: canonical layout, with a
@@ -91,17 +97,18 @@ def forward(
         WeightError: The model lacks a tensor.
         TruncatedError: A weight can no longer be read.
     """
-    check_length(config, len(tokens))
+    so_far = KeyValueCache() if cache is None else cache
+    check_length(config, so_far.num_positions + len(tokens))
+    positions = so_far.claim(len(tokens))
     keys = needed_keys(config, wants)
     reads = {key: input_keys(key, config.num_layers, config.features) for key in keys}
     last_reader = {source: key for key in keys for source in reads[key]}
     ids = np.asarray(tokens, dtype=np.int64)
-    positions = np.arange(ids.size)
     alive: dict[StageKey, Array] = {}
     for key in keys:
         operation = BY_NAME[key.stage].operation
         assert operation is not None, f"{key.stage} is read from dumps, never computed"
-        site = Site(config, ids, positions, key.layer, weights)
+        site = Site(config, ids, positions, key.layer, weights, cache)
         inputs = [alive[source] for source in reads[key]]
         if BY_NAME[key.stage].last_token:
             inputs = [backend.rows(x, ids.size - 1, ids.size) for x in inputs]

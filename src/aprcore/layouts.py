@@ -183,8 +183,14 @@ def interleavings(heads: int, kv: int, dim: int) -> Iterator[tuple[str, Int64]]:
         yield "interleaved q, k and v of each dimension", every.reshape(-1)
 
 
-def last_token(x: Floats, layout: Layout, count: int) -> tuple[Floats, Layout] | None:
-    """The last token's part of a canonical tensor and its layout, if it has `count` values."""
+def last_token(
+    key: StageKey, x: Floats, sizes: Mapping[str, int], count: int
+) -> tuple[Floats, Layout] | None:
+    """The last token's part of a tensor of all tokens and its layout, if it has `count` values."""
+    layout = layout_of(key, sizes, x.size)
+    if BY_NAME[key.stage].last_token and x.size == sizes.get("T", 0) * count:
+        row = x.reshape(-1)[-count:]  # an engine that dumps the logits of every token
+        return row, layout_of(key, sizes, count)
     if "token" not in layout.axes:
         return None
     axis = layout.axes.index("token")  # the first axis on disk, or the second behind the heads

@@ -81,15 +81,15 @@ def parse_layers(text: str) -> range | None:
 
 
 def check_layers(layers: range | None, num_layers: int) -> None:
-    """Hold a range of layers against a model.
+    """Hold a range of layers against a model; an END beyond the last layer means the last.
 
     Raises:
-        PlanError: It reaches beyond the model's last layer.
+        PlanError: It holds no layer of the model.
     """
-    if layers is not None and layers.stop > num_layers:
+    if layers is not None and layers.start >= num_layers:
         raise PlanError(
-            f"layers {layers.start}..{layers.stop} reach beyond the model's {num_layers} layers",
-            hint=f"END may be at most {num_layers}",
+            f"layers {layers.start}..{layers.stop} were asked for and the model has {num_layers}",
+            hint=f"layers are 0..{num_layers}",
         )
 
 

@@ -173,14 +173,14 @@ class Report:
         return f"no divergence in {len(self.stages)} stages ({counts})"
 
 
-def to_json(report: Report, *, top_k: int = 10) -> dict[str, Any]:
+def to_json(report: Report, *, top_k: int = 10, strict: bool = False) -> dict[str, Any]:
     """A report as JSON-ready values, with `schema`; non-finite numbers become strings."""
     header = report.header
     first = report.first_divergence
     data = {
         "schema": REPORT_SCHEMA,
         "summary": report.summary(),
-        "diverges": report.diverges(),
+        "diverges": report.diverges(strict=strict),
         "first_divergence": None if first is None else first.key.path,
         "counts": {verdict.value: n for verdict, n in report.counts.items()},
         "model": header.model,

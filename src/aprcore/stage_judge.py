@@ -105,7 +105,7 @@ class StageJudge:
         """Sizes differ: the last token only on one side, or really another shape."""
         sizes = self._sides.sizes
         for whole, part, side in ((oracle, traced, "trace"), (traced, oracle, "oracle")):
-            last = last_token(whole, layout_of(key, sizes, whole.size), part.size)
+            last = last_token(key, whole, sizes, part.size)
             if last is None:
                 continue
             row, layout = last

@@ -129,12 +129,13 @@ def _rotated(norm: str, part: str) -> Operation:
 
 
 def _attn_scores(op: Backend, at: Site, q: Array, k: Array) -> Array:
-    return op.attention_scores(q, k, at.config.num_heads, at.config.num_kv_heads)
+    keys = at.with_past(op, "k", k)
+    return op.attention_scores(q, keys, at.config.num_heads, at.config.num_kv_heads)
 
 
 def _attention(op: Backend, at: Site, softmax: Array, qkv: Array) -> Array:
-    v = op.columns(qkv, *at.config.qkv_columns("v"))
-    return op.weighted_values(softmax, v, at.config.num_kv_heads)
+    values = at.with_past(op, "v", op.columns(qkv, *at.config.qkv_columns("v")))
+    return op.weighted_values(softmax, values, at.config.num_kv_heads)
 
 
 def _lm_head(op: Backend, at: Site, x: Array) -> Array:
@@ -259,8 +260,8 @@ def parse_path(path: str) -> StageKey | None:
             return StageKey(None, name)
         return StageKey(0, name) if stage.scope is Scope.FIRST_LAYER else None
     number = folder.removeprefix("layer-")
-    if number == folder or not (number.isascii() and number.isdigit()):
-        return None
+    if number == folder or not (number.isascii() and number.isdigit() and len(number) <= 9):
+        return None  # APRT stores layers in 32 bits, and the highest means the whole model
     if stage.scope is Scope.MODEL or (stage.scope is Scope.FIRST_LAYER and int(number) != 0):
         return None
     return StageKey(int(number), name)

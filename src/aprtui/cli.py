@@ -17,6 +17,7 @@ from aprtui import __version__
 from aprtui.commands import (
     bisect,
     demo,
+    devices,
     diff,
     explore,
     import_model,
@@ -42,6 +43,7 @@ COMMANDS = {
     "import": import_model,
     "inspect": inspect,
     "demo": demo,
+    "devices": devices,
 }
 
 DESCRIPTION = """\

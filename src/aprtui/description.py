@@ -21,10 +21,21 @@ from aprtui.formatting import (
     format_tolerance,
     quoted,
 )
+from aprtui.judgments import judgment_lines
+from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import summarise_layer
 from aprtui.run_state import RunState
 from aprtui.text import visible
-from aprtui.theme import PENDING, Mark, Paint, cosine_ink, mark_of, mark_of_verdict
+from aprtui.theme import (
+    PENDING,
+    Mark,
+    Paint,
+    cosine_ink,
+    judgment_mark,
+    mark_of,
+    mark_of_verdict,
+)
+from aprtui.why import REASON_LIMIT, finding_of
 from aprtui.widgets.verdict_bar import token_name
 
 if TYPE_CHECKING:
@@ -76,6 +87,14 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
         shown = (format_cosine(cosine), paint(cosine_ink(cosine)))
         text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
         facts.append(("lowest cosine", text))
+    for measure in JUDGMENTS:
+        worst = summary.worst_by[measure]
+        judgment = None if worst is None else judgment_of(worst, measure)
+        if worst is not None and judgment is not None:
+            mark = judgment_mark(judgment)
+            text = Text(f"{mark.glyph} {format_ratio(judgment.relative_l2)}", paint(mark.ink))
+            text.append(f"  {worst.key.stage}", paint("ink-quiet"))
+            facts.append((f"worst {measure.value}", text))
     diverging = [key for key in state.divergences if key.layer == layer]
     if diverging:
         facts.append(("diverging", Text(", ".join(key.stage for key in diverging))))
@@ -87,22 +106,47 @@ def describe_pending(stage: str, paint: Paint) -> RenderableType:
     return Group(Text(BY_NAME[stage].title), _mark(PENDING, paint))
 
 
-def describe_stage(report: StageReport, header: RunHeader, paint: Paint) -> RenderableType:
-    """A stage: its verdict and why, then every figure there is."""
-    parts: list[RenderableType] = [_heading(report, paint)]
+def describe_verdict(report: StageReport, paint: Paint) -> RenderableType:
+    """A stage: what it is, its verdict and why in a sentence."""
     mark = mark_of(report)
-    verdict = (f"{mark.glyph} {mark.word}".rstrip(), paint(mark.ink, bold=True))
+    verdict = (f"{mark.glyph} ", paint(mark.ink, bold=True))
     passes = "" if report.passes_at is None else f"; passes at {format_tolerance(report.passes_at)}"
-    parts.append(Text.assemble(verdict, f" {report.reason}{passes}"))
+    said = f"{visible(report.reason, REASON_LIMIT)}{passes}"
+    if report.explanation is not None and report.blamed is not None:
+        # Its figures stand in the table below, and the Why tab has the whole of it.
+        said = f"{finding_of(report)}{passes}"
+    elif mark.word:
+        said = f"{mark.word} {said}"
+    return Group(_heading(report, paint), Text.assemble(verdict, said))
+
+
+def describe_shortly(report: StageReport, paint: Paint) -> RenderableType:
+    """A stage and its verdict in one line, where there is no room for more."""
+    mark = mark_of(report)
+    line = Text.assemble((f"{mark.glyph} {report.key}", paint(mark.ink, bold=True)))
+    line.append(f"  {finding_of(report).partition(':')[0]}")
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
+
+
+def describe_judgments(
+    report: StageReport, header: RunHeader, paint: Paint, width: int
+) -> RenderableType:
+    """The three judgments, for `width` cells."""
+    return Padding(Group(*judgment_lines(report, header, paint, width)), (1, 0, 0, 0))
+
+
+def describe_figures(report: StageReport, header: RunHeader, paint: Paint) -> RenderableType:
+    """Every other figure of a stage."""
+    parts: list[RenderableType] = []
     if report.comparison is not None:
-        figures = _comparison(report.comparison, report.layout, header, paint)
-        parts.append(Padding(_facts(figures, paint), (1, 0, 0, 0)))
+        parts.append(_facts(_comparison(report.comparison, report.layout, header, paint), paint))
         parts.append(_sides(report.comparison, paint))
     if report.trace is not None or report.oracle is not None:
-        parts.append(Padding(_statistics(report, paint), (1, 0, 0, 0)))
+        parts.append(_statistics(report, paint))
     if report.logits is not None:
-        parts.append(Padding(_logits(report.logits, paint), (1, 0, 0, 0)))
-    return Group(*parts)
+        parts.append(_logits(report.logits, paint))
+    return Group(*parts[:1], *(Padding(part, (1, 0, 0, 0)) for part in parts[1:]))
 
 
 def _heading(report: StageReport, paint: Paint) -> Text:
@@ -118,15 +162,7 @@ def _heading(report: StageReport, paint: Paint) -> Text:
 def _comparison(
     found: Comparison, layout: Layout | None, header: RunHeader, paint: Paint
 ) -> list[Fact]:
-    cosine = Text(format_cosine(found.cosine), paint(cosine_ink(found.cosine), bold=True))
-    is_beyond = not found.relative_l2 <= header.bound
-    error = Text.assemble(
-        (format_figure(found.relative_l2), paint("verdict-fail", bold=True) if is_beyond else ""),
-        (f"  bound {header.bound:g}", paint("ink-quiet")),
-    )
     facts = [
-        ("cosine", cosine),
-        ("relative L2", error),
         ("NMSE", Text(format_figure(found.nmse))),
         ("max|diff|", Text(format_figure(found.max_abs_diff))),
     ]

@@ -22,10 +22,10 @@ def format_ratio(ratio: float) -> str:
     return _plain(ratio) or f"{ratio:.1e}"
 
 
-def format_compact(figure: float) -> str:
-    """An error figure in six cells: "3.2e-7", "1.1e0"."""
+def format_compact(figure: float, cells: int = 6) -> str:
+    """An error figure in few cells: "3.2e-7", "1.1e0", and without its decimal where that helps."""
     text = _plain(figure) or _short_exponent(f"{figure:.1e}")
-    return text if len(text) <= 6 else _short_exponent(f"{figure:.0e}")
+    return text if len(text) <= cells else _short_exponent(f"{figure:.0e}")
 
 
 def format_times(ratio: float) -> str:

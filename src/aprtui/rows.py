@@ -178,14 +178,9 @@ def matching_keys(state: RunState, filter: Filter, order: SortOrder) -> list[Sta
     if order is SortOrder.COSINE:
         keys.sort(key=lambda key: cosine_of(state.reports.get(key)))
     elif measure is not None:
-        # Negated rather than reversed: equal ones stay in the order of computation.
-        keys.sort(key=lambda key: _negated(error_of(state.reports.get(key), measure)))
+        # Equal ones stay in the order of computation, also when reversed.
+        keys.sort(key=lambda key: error_of(state.reports.get(key), measure), reverse=True)
     return keys
-
-
-def _negated(error: tuple[bool, float]) -> tuple[bool, float]:
-    failed, figure = error
-    return not failed, -figure
 
 
 def cosine_of(report: StageReport | None) -> float:

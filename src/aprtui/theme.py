@@ -17,7 +17,7 @@ from textual.color import Color
 from textual.theme import Theme
 
 if TYPE_CHECKING:
-    from aprcore.judge import Verdict
+    from aprcore.judge import Judgment, Verdict
     from aprcore.report import StageReport
 
 ORANGE, SKY_BLUE, GREEN = "#E69F00", "#56B4E9", "#009E73"
@@ -122,6 +122,13 @@ def cosine_ink(cosine: float) -> str:
         if cosine >= threshold:
             return ink
     return "verdict-fail"
+
+
+def judgment_mark(judgment: Judgment | None) -> Mark:
+    """The mark of a model or kernel judgment."""
+    if judgment is None:
+        return UNJUDGED
+    return MARKS["PASS"] if judgment.passed else MARKS["FAIL"]
 
 
 class Paint:

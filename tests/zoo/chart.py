@@ -102,7 +102,7 @@ def _parts(marks: Sequence[Mark]) -> list[str]:
     middle = (LEFT[1] + RIGHT[1]) / 2
     out.append(_text(middle, BOTTOM + 42, "independent errors in the part", anchor="middle"))
     out.append(_text(_x(120), _y(3.6), "allowed", colour="#D55E00"))
-    out.append(_text(_x(10), _y(1.6), "chi-squared at 1 in 1e11", colour="#E69F00"))
+    out.append(_text(_x(110), _y(0.55), "chi-squared at 1 in 1e11", colour="#E69F00"))
     return out
 
 

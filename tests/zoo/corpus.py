@@ -237,6 +237,8 @@ sound                      llama       Q4_K       float32   1
 sound                      llama       Q8_0+embed float32   7
 sound                      llama       Q4_K+embed float16   9
 sound                      mistral     Q6_K       float16   9
+sound                      outlier     Q4_K+embed float32   33
+sound                      outlier     Q6_K+embed float16   64
 sound                      qwen2       BF16       bfloat16  9
 sound                      qwen2       BF16       float32   7
 sound                      qwen2       F16        float16   7

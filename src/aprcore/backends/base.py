@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,36 @@ Array = Any  # whatever the backend computes with
 Int64 = NDArray[np.int64]
 
 
+@dataclass(slots=True)
+class KeyValueCache:
+    """Keys and values of the tokens that were run before, by layer.
+
+    Arrays are replaced and never written into, so a copy is as cheap as a dictionary and a step can
+    be run a second time from where it began. Joining rows costs what attention then reads again.
+
+    Attributes:
+        num_positions: Tokens that were run before.
+        held: Rows [num_positions, K·D] by layer and name ("k" or "v").
+    """
+
+    num_positions: int = 0
+    held: dict[tuple[int | None, str], Array] = field(default_factory=dict)
+
+    def copy(self) -> KeyValueCache:
+        """A cache that goes its own way from here."""
+        return replace(self, held=dict(self.held))
+
+    def claim(self, num_tokens: int) -> Int64:
+        """The positions of the next tokens. A pass that ends early leaves the cache unusable."""
+        first = self.num_positions
+        self.num_positions += num_tokens
+        return np.arange(first, self.num_positions)
+
+    def converted(self, convert: Callable[[Array], Array]) -> KeyValueCache:
+        """The same rows as arrays of another backend."""
+        return replace(self, held={key: convert(rows) for key, rows in self.held.items()})
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where in the model an operation runs: what it may use besides its inputs.
@@ -28,6 +58,7 @@ class Site:
         positions: Their positions, [T].
         layer: The layer, or None for a whole-model stage.
         weights: Every weight of the model, by canonical name.
+        cache: What attention reads besides this pass's own keys and values; None in a full pass.
     """
 
     config: ModelConfig
@@ -35,6 +66,7 @@ class Site:
     positions: Int64
     layer: int | None
     weights: Mapping[str, Weight]
+    cache: KeyValueCache | None = None
 
     def find(self, name: str) -> Weight | None:
         """A weight of this layer (or of the model, by its whole name), if the model has it."""
@@ -54,6 +86,15 @@ class Site:
         if weight is None:
             raise WeightError(f"the model has no tensor {name!r} for layer {self.layer}")
         return weight
+
+    def with_past(self, op: Backend, name: str, rows: Array) -> Array:
+        """Keys or values of every position so far: the cached ones, then `rows`, which it keeps."""
+        if self.cache is None:
+            return rows
+        past = self.cache.held.get((self.layer, name))
+        joined = rows if past is None else op.append_rows(past, rows)
+        self.cache.held[self.layer, name] = joined
+        return joined
 
 
 class Backend(Protocol):
@@ -122,4 +163,8 @@ class Backend(Protocol):
 
     def rows(self, x: Array, start: int, stop: int) -> Array:
         """Rows start to stop of x."""
+        ...
+
+    def append_rows(self, x: Array, y: Array) -> Array:
+        """The rows of x [S, C], then those of y [T, C] -> [S + T, C]."""
         ...

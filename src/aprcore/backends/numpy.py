@@ -144,6 +144,9 @@ class NumpyBackend:
     def rows(self, x: Float32, start: int, stop: int) -> Float32:
         return x[start:stop]
 
+    def append_rows(self, x: Float32, y: Float32) -> Float32:
+        return np.concatenate([x, y])
+
     def _scratch(self, values: int) -> Float32:
         """A flat buffer of this thread, reused: fresh pages cost more than the product."""
         buffer: Float32 | None = getattr(self._local, "buffer", None)

@@ -117,6 +117,9 @@ class ReferenceBackend:
     def rows(self, x: Float64, start: int, stop: int) -> Float64:
         return x[start:stop]
 
+    def append_rows(self, x: Float64, y: Float64) -> Float64:
+        return np.vstack([x, y])
+
 
 def _wide(weight: Weight, start: int = 0, stop: int | None = None) -> Float64:
     """Rows of a weight in float64."""

@@ -27,7 +27,13 @@ from aprcore.causes.experiment import Experiment
 from aprcore.causes.projections import Variants
 from aprcore.causes.records import CauseTried, Explanation
 from aprcore.causes.scene import Entry, Scene
-from aprcore.causes.search import settle, try_arithmetics, try_entries, try_projections
+from aprcore.causes.search import (
+    settle,
+    try_arithmetics,
+    try_entries,
+    try_evidence,
+    try_projections,
+)
 from aprcore.causes.symptom import describe_symptom
 from aprcore.layouts import Layout
 from aprcore.replay import Expectation, Floats, RecordedSide
@@ -75,6 +81,7 @@ def explain(
         *try_entries(experiment, CATALOGUE),
         *try_projections(scene, PRODUCTS),
         *try_arithmetics(experiment),
+        *try_evidence(scene, experiment),
     ]
     causes = tuple(settle(experiment, tried))
     named = any(cause.explains for cause in causes)

@@ -10,8 +10,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from aprcore.causes.scene import EVERY, LINEAR, Entry, Float64, Scene, Trial, single
-from aprcore.stages import STAGES, StageKey
+from aprcore.causes.solving import best_factor, round_number
+from aprcore.stages import BY_NAME, STAGES, StageKey
 
+# A factor is solved for from at least so many values, and is none if it is nearly zero.
+FEWEST_SOLVED = 3
+SMALLEST_FACTOR = 1e-3
+# Matching needs this many values for each index, and has a table of indices squared.
+FEWEST_MATCHED = 3
+MOST_MATCHED = 4096
+# Factors of the scores are those of attention's scale.
+FACTORED = frozenset(BY_NAME) - {"attn_scores"}
 ADVICE_STALE = "which buffer the kernel writes: the output is an earlier tensor"
 
 
@@ -72,6 +81,41 @@ def _from_neighbour(scene: Scene) -> Iterator[Trial]:
                 )
 
 
+def _factor(scene: Scene) -> Iterator[Trial]:
+    """One factor for all that is wrong, from the observed output."""
+    plain = scene.plain.value
+    observed, mask = scene.observed.reshape(plain.shape), scene.wrong.reshape(plain.shape)
+    factor = best_factor(observed[mask], plain[mask])
+    if mask.sum() >= FEWEST_SOLVED and factor is not None and abs(factor) > SMALLEST_FACTOR:
+        yield f"{round_number(factor, 1e-5):.6g}", factor * plain
+
+
+def _permuted(scene: Scene) -> Iterator[Trial]:
+    """Values of other tokens, heads or dimensions: each wrong one is matched with all."""
+    factors = scene.layout.factors
+    plain, observed = (x.reshape(factors) for x in (scene.plain.value, scene.observed))
+    wrong = scene.wrong.reshape(factors)
+    for axis, name in enumerate(scene.layout.axes):
+        count = factors[axis]
+        others = tuple(a for a in range(plain.ndim) if a != axis)
+        places = np.flatnonzero(wrong.any(axis=others))
+        if plain.size // count < FEWEST_MATCHED or not 1 < count <= MOST_MATCHED:
+            continue
+        table = np.moveaxis(plain, axis, 0).reshape(count, -1)
+        found = np.moveaxis(observed, axis, 0).reshape(count, -1)[places]
+        distance = np.square(table).sum(axis=1)[None] - 2 * found @ table.T
+        sources = np.arange(count)
+        sources[places] = distance.argmin(axis=1)
+        moved = [f"{p} from {sources[p]}" for p in places if sources[p] != p]
+        if not moved:
+            continue
+        pair = len(moved) == 2 and np.array_equal(sources[sources], np.arange(count))
+        is_permutation = np.unique(sources).size == count
+        what = "swapped" if pair else ("permuted" if is_permutation else "taken from others")
+        listed = ", ".join(moved[:4]) + (", ..." if len(moved) > 4 else "")
+        yield f"{name}s {what}: {listed}", np.take(plain, sources, axis=axis)
+
+
 def _clamped(scene: Scene) -> Iterator[Trial]:
     top = float(np.abs(scene.observed).max())
     if 0 < top < float(np.abs(scene.plain.value).max()):
@@ -102,6 +146,11 @@ ENTRIES = (
           is_fallback=True),
     Entry("a copy of the {}", EVERY, _from_neighbour, "the index that is read or written",
           is_fallback=True),
+    Entry("output scaled by a factor of {}", FACTORED, _factor, "a constant factor",
+          "output scaled by a factor of {} in the original model", "a factor folded into a weight",
+          is_fallback=True),
+    Entry("{}", EVERY, _permuted, "the index that is read or written", "{} in the original model",
+          "the order of this weight's rows in the conversion", is_fallback=True),
     Entry("output clamped to ±{}", EVERY, _clamped, "a clamp, or saturation of a half type",
           "output clamped to ±{} in the original model", "a clamp in the original config",
           is_fallback=True),

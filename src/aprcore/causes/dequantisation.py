@@ -176,6 +176,18 @@ def pickers(weight: Weight) -> Iterator[tuple[str, Pick]]:
         yield "blocks one early", _rolled_blocks(reader, -kind.block_values)
 
 
+def raw_blocks(weight: Weight, rows: Indices) -> Bytes | None:
+    """The stored blocks of some rows, [n, blocks, block_bytes]; None where rows have none."""
+    kind = FORMATS.get(weight.dtype)
+    reader: Any = weight
+    if kind is None or kind.layout not in (Layout.ROWS, Layout.PADDED_ROWS) or not hasattr(
+        reader, "read_raw"
+    ):  # fmt: skip
+        return None
+    found: list[Bytes] = [reader.read_raw(int(row), int(row) + 1) for row in rows]
+    return np.stack(found).reshape(len(found), -1, kind.block_bytes)
+
+
 def _decode(weight: Any, raw: Bytes, rows: int) -> Float32:
     out = np.empty(rows * weight.shape[1], np.float32)
     dequantize(weight.dtype, raw, out, row_length=weight.shape[1])
@@ -188,8 +200,11 @@ def _decoded(weight: Any, change: Change) -> Pick:
     def run(start: int, stop: int) -> Float32:
         if kind.layout is Layout.FLAT:
             return _decode_flat(weight, change, start, stop)
-        raw = weight.read_raw(start, stop).reshape(-1, kind.block_bytes).copy()
-        return _decode(weight, np.ascontiguousarray(change(raw)).reshape(-1), stop - start)
+        # The neighbouring rows come along for changes that move something from block to block.
+        first, last = max(0, start - 1), min(weight.shape[0], stop + 1)
+        raw = weight.read_raw(first, last).reshape(-1, kind.block_bytes).copy()
+        rows = _decode(weight, np.ascontiguousarray(change(raw)).reshape(-1), last - first)
+        return rows[start - first : stop - first]
 
     return _in_runs(run)
 

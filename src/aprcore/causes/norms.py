@@ -150,8 +150,8 @@ def _layer_norm(norm: _Norm) -> Iterator[Trial]:
 def _wrong_mean(norm: _Norm) -> Iterator[Trial]:
     squares, size = np.square(norm.x), norm.x.shape[2]
     for name, mean in (
-        ("over tokens", squares.mean(axis=0, keepdims=True)),
-        ("over the whole tensor", squares.mean(keepdims=True)),
+        ("over the wrong axis (over tokens)", squares.mean(axis=0, keepdims=True)),
+        ("over the wrong axes (over the whole tensor)", squares.mean(keepdims=True)),
         ("of the first token", norm.mean_square[:1]),
         ("of the last token", norm.mean_square[-1:]),
         ("of the token before", np.roll(norm.mean_square, 1, axis=0)),
@@ -205,14 +205,23 @@ def _whole_row(norm: _Norm) -> Iterator[Trial]:
     yield "", norm.gain * norm.x / np.sqrt(mean + norm.eps)
 
 
-def _solved_gain(norm: _Norm) -> Iterator[Trial]:
+def _solved_gain(scene: Scene) -> Iterator[Trial]:
     """One factor per dimension, from the observed output: another weight than this file's."""
-    if norm.scene.key.stage in ROTATED or norm.x.shape[0] < 3:
+    norm = _norm_of(scene)
+    if norm is None:
         return
-    observed = norm.scene.observed.reshape(norm.x.shape)
-    energy = np.square(norm.normed).sum(axis=0, keepdims=True)
-    gain = (observed * norm.normed).sum(axis=0, keepdims=True) / np.where(energy > 0, energy, 1.0)
-    yield ("all ones" if bool((norm.gain == 1).all()) else "another"), gain * norm.normed
+    observed = scene.observed.reshape(scene.plain.value.shape)
+    if scene.key.stage in ROTATED:  # turn back, to what the rotation was given
+        rope = scene.config.rope
+        observed = REFERENCE.rope(observed, -scene.positions, rope) / rope.attention_factor() ** 2
+    values = norm.normed.reshape(-1, norm.gain.size)
+    if values.shape[0] < 3:
+        return
+    energy = np.square(values).sum(axis=0)
+    along = (observed.reshape(values.shape) * values).sum(axis=0)
+    gain = along / np.where(energy > 0, energy, 1.0)
+    state = "all ones" if bool((norm.gain == 1).all()) else "another"
+    yield state, norm.finish(gain * norm.normed)
 
 
 def _row(name: str, outputs: Callable[[_Norm], Iterator[Trial]], advice: str,
@@ -251,7 +260,7 @@ ENTRIES = (
     Entry("q/k norm over all heads together", ROTATED, _norm(_whole_row),
           "the norm of q and k is per head", "q/k norm over all heads together" + _ORIGINAL,
           "the architecture this file declares"),
-    _row("norm weight {}", _solved_gain, "",
+    Entry("norm weight {}", NORMED, _solved_gain, "",
          "norm weight is {} in this file and not the original's",
          "the norm's weight was lost or replaced in the conversion",
          is_fallback=True, in_engine=False),

@@ -33,6 +33,8 @@ ARITHMETICS = (
 SMALLEST_SHARE = 1e-3
 # A constant factor is no rounding: as much of the error's energy may be along the output.
 LARGEST_ALONG = 0.5
+# Fewer values than these show no spread.
+FEWEST_VALUES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,32 +47,40 @@ class Coarser:
 
 
 def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
-    """The first coarser arithmetic whose roundoff the error is, spread over the whole output."""
-    scene = experiment.scene
+    """The first coarser arithmetic whose roundoff the error is."""
+    scene, region = experiment.scene, experiment.region
     plain, observed = scene.plain.value, scene.observed.reshape(scene.plain.value.shape)
-    factor = best_factor(observed.reshape(-1), plain.reshape(-1))
-    error = observed - plain
-    if scene.in_file or experiment.region is not None or factor is None:
+    mask = np.ones(plain.shape, bool) if region is None else region.mask.reshape(plain.shape)
+    if scene.in_file or mask.sum() < FEWEST_VALUES or _is_scaled(observed[mask], plain[mask]):
         return
-    along = (factor - 1) ** 2 * float(np.square(plain).sum())
-    if along > LARGEST_ALONG * float(np.square(error).sum()) and plain.size > 2:
-        return
+    own = scene.profile.arithmetic
     for name, arithmetic in ARITHMETICS:
-        own = scene.profile.arithmetic
-        if arithmetic.stored.digits >= own.stored.digits and (
-            arithmetic.accumulated.digits >= own.accumulated.digits
+        stored, accumulated = arithmetic.stored, arithmetic.accumulated
+        if stored.digits >= own.stored.digits and accumulated.digits >= own.accumulated.digits:
+            continue
+        if stored is not FLOAT32 and not _is_stored(observed[mask], arithmetic):
+            continue
+        coarse = _estimate(experiment, arithmetic)
+        if coarse is None:
+            continue
+        variance = np.where(mask, coarse.variance, scene.plain.variance)
+        estimate = Estimate(plain, variance, scene.plain.token_dof)
+        error = np.square(observed - plain)[mask].sum()
+        if assess(observed, estimate, scene.layout).explained and (
+            error > SMALLEST_SHARE * coarse.variance[mask].sum()
         ):
-            continue
-        if arithmetic.stored is not FLOAT32 and not _is_stored(observed, arithmetic):
-            continue
-        estimate = _estimate(experiment, arithmetic)
-        if estimate is None:
-            continue
-        found = assess(observed, estimate, scene.layout)
-        if found.explained and found.ratio > SMALLEST_SHARE:
             figures = experiment.figures(plain)
-            yield Coarser(name, _ADVICE, Outcome(*figures, True, found.ratio))
+            yield Coarser(name, _ADVICE, Outcome(*figures, True, experiment.misfit(plain), region))
             return
+
+
+def _is_scaled(observed: Float64, plain: Float64) -> bool:
+    """Whether much of an error is a constant factor, which rounding is not."""
+    factor = best_factor(observed, plain)
+    if factor is None:
+        return True
+    along = (factor - 1) ** 2 * float(np.square(plain).sum())
+    return along > LARGEST_ALONG * float(np.square(observed - plain).sum())
 
 
 def _estimate(experiment: Experiment, arithmetic: Arithmetic) -> Estimate | None:

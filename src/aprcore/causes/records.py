@@ -15,6 +15,8 @@ class CauseTried:
         relative_l2: Of the observed output against this alternative.
         cosine: Of the two.
         explains: Whether it explains the output to within the bound, and as well as any other.
+        is_evidence: Whether it is read off the model file and not tried: then the figures are
+            those of the stage as it is.
         part: The weights whose share of the output it was tried on, where a stage has several.
     """
 
@@ -24,6 +26,7 @@ class CauseTried:
     cosine: float
     explains: bool
     part: str = ""
+    is_evidence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,9 @@ class Explanation:
             return f"no known cause: {self.symptom}" if self.symptom else "no known cause"
         parts = dict.fromkeys(cause.part for cause in self.named)
         choices = [" or ".join(c.name for c in self.named if c.part == part) for part in parts]
-        cosine = min(cause.cosine for cause in self.named)
-        return f"{'; '.join(choices)} (cos {cosine:.7f} when tried)"
+        tried = [cause.cosine for cause in self.named if not cause.is_evidence]
+        proof = f" (cos {min(tried):.7f} when tried)" if tried else ""
+        return "; ".join(choices) + proof
 
     def summary(self) -> str:
         """The finding in one sentence."""

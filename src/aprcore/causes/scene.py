@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from aprcore.backends.prediction import Estimate, Profile
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.config import ModelConfig
 from aprcore.layouts import Layout
+from aprcore.noise import allowed_ratio
 from aprcore.stages import BY_NAME, StageKey
 from aprcore.weights import Weight
 
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 REFERENCE = ReferenceBackend()
 
@@ -51,6 +54,12 @@ class Scene:
     profile: Profile
     recorded: Callable[[StageKey], Floats | None]
     features: frozenset[str]
+
+    @cached_property
+    def wrong(self) -> Bools:
+        """Where the output is further from `plain` than rounding explains, in `plain`'s shape."""
+        error = np.square(self.observed.reshape(self.plain.value.shape) - self.plain.value)
+        return np.asarray(error > allowed_ratio(1.0) * self.plain.variance)
 
     @property
     def config(self) -> ModelConfig:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from aprcore.causes.experiment import Experiment, Outcome
+from aprcore.causes.file_evidence import find_evidence
 from aprcore.causes.precision import coarser_arithmetics
 from aprcore.causes.projections import MODULES, Variants, parts_of, try_variant
 from aprcore.causes.records import CauseTried
@@ -24,6 +25,7 @@ class Tried:
         outcome: How it fared.
         is_fallback: As in `Entry`.
         part: The weight's short name, for products by several.
+        is_evidence: As in `CauseTried`.
     """
 
     name: str
@@ -31,11 +33,17 @@ class Tried:
     outcome: Outcome
     is_fallback: bool = False
     part: str = ""
+    is_evidence: bool = False
 
     @property
-    def rank(self) -> tuple[bool, bool]:
+    def level(self) -> int:
+        """Lower is preferred where several explain: plain ones, solved ones, then mere evidence."""
+        return 2 if self.is_evidence else int(self.is_fallback)
+
+    @property
+    def rank(self) -> tuple[int, bool]:
         """Lower is simpler, when two explain equally."""
-        return self.is_fallback, self.outcome.region is not None
+        return self.level, self.outcome.region is not None
 
     def described(self) -> str:
         """The name with the region that it is confined to."""
@@ -90,12 +98,21 @@ def try_arithmetics(experiment: Experiment) -> Iterator[Tried]:
         yield Tried(found.name, found.advice, found.outcome, is_fallback=True)
 
 
+def try_evidence(scene: Scene, experiment: Experiment) -> Iterator[Tried]:
+    """What the model file shows of itself; there is no output to hold against the observed one."""
+    figures = experiment.figures(scene.plain.value)
+    for name, part in find_evidence(scene, experiment):
+        advice = "the conversion of this weight: compare it with the original's"
+        outcome = Outcome(*figures, True, 0.0)
+        yield Tried(name, advice, outcome, is_fallback=True, part=part, is_evidence=True)
+
+
 def settle(experiment: Experiment, tried: list[Tried]) -> Iterator[CauseTried]:
     """The causes, best first: those that explain, as few as the evidence allows, then the rest."""
     explaining = [t for t in tried if t.outcome.explains]
     whole = [t for t in explaining if not t.part]
     parts = list(dict.fromkeys(t.part for t in explaining if t.part))
-    if any(t.rank == (False, False) for t in whole) or not parts:
+    if any(t.rank == (0, False) for t in whole) or not parts:
         named = _best(experiment, whole)
     else:
         named = [t for part in parts for t in _best(experiment, _of(explaining, part))]
@@ -112,10 +129,11 @@ def _of(tried: list[Tried], part: str) -> list[Tried]:
 
 def _best(experiment: Experiment, explaining: list[Tried]) -> list[Tried]:
     """Those that explain as well as any other, the simplest of them."""
-    sure = [t for t in explaining if not t.is_fallback] or explaining
-    ranked = sorted(sure, key=lambda t: (t.outcome.misfit, t.rank))
-    if not ranked:
+    if not explaining:
         return []
+    level = min(t.level for t in explaining)
+    preferred = [t for t in explaining if t.level == level]
+    ranked = sorted(preferred, key=lambda t: (t.outcome.misfit, t.rank))
     best = ranked[0].outcome.misfit
     equal = [t for t in ranked if not experiment.tells_apart(best, t.outcome.misfit)]
     simplest = min(t.rank for t in equal)
@@ -133,5 +151,5 @@ def _merged(tried: list[Tried], *, explains: bool) -> list[CauseTried]:
         worst = max(group, key=lambda t: t.outcome.relative_l2)
         figures = worst.outcome.relative_l2, worst.outcome.cosine
         texts = [text.replace("{}", parts) if parts else text for text in (name, worst.advice)]
-        causes.append(CauseTried(texts[0], texts[1], *figures, explains, parts))
+        causes.append(CauseTried(texts[0], texts[1], *figures, explains, parts, worst.is_evidence))
     return causes

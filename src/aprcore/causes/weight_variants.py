@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 
 from aprcore.causes.projections import Indices, Part, Pick, Variant, Variants, picker
 from aprcore.causes.scene import Float64
-from aprcore.stages import K, O, Q, V
-from aprcore.weights import read_all
+from aprcore.stages import GATE, UP, K, O, Q, V
+from aprcore.weights import Weight, read_all
 
 # Values of a weight that is read whole (to transpose it, for instance).
 LARGEST_WHOLE = 1 << 28
 # Layers whose weights are tried: the nearest ones.
 MOST_LAYERS = 64
+# Rows whose wrong value is solved for, and the tokens that this takes: one is left to check it.
+MOST_SPOILT = 32
+FEWEST_TOKENS = 3
 
 
 def _mapped(inner: Pick, rows: Indices) -> Pick:
@@ -74,6 +77,87 @@ def _other_modules(part: Part) -> Iterator[Variant]:
                  f"{{}} and {other} are exchanged in the conversion"),
             picker(weight),
         )  # fmt: skip
+
+
+def _interleaved(part: Part) -> Iterator[Variant]:
+    """Gate and up from a fused matrix whose rows alternate, or the other way round."""
+    if part.module not in (GATE, UP):
+        return
+    gate, up = (part.scene.site.find(f"{name}.weight") for name in (GATE, UP))
+    if gate is None or up is None or gate.shape != up.shape:
+        return
+    count = gate.shape[0]
+    places = np.arange(count) + (0 if part.module == GATE else count)  # in halves of the fused
+    alternate = np.arange(2 * count).reshape(2, count).T.reshape(-1)  # its order, interleaved
+    for order in (alternate, np.argsort(alternate)):
+        yield Variant(
+            "{} rows interleaved with the other's of gate and up",
+            _say(part, "how the fused gate and up are split: halves or alternate rows",
+                 "rows of gate and up alternate in this file, or did in the original"),
+            _from_two(gate, up, order[places]),
+        )  # fmt: skip
+
+
+def _from_two(first: Weight, second: Weight, rows: Indices) -> Pick:
+    """Rows of two weights of one shape, numbered through."""
+    count = first.shape[0]
+
+    def pick(wanted: Indices) -> NDArray[np.float32]:
+        out = np.empty((wanted.size, first.shape[1]), np.float32)
+        for weight, start in ((first, 0), (second, count)):
+            here = (rows[wanted] >= start) & (rows[wanted] < start + count)
+            if here.any():
+                out[here] = picker(weight)(rows[wanted][here] - start)
+        return out
+
+    return pick
+
+
+def _spoilt_values(part: Part) -> Iterator[Variant]:
+    """One wrong input column or one wrong block for each wrong row, its factor solved for."""
+    plain = part.scene.plain.value
+    error = part.scene.observed.reshape(plain.shape) - plain
+    wrong = np.flatnonzero(part.scene.wrong.any(axis=0))
+    if not 0 < wrong.size <= MOST_SPOILT or part.x.shape[0] < FEWEST_TOKENS:
+        return
+    own = picker(part.weight)(wrong).astype(np.float64)
+    for size, what in ((1, "weight"), (32, "block"), (256, "block")):
+        if size >= part.x.shape[1]:
+            continue
+        changed, names = own.copy(), []
+        for number, row in enumerate(wrong):
+            starts = np.arange(0, part.x.shape[1], size)
+            shares = np.add.reduceat(part.x * own[number], starts, axis=1)
+            if size == 1:
+                shares = part.x
+            energy = np.square(shares).sum(axis=0)
+            along = error[:, row] @ shares
+            gains = np.where(energy > 0, along**2 / np.where(energy > 0, energy, 1.0), 0.0)
+            best = int(np.argmax(gains))
+            factor = float(along[best] / energy[best]) if energy[best] > 0 else 0.0
+            where = slice(best * size, (best + 1) * size)
+            changed[number, where] = own[number, where] * (1 + factor) if size > 1 else (
+                own[number, where] + factor
+            )  # fmt: skip
+            names.append(f"{what} {best} of row {row}"
+                         + (f" (scale times {1 + factor:.4g})" if size > 1 else ""))  # fmt: skip
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        yield Variant(
+            f"{{}} with a wrong value: {listed}",
+            _say(part, "how these values are read", "these values in the conversion"),
+            _replaced(picker(part.weight), wrong, changed.astype(np.float32)),
+            is_fallback=True,
+        )
+
+
+def _replaced(inner: Pick, rows: Indices, values: NDArray[np.float32]) -> Pick:
+    def pick(wanted: Indices) -> NDArray[np.float32]:
+        out = inner(wanted).copy()
+        for number, row in enumerate(rows):
+            out[wanted == row] = values[number]
+        return out
+
+    return pick
 
 
 def _other_layers(part: Part) -> Iterator[Variant]:
@@ -263,6 +347,7 @@ VARIANTS: tuple[Variants, ...] = (
     _transposed,
     _rope_rows,
     _other_modules,
+    _interleaved,
     _biases,
     _moved_rows,
     _moved_columns,
@@ -271,5 +356,6 @@ VARIANTS: tuple[Variants, ...] = (
     _row_factors,
     _cut_input,
     _lost_bias,
+    _spoilt_values,
     _other_layers,
 )

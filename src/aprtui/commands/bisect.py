@@ -46,7 +46,7 @@ def print_run(request: Request, *, as_json: bool = False, strict: bool = False) 
         from aprcore.report import to_json
 
         report = run_to_end(request)
-        print(json.dumps(to_json(report), indent=1, allow_nan=False))
+        print(json.dumps(to_json(report, strict=strict), indent=1, allow_nan=False))
         return int(report.diverges(strict=strict))
 
     from aprcore.bisect import bisect

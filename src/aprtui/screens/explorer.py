@@ -17,6 +17,7 @@ from textual.widgets import Footer, Input
 from textual.worker import Worker, get_current_worker
 
 from aprcore.stages import StageKey
+from aprtui.measures import Measure
 from aprtui.palette import ExplorerCommands
 from aprtui.rows import Filter, SortOrder, matching_keys
 from aprtui.run_state import RunState
@@ -28,6 +29,7 @@ from aprtui.widgets.divergence_table import DEFAULT_TOP_K, TOP_K_STEPS
 from aprtui.widgets.run_title import RunTitle, base_name
 from aprtui.widgets.stage_detail import StageDetail
 from aprtui.widgets.stage_tree import StageHeadings, StagePane, StageTree
+from aprtui.widgets.tab_strip import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class ExplorerScreen(Screen[None]):
         state: What is known of the run.
         engine_worker: Runs the engine; None until the first screen is painted.
         top_k: How many of the largest differences are shown.
+        tab: What the lower part of the detail pane shows.
     """
 
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ExplorerCommands}
@@ -61,9 +64,17 @@ class ExplorerScreen(Screen[None]):
         Binding("escape", "clear_filter", "clear filter", id="explorer.clear-filter",
                 tooltip="Show all stages again"),
         Binding("s", "sort", "sort", id="explorer.sort",
-                tooltip="Sort: order of computation, lowest cosine, largest relative L2"),
+                tooltip="Sort by computation, cosine, relative L2, model or kernel error"),
+        Binding("t", "measure", "judgment", id="explorer.measure",
+                tooltip="Show the cumulative, the model or the kernel judgment in the tree"),
+        Binding("w", "why", "why", id="explorer.why",
+                tooltip="Why this stage has its verdict, and back"),
         Binding("k", "top_k", "top-K", id="explorer.top-k",
                 tooltip="Show 5, 10, 20, 50, 100 or 200 of the largest differences"),
+        Binding("left_square_bracket", "tab(-1)", "previous tab", id="explorer.previous-tab",
+                key_display="[", show=False, tooltip="The previous tab of the detail pane"),
+        Binding("right_square_bracket", "tab(1)", "next tab", id="explorer.next-tab",
+                key_display="]", show=False, tooltip="The next tab of the detail pane"),
         Binding("tab", "app.focus_next", "next pane", id="explorer.next-pane", show=False,
                 tooltip="Go to the next pane: stages, figures, differences"),
         Binding("question_mark", "help", "help", id="explorer.help", key_display="?",
@@ -71,6 +82,7 @@ class ExplorerScreen(Screen[None]):
     ]  # fmt: skip
 
     top_k = reactive(DEFAULT_TOP_K)
+    tab = reactive(DetailTab.TOP_K, bindings=True)
     # What the footer offers depends on these; setting them draws it anew.
     is_open = reactive(False, bindings=True)
     is_filtered = reactive(False, bindings=True)
@@ -123,6 +135,8 @@ class ExplorerScreen(Screen[None]):
         self.state.open(event.header)
         if self.state.layers:
             self.tree_of_stages.expanded.add(self.state.layers[0])
+        if self.state.measures:
+            self._choose(measure=self.state.measures[0])
         self.is_open = True
         self._show_all()
         if event.header.notes:
@@ -179,7 +193,7 @@ class ExplorerScreen(Screen[None]):
 
     def _show_detail(self) -> None:
         row = self.tree_of_stages.row
-        self.detail.show(row, self.top_k)
+        self.detail.show(row, self.top_k, self.tab)
         report = None if row.key is None else self.state.reports.get(row.key)
         self._is_detail_judged = report is not None
 
@@ -191,6 +205,18 @@ class ExplorerScreen(Screen[None]):
         """Fill the table anew."""
         if self.is_mounted:
             self._show_detail()
+
+    def watch_tab(self) -> None:
+        """Show the other tab; on a tiny screen Why takes the place of the tree."""
+        self.set_class(self.tab is DetailTab.WHY, "-why")
+        if self.is_mounted:
+            self._show_detail()
+            # Once the classes have taken effect the pane may have another width.
+            self.call_after_refresh(self._show_detail)
+
+    @on(TabStrip.Chosen)
+    def _open_tab(self, event: TabStrip.Chosen) -> None:
+        self.tab = event.tab
 
     def go_to(self, key: StageKey) -> None:
         """Put the cursor on a stage because the user asked for it."""
@@ -212,8 +238,15 @@ class ExplorerScreen(Screen[None]):
                 return self.is_open
             case "previous_divergence":
                 return self.has_divergence
-            case "sort" | "top_k":
-                return self.is_open and self.state.has_oracle
+            case "top_k":
+                has_table = self.state.has_oracle and self.tab is DetailTab.TOP_K
+                return self.is_open and has_table
+            case "sort":
+                return self.is_open and bool(self.state.measures)
+            case "measure":
+                return self.is_open and len(self.state.measures) > 1
+            case "why" | "tab":
+                return self.is_open
             case "clear_filter":
                 return self.is_filtered
         return True
@@ -276,11 +309,35 @@ class ExplorerScreen(Screen[None]):
         self.tree_of_stages.choose(filter=Filter())
 
     def action_sort(self) -> None:
-        """Sort another way."""
-        order = self.tree_of_stages.order.following
-        self.tree_of_stages.choose(order=order)
-        title = "Stages" if order is SortOrder.COMPUTATION else f"Stages, {order.value}"
-        self.query_one("#stages").border_title = title
+        """Sort another way; the tree shows the figures that it is sorted by."""
+        order = self.tree_of_stages.order.following(self.state.measures)
+        self._choose(order=order, measure=order.measure)
+
+    def action_measure(self) -> None:
+        """Show the figures of the next judgment; a sorted tree is sorted by them."""
+        tree, measures = self.tree_of_stages, self.state.measures
+        measure = measures[(measures.index(tree.measure) + 1) % len(measures)]
+        is_sorted = tree.order is not SortOrder.COMPUTATION
+        self._choose(order=SortOrder.by(measure) if is_sorted else None, measure=measure)
+
+    def _choose(self, *, order: SortOrder | None = None, measure: Measure | None = None) -> None:
+        tree = self.tree_of_stages
+        tree.choose(order=order, measure=measure)
+        told = ["Stages"]
+        if tree.measure is not Measure.CUMULATIVE:
+            told.append(f"{tree.measure.value} judgment")
+        if tree.order is not SortOrder.COMPUTATION:
+            told.append(tree.order.value)
+        self.query_one("#stages").border_title = ", ".join(told)
+        self.query_one(StageHeadings).refresh()
+
+    def action_why(self) -> None:
+        """Show why, or what was shown before."""
+        self.tab = DetailTab.TOP_K if self.tab is DetailTab.WHY else DetailTab.WHY
+
+    def action_tab(self, step: int) -> None:
+        """Show another tab."""
+        self.tab = self.tab.step(step)
 
     def action_top_k(self) -> None:
         """Show more of the largest differences, then few again."""

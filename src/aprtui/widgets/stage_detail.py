@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.css.scalar import Scalar
@@ -13,21 +13,28 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from aprtui.description import (
+    describe_figures,
+    describe_judgments,
     describe_layer,
     describe_pending,
     describe_run,
-    describe_stage,
+    describe_shortly,
+    describe_verdict,
 )
 from aprtui.rows import Row
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
+from aprtui.why import explain_run, explain_stage
 from aprtui.widgets.divergence_table import DivergenceTable
+from aprtui.widgets.tab_strip import DetailTab, TabStrip
 
 if TYPE_CHECKING:
     from aprcore.report import StageReport
 
-# Lines from which the table gets a title of its own.
+# Lines from which the table gets a title of its own, and the Why tab leaves the judgments in view.
 ROOMY_LINES = 24
+# Lines below which the Why tab has one line above it.
+SHORT_LINES = 14
 
 
 class Figures(Widget):
@@ -43,11 +50,12 @@ class Figures(Widget):
         super().__init__(id=id)
         self._lines: list[Strip] = []
 
-    def present(self, figures: RenderableType, width: int) -> None:
-        """Show renderables in `width` cells."""
+    def present(self, figures: RenderableType | None, width: int) -> None:
+        """Show renderables in `width` cells, or nothing in no lines."""
         console = self.app.console
         options = console.options.update(width=max(1, width), height=None)
-        self._lines = [Strip(line) for line in console.render_lines(figures, options, pad=False)]
+        lines = [] if figures is None else console.render_lines(figures, options, pad=False)
+        self._lines = [Strip(line) for line in lines]
         height = Scalar.from_number(len(self._lines))
         if self.styles.height != height:
             self.styles.height = height
@@ -62,47 +70,74 @@ class Figures(Widget):
 
 
 class StageDetail(VerticalScroll):
-    """Figures above, the largest differences below."""
+    """The verdict and the judgments above, below them one tab."""
 
     def __init__(self, state: RunState, id: str | None = None) -> None:
         super().__init__(id=id)
         self._state = state
+        self._shown: tuple[Row, DetailTab] | None = None
 
     def compose(self) -> ComposeResult:
-        """The figures and the table."""
+        """The verdict, the tabs, and what they show."""
+        yield Figures(id="judgments")
+        yield TabStrip(id="tabs")
         yield Figures(id="figures")
         yield Static(id="top-title")
         yield DivergenceTable(id="differences")
 
-    def show(self, row: Row, top_k: int) -> None:
+    def show(self, row: Row, top_k: int, tab: DetailTab) -> None:
         """Describe a row."""
-        state = self._state
-        paint = Paint(self.app.theme_variables)
-        report = None if row.key is None else state.reports.get(row.key)
-        title, figures = self._describe(row, report, paint)
+        report = None if row.key is None else self._state.reports.get(row.key)
+        head, figures = (self.query_one(f"#{name}", Figures) for name in ("judgments", "figures"))
         # A cell is left for the scroll bar: lines must not change when it comes.
-        width = self.outer_size.width - self.gutter.width - 1
-        self.query_one(Figures).present(figures, width - self.query_one(Figures).gutter.width)
+        frame = self.styles.gutter.width + figures.styles.gutter.width
+        width = self.outer_size.width - frame - 1
+        above, below = self._describe(row, report, tab, width)
+        head.present(above, width)
+        figures.present(below, width)
+        self.query_one(TabStrip).show(tab)
         table = self.query_one(DivergenceTable)
-        table.show(report, top_k)
+        table.show(report if tab is DetailTab.TOP_K else None, top_k)
         # Where there is no room for a line above the table, the pane's title says how many.
         heading = self.query_one("#top-title", Static)
-        is_roomy = self.size.height >= ROOMY_LINES
-        heading.display = table.display and is_roomy
+        heading.display = table.display and self._is_roomy
         heading.update(f"{table.row_count} largest differences", layout=False)
-        if table.display and not is_roomy:
+        title = _title(row)
+        if table.display and not self._is_roomy:
             title = f"{title} · top {table.row_count}"
         self.border_title = title
+        if self._shown != (row, tab):
+            self._shown = (row, tab)
+            self.scroll_to(y=0, animate=False)
+
+    @property
+    def _is_roomy(self) -> bool:
+        return self.size.height >= ROOMY_LINES
 
     def _describe(
-        self, row: Row, report: StageReport | None, paint: Paint
-    ) -> tuple[str, RenderableType]:
-        """The title of the pane and what it says."""
-        state = self._state
-        if row.key is not None:
-            if report is None or state.header is None:
-                return str(row.key), describe_pending(row.key.stage, paint)
-            return str(row.key), describe_stage(report, state.header, paint)
-        if row.layer is not None:
-            return f"layer {row.layer}", describe_layer(state, row.layer, paint)
-        return "run", describe_run(state, paint)
+        self, row: Row, report: StageReport | None, tab: DetailTab, width: int
+    ) -> tuple[RenderableType, RenderableType | None]:
+        """What the pane says above the tabs and below them."""
+        state, paint = self._state, Paint(self.app.theme_variables)
+        is_why = tab is DetailTab.WHY
+        if row.key is None:
+            why = explain_run(state, row.layer, paint) if is_why and state.header else None
+            if row.layer is not None:
+                return describe_layer(state, row.layer, paint), why
+            return describe_run(state, paint), why
+        if report is None or state.header is None:
+            return describe_pending(row.key.stage, paint), None
+        above = [describe_verdict(report, paint)]
+        if self._is_roomy or not is_why:
+            above.append(describe_judgments(report, state.header, paint, width))
+        if is_why:
+            why = explain_stage(report, state, paint, figures=not self._is_roomy)
+            is_short = self.size.height < SHORT_LINES
+            return (describe_shortly(report, paint) if is_short else Group(*above)), why
+        return Group(*above), describe_figures(report, state.header, paint)
+
+
+def _title(row: Row) -> str:
+    if row.key is not None:
+        return str(row.key)
+    return "run" if row.layer is None else f"layer {row.layer}"

@@ -12,27 +12,24 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from aprcore.stages import StageKey
-from aprtui.formatting import (
-    COSINE_PLACES,
-    NARROW_COSINE_PLACES,
-    format_cosine,
-    format_ratio,
-    format_short,
-)
+from aprtui.measures import JUDGMENTS, Measure
 from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer, worst_of
 from aprtui.run_state import RunState
-from aprtui.theme import PENDING, UNJUDGED, Mark, Paint, cosine_ink, mark_of, mark_of_verdict
+from aprtui.theme import PENDING, UNJUDGED, Mark, Paint, mark_of, mark_of_verdict
+from aprtui.widgets.stage_columns import MARKS_COLUMN, Column, FigurePainter, columns_for
 
 if TYPE_CHECKING:
     from aprcore.judge import Verdict
     from aprcore.report import StageReport
 
 VERDICT_CELLS = 11  # a glyph, a space and INHERITED
-SMALL_CELLS = 8  # "3.2e-07", "0.8312", or a column's heading
-# Widths of the whole line from which there is room for more decimals, and for another figure. Below
-# the first, 39 cells hold the longest name, its cosine and the longest verdict exactly.
+# Width of the whole line from which there is room for more decimals. Below it, 39 cells hold the
+# longest name, its cosine and the longest verdict exactly.
 LONG_WIDTH = 46
-ROOMY_WIDTH = 58
+# What a name with the number of its layer takes more than one below its layer, and the longest name
+# of that kind in full: "  layer 27 · post_attn_residual".
+FLAT_CELLS = 4
+LONG_NAME_CELLS = 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,7 @@ class RowPainter:
         width: Cells of a line.
         expanded: Layers that are unfolded.
         order: A sorted list is flat, and its names carry their layer.
+        measure: The judgment whose figures come first.
     """
 
     state: RunState
@@ -52,37 +50,36 @@ class RowPainter:
     width: int
     expanded: frozenset[int]
     order: SortOrder
+    measure: Measure = Measure.CUMULATIVE
 
     @property
     def is_long(self) -> bool:
-        """Whether there is room for more than the name, four decimals and the verdict."""
+        """Whether there is room for more than the name, one short figure and the verdict."""
         return self.width >= LONG_WIDTH
 
     @property
-    def places(self) -> int:
-        """Decimals of a cosine."""
-        return COSINE_PLACES if self.is_long else NARROW_COSINE_PLACES
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of figures that there is room for."""
+        width = self.width - (FLAT_CELLS if self._is_flat else 0)
+        return columns_for(self.state.measures, self.measure, width, self.is_long)
 
     @property
-    def cosine_cells(self) -> int:
-        """Width of the column of cosines: a digit, a point and the decimals."""
-        return self.places + 2
+    def _is_flat(self) -> bool:
+        return self.order is not SortOrder.COMPUTATION
 
     @property
-    def is_roomy(self) -> bool:
-        """Whether there is room for a second figure."""
-        return self.width >= ROOMY_WIDTH
-
-    @property
-    def _has_verdicts(self) -> bool:
-        return self.state.has_oracle or bool(self.state.counts)
+    def _name_cells(self) -> int:
+        """What the figures and the verdict leave for the name."""
+        figures = sum(column.cells + 1 for column in self.columns)
+        return self.width - figures - VERDICT_CELLS - (2 if self.is_long else 1)
 
     def headings(self) -> Text:
         """The line above the rows."""
         quiet = self.paint("ink-quiet")
-        names = ["cosine", "rel. L2"] if self.state.has_oracle else ["RMS", "NaN/Inf"]
-        last = "verdict" if self._has_verdicts else ("" if self.is_roomy else "NaN/Inf")
-        columns = [Text(name, quiet) for name in names[: len(self._column_cells())]]
+        has_verdicts = bool(self.state.measures) or bool(self.state.counts)
+        counts_apart = any(column.name == "NaN/Inf" for column in self.columns)
+        last = "verdict" if has_verdicts else ("" if counts_apart else "NaN/Inf")
+        columns = [Text(column.heading, quiet) for column in self.columns]
         return self._line(Text("  stage", quiet), columns, Text(last, quiet))
 
     def row(self, row: Row) -> Text:
@@ -106,34 +103,48 @@ class RowPainter:
 
     def _layer(self, layer: int) -> Text:
         summary = summarise_layer(self.state, layer)
-        is_open = layer in self.expanded
-        name = Text.assemble((f"{'▾' if is_open else '▸'} layer {layer}", "bold"))
+        name = Text.assemble((f"{'▾' if layer in self.expanded else '▸'} layer {layer}", "bold"))
         if summary.done < summary.total:
             name.append(f"  {summary.done}/{summary.total}", self.paint("ink-quiet"))
-        lowest = summary.lowest
-        columns = self._figures(lowest) if lowest is not None else []
-        if not self.state.has_oracle:
-            return self._alone(name, None, summary.nonfinite, summary.worst, summary.done > 0)
-        mark = PENDING if summary.done < summary.total else None
-        if summary.worst is not None and (mark is None or summary.worst.is_divergence):
-            mark = mark_of_verdict(summary.worst)
-        return self._line(name, columns, self._verdict(mark) if mark else Text())
+        figures = FigurePainter(self.paint, self.is_long)
+        columns = []
+        for column in self.columns:
+            # Every figure is that of the stage which fares worst in it.
+            report = summary.lowest
+            if column.measure in JUDGMENTS:
+                report = summary.worst_by[column.measure]
+            if column is MARKS_COLUMN:
+                columns.append(figures.marks(summary.worst_by))
+            elif column.name == "NaN/Inf":
+                columns.append(figures.count(summary.nonfinite if summary.done else None))
+            else:
+                columns.append(Text() if report is None else figures.figure(column, report))
+        nonfinite = 0 if self.state.has_oracle else summary.nonfinite
+        if summary.done < summary.total and not (summary.worst and summary.worst.is_divergence):
+            return self._line(name, columns, self._verdict(PENDING))
+        return self._line(name, columns, self._last(summary.worst, nonfinite))
 
     def _stage(self, key: StageKey) -> Text:
         report = self.state.reports.get(key)
-        mark = mark_of(report)
         name = self._stage_name(key)
         if report is None:
             name.stylize(self.paint("ink-quiet"))
-            return self._line(name, [], self._verdict(mark))
+            return self._line(name, [], self._verdict(PENDING))
+        figures = FigurePainter(self.paint, self.is_long)
+        columns = []
+        for column in self.columns:
+            if column is MARKS_COLUMN:
+                columns.append(figures.marks(dict.fromkeys(JUDGMENTS, report)))
+            else:
+                columns.append(figures.figure(column, report))
+        nonfinite = 0
         if not self.state.has_oracle and report.trace is not None:
-            alone = report.trace
-            return self._alone(name, alone.rms, alone.nonfinite, report.verdict, True)
-        return self._line(name, self._figures(report), self._verdict(mark))
+            nonfinite = report.trace.nonfinite
+        return self._line(name, columns, self._last(report.verdict, nonfinite, report))
 
     def _stage_name(self, key: StageKey) -> Text:
         """The name below its layer, or with its layer in a sorted list; the first fault marked."""
-        is_flat = self.order is not SortOrder.COMPUTATION or key.layer is None
+        is_flat = self._is_flat or key.layer is None
         first = self.state.first_divergence
         if first is not None and first.key == key:
             name = Text.assemble(("▶ ", self.paint(mark_of(first).ink, bold=True)))
@@ -142,42 +153,30 @@ class RowPainter:
         if not is_flat and self.is_long:
             name = Text.assemble("  ", name)
         if is_flat and key.layer is not None:
-            prefix = "layer " if self.is_long else ""
+            prefix = "layer " if self._name_cells >= LONG_NAME_CELLS else ""
             name.append(f"{prefix}{key.layer} · ", self.paint("ink-quiet"))
         return name.append(key.stage)
 
-    def _figures(self, report: StageReport) -> list[Text]:
-        found = report.comparison
-        if found is None:
-            return []
-        # A sign takes the place of a decimal: columns stay aligned.
-        cosine = format_cosine(found.cosine, self.places - (found.cosine < 0))
-        columns = [Text(cosine, self.paint(cosine_ink(found.cosine)))]
-        if self.is_roomy:
-            columns.append(Text(format_ratio(found.relative_l2), self.paint("ink-quiet")))
-        return columns
-
-    def _alone(
-        self, name: Text, rms: float | None, nonfinite: int, verdict: Verdict | None, is_known: bool
+    def _last(
+        self, verdict: Verdict | None, nonfinite: int, report: StageReport | None = None
     ) -> Text:
-        """A row without an oracle: RMS and the count of NaN and infinities.
+        """The verdict; without one the count of NaN, unless that has a column of its own."""
+        if verdict is not None:
+            text = self._verdict(mark_of_verdict(verdict))
+            blamed = None if report is None or not self.state.is_judged else report.blamed
+            if blamed is not None and MARKS_COLUMN not in self.columns and not self._has_figures:
+                text.append(f" {blamed[0].upper()}", self.paint(mark_of_verdict(verdict).ink))
+            return text
+        if any(column.name == "NaN/Inf" for column in self.columns):
+            return Text(UNJUDGED.glyph if self.state.measures else "", self.paint(UNJUDGED.ink))
+        if nonfinite == 0 and (self.state.measures or self.state.counts):
+            return Text(UNJUDGED.glyph, self.paint(UNJUDGED.ink))
+        return FigurePainter(self.paint, self.is_long).count(nonfinite)
 
-        The count has a column of its own only where there is room; else a verdict takes its place.
-        """
-        count = Text(f"∞ {nonfinite}", self.paint("verdict-nonfinite", bold=True))
-        if nonfinite == 0:
-            count = Text("0" if is_known else "", self.paint("ink-quiet"))
-        form = format_short if self.is_long else format_ratio
-        columns = [Text("" if rms is None else form(rms))]
-        last = count if verdict is None else self._verdict(mark_of_verdict(verdict))
-        if self.is_roomy:
-            columns.append(count)
-            last = Text() if verdict is None else last
-        elif not is_known:
-            last = self._verdict(PENDING)
-        elif verdict is None and nonfinite == 0 and self._has_verdicts:
-            last = Text(UNJUDGED.glyph, self.paint(UNJUDGED.ink))
-        return self._line(name, columns, last)
+    @property
+    def _has_figures(self) -> bool:
+        """Whether both judgments have a column of figures."""
+        return {*JUDGMENTS} <= {column.measure for column in self.columns}
 
     def _verdict(self, mark: Mark) -> Text:
         quiet = mark is PENDING
@@ -185,17 +184,12 @@ class RowPainter:
 
     def _line(self, name: Text, columns: list[Text], verdict: Text) -> Text:
         """Put the cells of one line where they belong."""
-        widths = self._column_cells()
         tail = Text()
-        for width, column in zip(widths, [*columns, *[Text()] * len(widths)]):
-            tail.append(" " * max(1, width + 1 - column.cell_len)).append_text(column)
+        for number, column in enumerate(self.columns):
+            cell = columns[number] if number < len(columns) else Text()
+            tail.append(" " * max(1, column.cells + 1 - cell.cell_len)).append_text(cell)
         tail.append("  " if self.is_long else " ").append_text(verdict)
         tail.append(" " * max(0, VERDICT_CELLS - verdict.cell_len))
         room = max(1, self.width - tail.cell_len)
         name.truncate(room, overflow="ellipsis", pad=True)
         return Text.assemble(name, tail)
-
-    def _column_cells(self) -> list[int]:
-        alone = SMALL_CELLS if self.is_long else SMALL_CELLS - 1
-        first = self.cosine_cells if self.state.has_oracle else alone
-        return [first, *([SMALL_CELLS] if self.is_roomy else [])]

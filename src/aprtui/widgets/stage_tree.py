@@ -19,6 +19,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from aprcore.stages import StageKey
+from aprtui.measures import Measure
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
@@ -39,6 +40,7 @@ class StageTree(ScrollView, can_focus=True):
         expanded: Layers that are unfolded.
         filter: What rows must contain.
         order: How they are sorted.
+        measure: The judgment whose figures they show first.
         user_moved: Whether the user has taken the cursor; it then stays where it is.
     """
 
@@ -78,6 +80,7 @@ class StageTree(ScrollView, can_focus=True):
         self.expanded: set[int] = set()
         self.filter = Filter()
         self.order = SortOrder.COMPUTATION
+        self.measure = Measure.CUMULATIVE
         self.user_moved = False
         self._cursor = 0
 
@@ -95,7 +98,7 @@ class StageTree(ScrollView, can_focus=True):
         """Draws rows for the present width and theme."""
         everything = frozenset(self.state.layers) if self.filter else frozenset(self.expanded)
         paint = Paint(self.app.theme_variables)
-        return RowPainter(self.state, paint, self.line_width, everything, self.order)
+        return RowPainter(self.state, paint, self.line_width, everything, self.order, self.measure)
 
     def rearrange(self) -> None:
         """Take over what has changed; the cursor stays on its row, or the nearest that is left."""
@@ -111,10 +114,14 @@ class StageTree(ScrollView, can_focus=True):
             self.post_message(self.Highlighted(self.row))
         self.refresh()
 
-    def choose(self, *, filter: Filter | None = None, order: SortOrder | None = None) -> None:
-        """Show other rows, or in another order."""
+    def choose(
+        self, *, filter: Filter | None = None, order: SortOrder | None = None,
+        measure: Measure | None = None,
+    ) -> None:  # fmt: skip
+        """Show other rows, in another order, or with other figures."""
         self.filter = self.filter if filter is None else filter
         self.order = self.order if order is None else order
+        self.measure = self.measure if measure is None else measure
         self.rearrange()
 
     def unfold(self, layer: int) -> None:

@@ -1,4 +1,4 @@
-"""The bar under the title: the finding in one line, and what the model says next."""
+"""The bar under the title: the finding and its cause, and what the model says next."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from textual.widget import Widget
 from aprtui.formatting import quoted
 from aprtui.run_state import RunState
 from aprtui.theme import MARKS, SEVERITY, Paint, mark_of
+from aprtui.why import finding_of
 
 if TYPE_CHECKING:
     from aprcore.report import LogitsReport
@@ -18,7 +19,7 @@ BAR_CELLS = 10
 
 
 class VerdictBar(Widget):
-    """Two lines: the finding with the progress, and the next token."""
+    """Two lines: the finding with its cause, then the next token with the progress."""
 
     def __init__(self, state: RunState, opening: str, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -28,49 +29,43 @@ class VerdictBar(Widget):
     def render(self) -> Text:
         """Both lines for the present width."""
         paint = Paint(self.app.theme_variables)
-        first = self._first_line(paint)
-        first.truncate(self.size.width, overflow="ellipsis")
-        second = self._next_token(paint)
-        second.truncate(self.size.width, overflow="ellipsis")
-        return Text("\n").join([first, second])
+        state = self._state
+        on = Text(" [n] next ", paint("ink-quiet")) if state.divergences else Text()
+        right = self._progress(paint) if state.is_running else self._counts(paint)
+        lines = self._join(self._finding(paint), on), self._join(self._next_token(paint), right)
+        return Text("\n").join(lines)
 
-    def _first_line(self, paint: Paint) -> Text:
-        """The finding, why, and at the right the progress or the counts: as much as fits."""
-        finding, reason = self._finding(paint), self._reason()
-        right = self._progress(paint) if self._state.is_running else self._counts(paint)
-        choices = [(reason, right), (reason, Text()), (Text(), right), (Text(), Text())]
-        if self._state.is_running:
-            # Meanwhile the progress matters more than why.
-            del choices[1]
-        for middle, end in choices:
-            room = self.size.width - finding.cell_len - middle.cell_len - end.cell_len
-            if room >= 1:
-                return Text.assemble(finding, middle, " " * room, end)
-        return finding
-
-    def _reason(self) -> Text:
-        divergence = self._state.first_divergence
-        return Text("" if divergence is None else f"  {divergence.reason}")
+    def _join(self, left: Text, right: Text) -> Text:
+        """A line of two ends. What is at the left may lose its tail, but not all of it."""
+        width = self.size.width
+        room = width - right.cell_len
+        # Half a line of a finding says more than the key that goes on; a line of its own, all.
+        if left.cell_len > room and room < width // 2:
+            right, room = Text(), width
+        left.truncate(max(0, room), overflow="ellipsis", pad=True)
+        return left.append_text(right)
 
     def _finding(self, paint: Paint) -> Text:
         state = self._state
         divergence = state.first_divergence
         if divergence is not None:
-            mark = mark_of(divergence)
-            style = paint(mark.ink, bold=True)
-            said = "first divergence: " if self.size.width >= 72 else ""
-            return Text(f" {mark.glyph} {said}{divergence.key}  {mark.word}", style)
+            style = paint(mark_of(divergence).ink, bold=True)
+            line = Text(f" {mark_of(divergence).glyph} {divergence.key}", style)
+            verdict, _, why = finding_of(divergence).partition(":")
+            return line.append(f"  {verdict}:", style).append(why)
         if state.error is not None:
             return Text(" ✗ the run failed", paint("verdict-fail", bold=True))
         if state.header is None:
             return Text(f" · {self._opening}", paint("verdict-pending"))
         if state.report is None:
-            said = "no divergence so far" if state.has_oracle else "tracing"
+            said = "no divergence so far" if state.measures else "tracing"
             return Text(f" · {said}", paint("verdict-pending"))
-        if not state.has_oracle:
+        if not state.measures:
             return Text(f" – {state.report.summary()}", paint("ink-oracle", bold=True))
-        mark = MARKS["PASS"]
-        said = f" {mark.glyph} no divergence in {len(state.reports)} stages "
+        mark, stages = MARKS["PASS"], f"in {len(state.reports)} stages"
+        said = f" {mark.glyph} no divergence {stages}"
+        if not state.has_oracle:
+            said = f" {mark.glyph} no kernel fault {stages}; weights are taken on trust"
         return Text(said, paint(mark.ink, bold=True))
 
     def _progress(self, paint: Paint) -> Text:
@@ -88,15 +83,13 @@ class VerdictBar(Widget):
         return text.append("░" * (BAR_CELLS - filled) + " ", paint("ink-quiet"))
 
     def _counts(self, paint: Paint) -> Text:
-        """How many stages got each verdict, gravest first, and the key that goes on."""
+        """How many stages got each verdict, gravest first."""
         counts = {verdict.value: count for verdict, count in self._state.counts.items()}
         text = Text()
         for word in reversed(SEVERITY):
             if word in counts:
                 mark = MARKS[word]
                 text.append(f"{mark.glyph} {counts[word]} {word}  ", paint(mark.ink))
-        if self._state.divergences:
-            text.append("[n] next ", paint("ink-quiet"))
         return text
 
     def _next_token(self, paint: Paint) -> Text:

@@ -163,6 +163,10 @@ class OpenCLBackend:
         row_size = math.prod(x.shape[1:])
         return self._launcher.copy(x, start * row_size, (stop - start, *x.shape[1:]))
 
+    def append_rows(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
+        """See `Backend`."""
+        return self._launcher.join(x, y)
+
     def rope(
         self, x: DeviceArray, positions: Int64, rope: Rope, *, adjacent_pairs: bool = False
     ) -> DeviceArray:

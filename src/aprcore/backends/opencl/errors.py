@@ -34,6 +34,13 @@ class DeviceMemoryError(BackendError):
     """The device has not enough memory."""
 
 
+def memory_error(device: str) -> DeviceMemoryError:
+    """The error for an allocation that a device has no room for."""
+    return DeviceMemoryError(
+        "the device is out of memory", where=device, hint="use fewer tokens, or --no-gpu"
+    )
+
+
 @contextmanager
 def driver_errors(device: str) -> Iterator[None]:
     """Turn what the driver of `device` raises into a `BackendError`.
@@ -48,14 +55,13 @@ def driver_errors(device: str) -> Iterator[None]:
     try:
         yield
     except cl.Error as error:
-        raise _translate(error.code, str(error), device) from error
+        raise translate_status(error.code, str(error), device) from error
 
 
-def _translate(code: int, message: str, device: str) -> BackendError:
+def translate_status(code: int, message: str, device: str) -> BackendError:
+    """The error for a status code of OpenCL and the driver's own message."""
     if code in _MEMORY:
-        return DeviceMemoryError(
-            "the device is out of memory", where=device, hint="use fewer tokens, or --no-gpu"
-        )
+        return memory_error(device)
     if code in _UNAVAILABLE:
         return DeviceUnavailableError(
             _UNAVAILABLE[code], where=device, hint="`aprtui devices` lists those that are"

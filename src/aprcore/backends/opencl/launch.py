@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.opencl.device import OpenDevice
-from aprcore.backends.opencl.errors import driver_errors
+from aprcore.backends.opencl.errors import driver_errors, memory_error
 from aprcore.backends.opencl.program import Programs
 from aprcore.weights import Float32
 
@@ -73,10 +73,10 @@ class Launcher:
             DeviceMemoryError: There is no room for it.
         """
         size_bytes = 4 * math.prod(shape)
-        limit = self.device.info.largest_allocation_bytes
+        # Not every driver checks this, and the pool of arrays does not either.
+        if size_bytes > self.device.info.largest_allocation_bytes:
+            raise memory_error(self.device.label)
         with driver_errors(self.device.label):
-            if size_bytes > limit:  # which not every driver checks
-                raise _too_large(size_bytes)
             return DeviceArray(self._pool.allocate(size_bytes), shape)
 
     def upload(self, values: NDArray[Any]) -> Any:
@@ -105,6 +105,17 @@ class Launcher:
         with driver_errors(self.device.label):
             cl.enqueue_copy(self.device.queue, out.buffer, x.buffer, src_offset=4 * first,
                             byte_count=4 * out.size)  # fmt: skip
+        return out
+
+    def join(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
+        """The rows of x, then those of y."""
+        import pyopencl as cl
+
+        out = self.empty((x.shape[0] + y.shape[0], *x.shape[1:]))
+        with driver_errors(self.device.label):
+            cl.enqueue_copy(self.device.queue, out.buffer, x.buffer, byte_count=4 * x.size)
+            cl.enqueue_copy(self.device.queue, out.buffer, y.buffer, dst_offset=4 * x.size,
+                            byte_count=4 * y.size)  # fmt: skip
         return out
 
     def kernel(self, name: str, sources: Sequence[str], **options: int) -> Any:
@@ -141,9 +152,3 @@ class Launcher:
         work = _CPU_GROUP_WORK if self.device.tuning.is_cpu else _LANE_WORK * lanes
         groups = max(1, min(-(-count // lanes), -(-count * cost // work)))
         return self.run(kernel, (groups,), *args)
-
-
-def _too_large(size_bytes: int) -> Exception:
-    import pyopencl as cl
-
-    return cl.MemoryError("allocate", cl.status_code.INVALID_BUFFER_SIZE, f"{size_bytes} bytes")

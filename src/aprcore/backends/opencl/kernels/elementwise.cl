@@ -41,9 +41,10 @@ kernel GROUP void gelu(global const float *x, ulong count, global float *y) {
 }
 
 kernel GROUP void gelu_pytorch_tanh(global const float *x, ulong count, global float *y) {
+    // (1 + tanh(a)) / 2 is 1 / (1 + exp(-2 a)), which keeps its digits where it is small.
     FOR_SPAN(i, count) {
-        const float v = x[i], inner = 0.79788456f * (v + 0.044715f * v * v * v);
-        y[i] = 0.5f * v * (1 + tanh(inner));
+        const float v = x[i];
+        y[i] = v / (1 + exp(-1.59576912f * (v + 0.044715f * v * v * v)));
     }
 }
 

@@ -1,0 +1,108 @@
+"""`aprtui devices`: the OpenCL devices there are, and which one would be used."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from aprcore.backends.opencl.device import Choice, DeviceInfo
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "devices",
+        help="list the OpenCL devices and say which one would be used",
+        description="List the OpenCL devices that --gpu can use, and say which one it would be.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--device", metavar="NAME|INDEX",
+        help="say what this choice would find: an index in the list, or part of a platform's,"
+        " device's or version's text",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every device.
+
+    Raises:
+        DeviceUnavailableError: There is none, or none that is asked for.
+    """
+    from aprcore.backends.opencl.device import choose_device, list_devices
+
+    devices = list_devices()
+    choice = choose_device(devices, args.device)
+    if args.json:
+        import json
+
+        print(json.dumps(_record(devices, choice), indent=1))
+    else:
+        _print(devices, choice)
+    return 0
+
+
+def _record(devices: Sequence[DeviceInfo], choice: Choice) -> dict[str, Any]:
+    fields = ("index", "platform", "name", "version", "driver", "kind", "memory_bytes",
+              "largest_allocation_bytes", "max_group", "compute_units", "shares_host_memory",
+              "extensions", "obstacle")  # fmt: skip
+    return {
+        "devices": [{name: getattr(device, name) for name in fields} for device in devices],
+        "chosen": choice.device.index,
+        "reason": choice.reason,
+    }
+
+
+def _print(devices: Sequence[DeviceInfo], choice: Choice) -> None:
+    from rich.console import Console, Group
+    from rich.text import Text
+
+    from aprtui.text import visible
+
+    parts: list[RenderableType] = []
+    for device in devices:
+        parts += [Text(f"{device.index}  {visible(device.name)}", style="bold"), _fields(device)]
+    parts.append(Text(f"\nwould use {choice.device.index}: {visible(choice.reason)}"))
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(Group(*parts))
+        return
+    # A pipe has no width: lines are neither folded nor padded, for grep and diff.
+    wide = Console(highlight=False, width=10_000)
+    with wide.capture() as captured:
+        wide.print(Group(*parts))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _fields(device: DeviceInfo) -> RenderableType:
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    from aprtui.text import byte_count, visible
+
+    shared = ", the host's" if device.shares_host_memory else ""
+    fields = {
+        "platform": device.platform,
+        "version": f"{device.version}, driver {device.driver}",
+        "kind": f"{device.kind}, {device.compute_units} compute units,"
+        f" work-groups of up to {device.max_group}",
+        "memory": f"{byte_count(device.memory_bytes)}{shared},"
+        f" {byte_count(device.largest_allocation_bytes)} at most in one piece",
+        "extensions": ", ".join(device.notable_extensions) or "none that matter",
+    }
+    if device.obstacle:
+        fields["unusable"] = device.obstacle
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(Text(name), Text(visible(value)))
+    return Padding(table, (0, 0, 0, 3))

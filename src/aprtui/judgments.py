@@ -1,0 +1,137 @@
+"""The three judgments of a stage as a small table, for any width. No widget and no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from aprtui.formatting import format_cosine, format_ratio, format_times
+from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
+from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of
+
+if TYPE_CHECKING:
+    from aprcore.judge import Judgment
+    from aprcore.report import RunHeader, StageReport
+
+# Cells from which the table has all its columns, and from which the worst part stands in them.
+WIDE_CELLS = 60
+WIDEST_CELLS = 104
+LABEL_CELLS = 12  # "✗ cumulative"
+WORDS = {"PASS": "pass", "FAIL": "FAIL"}
+
+
+def judgment_lines(
+    report: StageReport, header: RunHeader, paint: Paint, width: int
+) -> Iterator[Text]:
+    """The lines of the table: headings, one per judgment, then worst parts and spans.
+
+    Args:
+        report: The stage.
+        header: The run.
+        paint: Styles of the theme.
+        width: Cells of a line.
+    """
+    is_wide = width >= WIDE_CELLS
+    quiet = paint("ink-quiet")
+    headings = ["rel. L2", "bound", "cosine", *(["noise"] if is_wide else [])]
+    yield Text(" " * LABEL_CELLS + _cells(headings, is_wide), quiet, no_wrap=True)
+    yield _cumulative(report, header, paint, is_wide)
+    for measure in JUDGMENTS:
+        judgment = judgment_of(report, measure)
+        line = _label(measure, judgment_mark(judgment), report, paint)
+        if judgment is None:
+            yield line.append(f" {absence(report, measure, header)}", quiet)
+            continue
+        line.append_text(_figures(judgment, paint, is_wide)).append_text(_blame(report, measure))
+        if width >= WIDEST_CELLS:
+            line.append("  " + " " * (7 - len(_blame(report, measure)))).append_text(
+                _worst(judgment, paint)
+            )
+        line.no_wrap = True
+        yield line
+    for measure in JUDGMENTS:
+        judgment = judgment_of(report, measure)
+        if judgment is not None and width < WIDEST_CELLS:
+            yield Text.assemble((f"  {measure.value} ", quiet), _worst(judgment, paint))
+    yield from _spans(report, paint)
+
+
+def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: bool) -> Text:
+    """The line of the cumulative comparison; beyond its bound it need not be a fault."""
+    found = report.comparison
+    if found is None:
+        line = _label(Measure.CUMULATIVE, UNJUDGED, report, paint)
+        return line.append(f" {absence(report, Measure.CUMULATIVE, header)}", paint("ink-quiet"))
+    # Where neither other judgment was made, the bound allows for the weights and is in the reason.
+    is_alone = header.judged and report.kernel is None and report.model is None
+    is_within = found.relative_l2 <= header.bound
+    mark = mark_of(report) if is_alone or not is_within else MARKS["PASS"]
+    line = _label(Measure.CUMULATIVE, mark, report, paint)
+    ink = "" if mark.word == "PASS" else paint(mark.ink)
+    bound = "–" if is_alone else format_ratio(header.bound)
+    figures = [format_ratio(found.relative_l2), bound, _cosine(found.cosine, is_wide)]
+    line.append(_cells(figures, is_wide), ink)
+    if is_wide:
+        line.append(" " * 9 + f"  {mark.word if mark.word != 'PASS' else 'pass'}", ink)
+    line.append_text(_blame(report, Measure.CUMULATIVE))
+    line.no_wrap = True
+    return line
+
+
+def _figures(judgment: Judgment, paint: Paint, is_wide: bool) -> Text:
+    mark = judgment_mark(judgment)
+    style = "" if judgment.passed else paint(mark.ink, bold=True)
+    figures = [format_ratio(judgment.relative_l2), format_ratio(judgment.bound)]
+    figures.append(_cosine(judgment.cosine, is_wide))
+    if is_wide:
+        figures.append(format_times(judgment.assessment.ratio))
+    text = Text(_cells(figures, is_wide), style)
+    return text.append(f"  {WORDS[mark.word]}", style) if is_wide else text
+
+
+def _label(measure: Measure, mark: Mark, report: StageReport, paint: Paint) -> Text:
+    is_blamed = report.blamed == measure.value
+    label = Text(f"{mark.glyph} ", paint(mark.ink, bold=True))
+    label.append(measure.value, "bold" if is_blamed else paint("ink-quiet"))
+    label.append(" " * (LABEL_CELLS - label.cell_len))
+    return label
+
+
+def _blame(report: StageReport, measure: Measure) -> Text:
+    """Marks the judgment that a FAIL rests on."""
+    return Text(" ◀", "bold") if report.blamed == measure.value else Text()
+
+
+def _worst(judgment: Judgment, paint: Paint) -> Text:
+    """The part that stands out most, and what it may: "worst row 812: 31x, at most 8.50x"."""
+    part = judgment.assessment.worst
+    style = "" if judgment.passed else paint("verdict-fail", bold=True)
+    return Text.assemble(
+        ("worst ", paint("ink-quiet")), f"{part.name}: ", (format_times(part.ratio), style),
+        (f", at most {format_times(part.factor)}", paint("ink-quiet")),
+    )  # fmt: skip
+
+
+def _spans(report: StageReport, paint: Paint) -> Iterator[Text]:
+    """Where a judgment covers more than its stage: from what, and what to dump to narrow it."""
+    for measure in JUDGMENTS:
+        judgment = judgment_of(report, measure)
+        if judgment is None or not judgment.span:
+            continue
+        starts = ", ".join(map(str, judgment.span))
+        missing = ", ".join(key.stage for key in judgment.recomputed)
+        yield Text.assemble(
+            (f"  {measure.value} ", paint("ink-quiet")), ("judged from ", ""), (starts, "bold"),
+            (f"; dump {missing} to narrow it", ""),
+        )  # fmt: skip
+
+
+def _cosine(cosine: float, is_wide: bool) -> str:
+    return format_cosine(cosine, 7 if is_wide else 4)
+
+
+def _cells(figures: list[str], is_wide: bool) -> str:
+    widths = (9, 9, 11, 9) if is_wide else (8, 8, 8)
+    return "".join(figure.rjust(cells) for figure, cells in zip(figures, widths))

@@ -1,0 +1,155 @@
+"""The tree's columns of figures: which there is room for, and how each figure is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.text import Text
+
+from aprtui.formatting import (
+    COSINE_PLACES,
+    NARROW_COSINE_PLACES,
+    format_compact,
+    format_cosine,
+    format_ratio,
+    format_short,
+    format_times,
+)
+from aprtui.measures import JUDGMENTS, Measure, judgment_of
+from aprtui.theme import Paint, cosine_ink, judgment_mark
+
+if TYPE_CHECKING:
+    from aprcore.judge import Judgment
+    from aprcore.report import StageReport
+
+SMALL_CELLS = 8  # "3.2e-07", "✗1.1e+00", or a column's heading
+# Widths of the whole line: the longest name in its layer takes 22 cells, a cosine in all decimals
+# 10, the longest verdict 13, every other figure 9, and the two marks 4.
+MARKS_WIDTH = 49
+ONE_MORE_WIDTH = 58
+TWO_MORE_WIDTH = 63
+THREE_MORE_WIDTH = 72
+
+
+class Column(NamedTuple):
+    """A right-aligned column of figures.
+
+    Attributes:
+        name: Which figure.
+        heading: What stands above it.
+        cells: Its width, without the gap before it.
+        measure: The judgment it is of.
+    """
+
+    name: str
+    heading: str
+    cells: int
+    measure: Measure | None = None
+
+
+# One glyph each for the model and the kernel judgment.
+MARKS_COLUMN = Column("marks", "M K", 3)
+# The headings of figures that have a column in wide trees only.
+_MODEL = Column("relative L2", "model L2", SMALL_CELLS, Measure.MODEL)
+_KERNEL = Column("relative L2", "kern. L2", SMALL_CELLS, Measure.KERNEL)
+_CUMULATIVE = Column("relative L2", "rel. L2", SMALL_CELLS, Measure.CUMULATIVE)
+_RMS, _COUNT = Column("RMS", "RMS", SMALL_CELLS), Column("NaN/Inf", "NaN/Inf", SMALL_CELLS)
+
+
+@lru_cache(maxsize=32)
+def columns_for(
+    measures: Sequence[Measure], shown: Measure, width: int, is_long: bool
+) -> tuple[Column, ...]:
+    """The columns for a line's width, the judgment that is shown first.
+
+    Args:
+        measures: The judgments that the run makes; none: statistics only.
+        shown: The one whose figures come first.
+        width: Cells of the whole line.
+        is_long: Whether figures have all their decimals.
+    """
+    if not measures:
+        cells = SMALL_CELLS if is_long else SMALL_CELLS - 1
+        return (_RMS._replace(cells=cells), *((_COUNT,) if width >= ONE_MORE_WIDTH else ()))
+    if shown is Measure.CUMULATIVE:
+        places = COSINE_PLACES if is_long else NARROW_COSINE_PLACES
+        first = Column("cosine", "cosine", places + 2, shown)
+        more: tuple[Column, ...] = (_CUMULATIVE,)
+        if len(measures) > 1:
+            more = (_MODEL, _KERNEL)
+            more = (_CUMULATIVE, *more) if width >= THREE_MORE_WIDTH else more
+    else:
+        column = _MODEL if shown is Measure.MODEL else _KERNEL
+        first = column if is_long else column._replace(heading=shown.value, cells=6)
+        more = tuple(Column(name, name, SMALL_CELLS, shown) for name in ("bound", "noise"))
+        if len(measures) == 1:
+            more = (_RMS, _COUNT)
+    needed = ONE_MORE_WIDTH if len(more) == 1 else TWO_MORE_WIDTH
+    if width >= needed:
+        return (first, *more)
+    marks = (MARKS_COLUMN,) if len(measures) > 1 and width >= MARKS_WIDTH else ()
+    return (first, *marks)
+
+
+class FigurePainter:
+    """Draws the figures of a stage.
+
+    Args:
+        paint: Styles of the theme.
+        is_long: Whether figures have all their decimals.
+    """
+
+    def __init__(self, paint: Paint, is_long: bool) -> None:
+        self._paint = paint
+        self._is_long = is_long
+
+    def figure(self, column: Column, report: StageReport) -> Text:
+        """One figure; empty where the stage has none."""
+        if column.measure in JUDGMENTS:
+            judgment = judgment_of(report, column.measure)
+            return Text() if judgment is None else self._judged(column, judgment)
+        alone = report.trace
+        if column.name == "RMS":
+            form = format_short if self._is_long else format_ratio
+            return Text("" if alone is None else form(alone.rms))
+        if column.name == "NaN/Inf":
+            return self.count(None if alone is None else alone.nonfinite)
+        found = report.comparison
+        if found is None:
+            return Text()
+        if column.name == "cosine":
+            # A sign takes the place of a decimal: columns stay aligned.
+            places = column.cells - 2 - (found.cosine < 0)
+            return Text(format_cosine(found.cosine, places), self._paint(cosine_ink(found.cosine)))
+        return Text(format_ratio(found.relative_l2), self._paint("ink-quiet"))
+
+    def marks(self, reports: Mapping[Measure, StageReport | None]) -> Text:
+        """A glyph for the model and one for the kernel judgment."""
+        text = Text()
+        for measure in JUDGMENTS:
+            report = reports[measure]
+            mark = judgment_mark(None if report is None else judgment_of(report, measure))
+            text.append(" " if text else "").append(mark.glyph, self._paint(mark.ink))
+        return text
+
+    def count(self, nonfinite: int | None) -> Text:
+        """How many NaN and infinities; None: not known."""
+        if not nonfinite:
+            return Text("" if nonfinite is None else "0", self._paint("ink-quiet"))
+        return Text(f"∞ {nonfinite}", self._paint("verdict-nonfinite", bold=True))
+
+    def _judged(self, column: Column, judgment: Judgment) -> Text:
+        """A figure of a model or kernel judgment; a glyph shows one that failed."""
+        if column.name == "bound":
+            return Text(format_ratio(judgment.bound), self._paint("ink-quiet"))
+        if column.name == "noise":
+            return Text(format_times(judgment.assessment.ratio), self._paint("ink-quiet"))
+        mark = judgment_mark(judgment)
+        style = self._paint(mark.ink, bold=not judgment.passed)
+        error = judgment.relative_l2
+        if column.cells < SMALL_CELLS:
+            glyph = "" if judgment.passed else mark.glyph
+            return Text(glyph + format_compact(error, column.cells - len(glyph)), style)
+        return Text(("" if judgment.passed else mark.glyph) + format_ratio(error), style)

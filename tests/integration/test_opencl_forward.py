@@ -1,0 +1,146 @@
+"""The whole pass on the device against the CPU path, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aprcore.backends.numpy import NumpyBackend
+from aprcore.backends.opencl.backend import OpenCLBackend
+from aprcore.formats.apr_writer import AprWriter, TensorEntry
+from aprcore.forward import trace
+from aprcore.model import Model, open_model
+from aprcore.stages import StageKey
+from aprtui.demo import demo_path
+from closeness import relative_l2
+from models import ARCHITECTURES, build, random_config, save, write_apr
+from opencl_device import backend, require_device
+from stored_weights import random_bytes
+
+require_device()
+
+# Float32 on both sides: only the order of additions differs.
+RELATIVE_L2_BOUND = 1e-5
+LOGITS = StageKey(None, "lm_head")
+
+# Two of each architecture, among them one token, 65 tokens and every kind of RoPE scaling.
+QUICK_SEEDS = (0, 1, 2, 3, 8, 13, 18, 23)
+
+
+def trace_all(model: Model, op: Any, tokens: tuple[int, ...]) -> dict[StageKey, np.ndarray]:
+    stream = trace(model.config, model.weights, op, tokens)
+    return {key: tensor.copy() for key, tensor in stream}
+
+
+def assert_paths_agree(model: Model, op: OpenCLBackend, tokens: tuple[int, ...]) -> None:
+    """Hold every stage of the device against the CPU's."""
+    on_cpu = trace_all(model, NumpyBackend(), tokens)
+    on_device = trace_all(model, op, tokens)
+    assert list(on_device) == list(on_cpu)
+    for key, expected in on_cpu.items():
+        found = on_device[key]
+        assert found.shape == expected.shape, key
+        assert relative_l2(found, expected) <= RELATIVE_L2_BOUND, key
+    assert on_device[LOGITS].argmax() == on_cpu[LOGITS].argmax()
+    logits = op.from_host(on_device[LOGITS])
+    assert op.argmax(logits) == on_device[LOGITS].argmax()
+
+
+def check_random_model(seed: int, folder: Path, op: OpenCLBackend) -> None:
+    pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
+    pytest.importorskip("transformers", reason="transformers is not installed (`oracle` extra)")
+    recipe = random_config(seed)
+    model = build(recipe)
+    # Stored as adjacent pairs, rows reach the device in another order than the file's.
+    paths = [write_apr(model, folder / "model.apr", rope_type=0), save(model, folder / "hf")]
+    with open_model(paths[seed % 2]) as opened:
+        assert_paths_agree(opened, op, recipe.tokens)
+
+
+@pytest.mark.parametrize("seed", QUICK_SEEDS)
+def test_random_models(seed: int, tmp_path: Path) -> None:
+    assert {random_config(seed).architecture for seed in QUICK_SEEDS} == set(ARCHITECTURES)
+    check_random_model(seed, tmp_path, backend())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_more_random_models(seed: int, tmp_path: Path) -> None:
+    check_random_model(seed, tmp_path, backend())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", QUICK_SEEDS)
+def test_random_models_with_work_groups(seed: int, tmp_path: Path) -> None:
+    check_random_model(seed, tmp_path, backend(64))
+
+
+@pytest.mark.parametrize("lanes", [None, 64])
+@pytest.mark.parametrize("num_tokens", [1, 5, 23])
+def test_demo_model(num_tokens: int, lanes: int | None) -> None:
+    with open_model(demo_path() / "sound.apr") as model:
+        tokens = tuple(range(40, 40 + num_tokens))
+        assert_paths_agree(model, backend(lanes), tokens)
+
+
+def test_the_pass_repeats_bit_for_bit_streamed_or_kept() -> None:
+    with open_model(demo_path() / "sound.apr") as model:
+        tokens = (40, 41, 42, 43, 44)
+        first = trace_all(model, backend(), tokens)
+        budgets = [{"budget_bytes": 0, "piece_bytes": 4000}, {"budget_bytes": 1 << 30}]
+        for options in budgets:
+            with OpenCLBackend(backend().device, **options) as op:
+                for _ in range(3):
+                    for key, tensor in trace_all(model, op, tokens).items():
+                        np.testing.assert_array_equal(tensor, first[key], err_msg=str(key))
+
+
+@pytest.mark.parametrize("rope_type", [0, 2])
+@pytest.mark.parametrize("dtype", ["Q4_K", "Q6_K", "AprQ4", "AprQ8", "BF16"])
+def test_a_quantised_model(dtype: str, rope_type: int, tmp_path: Path) -> None:
+    path = write_quantised(tmp_path / "model.apr", dtype, rope_type)
+    with open_model(path) as model:
+        assert_paths_agree(model, backend(), (1, 2, 3, 4, 5, 6, 7))
+        with OpenCLBackend(backend().device, piece_bytes=10_000) as op:
+            op.expect([model.weights[f"model.layers.0.self_attn.{name}_proj.weight"]
+                       for name in "qkvo"])  # fmt: skip
+            assert_paths_agree(model, op, (1, 2, 3))
+
+
+def write_quantised(path: Path, dtype: str, rope_type: int) -> Path:
+    """A model of random blocks, 2-D weights in one type and everything else float32."""
+    hidden, ffn, vocab, heads, kv_heads, head_dim = 256, 512, 64, 8, 2, 32
+    metadata = {
+        "architecture": "llama", "hidden_size": hidden, "num_layers": 1, "num_heads": heads,
+        "num_kv_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab,
+        "intermediate_size": ffn, "max_position_embeddings": 64, "rope_theta": 1e4,
+        "rope_type": rope_type, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }  # fmt: skip
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        f"{layer}self_attn.q_proj.weight": (heads * head_dim, hidden),
+        f"{layer}self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
+        f"{layer}self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
+        f"{layer}self_attn.o_proj.weight": (hidden, heads * head_dim),
+        f"{layer}mlp.gate_proj.weight": (ffn, hidden),
+        f"{layer}mlp.up_proj.weight": (ffn, hidden),
+        f"{layer}mlp.down_proj.weight": (hidden, ffn),
+        "lm_head.weight": (vocab, hidden),
+    }
+    norms = ["model.norm.weight", f"{layer}input_layernorm.weight",
+             f"{layer}post_attention_layernorm.weight"]  # fmt: skip
+    entries = [TensorEntry(name, dtype, shape) for name, shape in shapes.items()]
+    entries += [TensorEntry(name, "F32", (hidden,)) for name in norms]
+    gain = np.linspace(0.5, 1.5, hidden).astype(np.float32)
+    with AprWriter(path, metadata, entries) as writer:
+        for seed, entry in enumerate(writer.entries):
+            if entry.dtype == "F32":
+                writer.write(entry.name, gain)
+            else:
+                raw = random_bytes(entry.dtype, shapes[entry.name], seed)
+                writer.write(entry.name, np.frombuffer(raw, np.uint8))
+    return path
