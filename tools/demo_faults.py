@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from aprcore.backends.numpy import NumpyBackend
-from aprcore.bisect import Request, run
+from aprcore.bisect import run
 from aprcore.compare import compare
 from aprcore.convert import import_model
 from aprcore.formats.apr import read_apr
@@ -24,6 +24,7 @@ from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.forward import forward
 from aprcore.model import Model, open_model
 from aprcore.report import Report
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprcore.trace import TraceDirectory, TraceWriter
 from aprcore.weights import read_all

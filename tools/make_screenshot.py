@@ -9,7 +9,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from aprcore.bisect import Request
+from aprcore.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.demo import ORACLE, demo_path, load_faults
 

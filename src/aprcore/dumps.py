@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aprcore.dump_names import Dialect, Reading, Recipe, known_dialects, resolve
 from aprcore.errors import FormatError, TraceError
+from aprcore.sidecar import Sidecar
 from aprcore.stages import BY_NAME, StageKey, computation_order
 from aprcore.tensor_files import (
     StoredArray,
@@ -23,7 +24,7 @@ from aprcore.tensor_files import (
     read_safetensors_dump,
     read_torch_dump,
 )
-from aprcore.trace import Sidecar, StageSource, TraceDirectory
+from aprcore.trace import StageSource, TraceDirectory
 
 Float32 = NDArray[np.float32]
 

@@ -27,8 +27,9 @@ from aprcore.capture import (
 from aprcore.config import ARCHITECTURES
 from aprcore.errors import OracleError
 from aprcore.formats.huggingface import CONFIG_NAME, HuggingFaceFiles, read_huggingface
+from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import Sidecar, TraceWriter
+from aprcore.trace import TraceWriter
 
 Progress = Callable[[int, int], None]  # tensors written, tensors in all
 

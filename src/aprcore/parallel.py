@@ -39,7 +39,7 @@ def for_each(function: Callable[[Item], None], items: Iterable[Item], threads: i
     futures: list[Future[None]] = []
     try:
         for item in work:
-            futures.append(pool.submit(function, item))  # noqa: PERF401  (kept if interrupted)
+            futures.append(pool.submit(function, item))
         for future in futures:
             future.result()
     except KeyboardInterrupt:

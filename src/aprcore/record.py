@@ -14,8 +14,9 @@ from aprcore.backends.numpy import NumpyBackend
 from aprcore.errors import PlanError
 from aprcore.forward import needed_keys, trace
 from aprcore.plan import Plan
+from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import Sidecar, TraceWriter
+from aprcore.trace import TraceWriter
 
 if TYPE_CHECKING:
     from aprcore.model import Model

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.base import Site
+from aprcore.backends.base import KeyValueCache, Site
 from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
 from aprcore.config import ModelConfig
 from aprcore.stages import BY_NAME, STAGES, Scope, StageKey, input_keys
@@ -59,6 +59,7 @@ class RecordedSide:
         *,
         features: Iterable[str] | None = None,
         read: Read | None = None,
+        past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
 
@@ -69,13 +70,16 @@ class RecordedSide:
             profile: What the side's engine rounds.
             features: Features that decide which stages are read; default: the model's.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
+            past: Keys and values before a decoding step, on the host; None for a full pass.
         """
         self.profile = profile
         self.features = frozenset(config.features if features is None else features)
         self._config = config
         self._weights = weights
         self._tokens = None if tokens is None else np.asarray(tokens, dtype=np.int64)
-        self._positions = np.arange(num_tokens)
+        self._past = None if past is None else past.converted(PredictionBackend([]).from_host)
+        self._num_past = 0 if past is None else past.num_positions
+        self._positions = np.arange(self._num_past, self._num_past + num_tokens)
         self._read = read
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
@@ -109,12 +113,14 @@ class RecordedSide:
 
     def sizes(self) -> Mapping[str, int]:
         """Numbers for the letters of symbolic shapes."""
-        return self._config.sizes(self._positions.size)
+        num_tokens = self._positions.size
+        return self._config.sizes(num_tokens, self._num_past + num_tokens)
 
     def site(self, key: StageKey) -> Site:
         """Where a stage runs."""
         tokens = self._positions * 0 if self._tokens is None else self._tokens
-        return Site(self._config, tokens, self._positions, key.layer, self._weights)
+        past = None if self._past is None else self._past.copy()
+        return Site(self._config, tokens, self._positions, key.layer, self._weights, past)
 
     def tensor(self, key: StageKey) -> Floats | None:
         """A recorded tensor as [T, C] or [H, T, S], or None."""

@@ -338,4 +338,6 @@ def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment 
     found = compare(x, estimate.value)
     assessment = assess(x, estimate, layout)
     bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
-    return Judgment(found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed)
+    return Judgment(
+        found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed
+    )  # fmt: skip

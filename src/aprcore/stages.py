@@ -260,8 +260,9 @@ def parse_path(path: str) -> StageKey | None:
             return StageKey(None, name)
         return StageKey(0, name) if stage.scope is Scope.FIRST_LAYER else None
     number = folder.removeprefix("layer-")
-    if number == folder or not (number.isascii() and number.isdigit() and len(number) <= 9):
-        return None  # APRT stores layers in 32 bits, and the highest means the whole model
+    # APRT stores a layer in 32 bits; Python refuses to read thousands of digits.
+    if number == folder or not (number.isascii() and number.isdigit() and len(number) <= 10):
+        return None
     if stage.scope is Scope.MODEL or (stage.scope is Scope.FIRST_LAYER and int(number) != 0):
         return None
     return StageKey(int(number), name)

@@ -22,7 +22,7 @@ from aprcore.errors import AprError, FormatError, TraceError, UnsupportedError
 from aprcore.formats.huggingface import METADATA_NAME, read_entry, read_safetensors_header
 from aprcore.formats.storage import DataFile, StoredTensor
 from aprcore.plan import parse_tokens
-from aprcore.trace import Sidecar
+from aprcore.sidecar import Sidecar
 
 Float32 = NDArray[np.float32]
 

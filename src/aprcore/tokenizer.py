@@ -105,20 +105,23 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """A token as text for display; bytes that are no character on their own as \\xNN."""
+        return self.token_bytes(token_id).decode(errors="backslashreplace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8; a character may come in several tokens."""
         token = self._find_token(token_id)
         if token is None:
-            return f"<token {token_id}>"
-        if token_id in self._verbatim:
-            return token
-        if self._byte_level:
+            return f"<token {token_id}>".encode()
+        if not self._byte_level:
+            byte = _byte_token(token)
+            if byte is not None and token_id not in self._verbatim:
+                return bytes([byte])
+            token = token if token_id in self._verbatim else token.replace(SPACE_MARK, " ")
+        elif token_id not in self._verbatim:
             table = _byte_level_table()
-            if any(char not in table for char in token):
-                return token
-            return bytes(table[char] for char in token).decode(errors="backslashreplace")
-        byte = _byte_token(token)
-        if byte is not None:
-            return bytes([byte]).decode(errors="backslashreplace")
-        return token.replace(SPACE_MARK, " ")
+            if all(char in table for char in token):
+                return bytes(table[char] for char in token)
+        return token.encode(errors="backslashreplace")
 
     def _find_token(self, token_id: int) -> str | None:
         if not 0 <= token_id < 2**32:

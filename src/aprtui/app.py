@@ -15,7 +15,7 @@ from aprtui.screens.explorer import ExplorerScreen
 from aprtui.theme import THEME, VARIABLES
 
 if TYPE_CHECKING:
-    from aprcore.bisect import Request
+    from aprcore.request import Request
     from aprtui.session import Engine
 
 

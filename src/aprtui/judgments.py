@@ -53,7 +53,9 @@ def judgment_lines(
         yield line
     for measure in JUDGMENTS:
         judgment = judgment_of(report, measure)
-        if judgment is not None and width < WIDEST_CELLS:
+        # Narrow panes are short of lines, too: there only what failed.
+        is_told = judgment is not None and (is_wide or not judgment.passed)
+        if judgment is not None and is_told and width < WIDEST_CELLS:
             yield Text.assemble((f"  {measure.value} ", quiet), _worst(judgment, paint))
     yield from _spans(report, paint)
 

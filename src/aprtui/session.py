@@ -15,8 +15,8 @@ from textual.message import Message
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from aprcore.bisect import Request
     from aprcore.report import Report, RunHeader, StageReport
+    from aprcore.request import Request
 
     Event = RunHeader | StageReport | Report
     Engine = Callable[[Request], Iterator[Event]]

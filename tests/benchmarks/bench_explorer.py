@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.bisect import Request
 from aprcore.compare import compare
 from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
 from aprcore.report import RunHeader, Side, StageReport
+from aprcore.request import Request
+from aprcore.sidecar import Sidecar
 from aprcore.stages import BY_NAME, resolve_shape, stage_keys
-from aprcore.trace import Sidecar, TraceWriter
+from aprcore.trace import TraceWriter
 
 FIRST_PAINT_BOUND = 1.5
 KEY_BOUND_MS = 50
@@ -53,7 +54,7 @@ Bare().run(headless=True, size=(120, 40))
 EXPLORER = """
 import sys, time
 from pathlib import Path
-from aprcore.bisect import Request
+from aprcore.request import Request
 from aprtui.app import ExplorerApp
 app = ExplorerApp(Request(trace=Path(sys.argv[1]), oracle=Path(sys.argv[2])))
 def leave():

@@ -116,7 +116,7 @@ def judged(kind: str) -> Callable[[], float]:
 
 def request(kind: str):
     """A model against the oracle."""
-    from aprcore.bisect import Request
+    from aprcore.request import Request
 
     folder: Path = bench_trace.folder()
     return Request(model=folder / FILES[kind], oracle=folder / "oracle", tokens=bench_trace.TOKENS)

@@ -57,7 +57,7 @@ def products(op: Any, shape: tuple[int, int]) -> list[Figure]:
         there = op.from_host(x.numpy())
         runs = [timed(lambda x=x: torch.nn.functional.linear(x, dense))]
         runs += [timed(product(op, there, weights[dtype])) for dtype in bounds]
-        # Two warm-ups: on the host's memory a weight is kept from its second use.
+        # More than one warm-up: on the host's memory a weight is kept from its second use.
         theirs, *ours = interleave(runs, REPEATS, warmups=3)
         for (dtype, least), laps in zip(bounds.items(), ours):
             ratio = median_ratio(theirs, laps)
@@ -90,8 +90,9 @@ def expansion(op: Any, dtype: str) -> Figure:
 
     tensor = random_tensor(dtype, EXPANDED, 0)
     raw = tensor.read_raw(0, EXPANDED[0])
-    op.linear(op.from_host(np.ones((1, EXPANDED[1]))), [tensor])
-    pieces = [one for _ in range(2) for one in [list(kept(op, tensor))]][-1]
+    for _ in range(2):  # on the host's memory a weight is kept from its second use
+        op.linear(op.from_host(np.ones((1, EXPANDED[1]))), [tensor])
+    pieces = list(op.weights.pieces(tensor))
 
     def expand() -> None:
         for piece in pieces:
@@ -111,12 +112,6 @@ def expansion(op: Any, dtype: str) -> Figure:
         ratio >= LEAST_EXPANSION,
         f"gguf-py ({milliseconds(theirs)})",
     )
-
-
-def kept(op: Any, tensor: Any) -> Any:
-    """The pieces of a tensor that is on the device."""
-    for piece in op.weights.pieces(tensor):
-        yield piece
 
 
 if __name__ == "__main__":

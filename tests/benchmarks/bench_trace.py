@@ -193,7 +193,8 @@ def judged() -> Callable[[], float]:
 
 def bisection(**options: Any) -> Callable[[], float]:
     """A whole run; opening the files is not counted."""
-    from aprcore.bisect import Request, bisect
+    from aprcore.bisect import bisect
+    from aprcore.request import Request
 
     request = Request(
         model=folder() / "model.apr", oracle=folder() / "oracle", tokens=TOKENS, **options

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.bisect import Request, bisect, run
+from aprcore.bisect import bisect, run
 from aprcore.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
 from aprcore.judge import Verdict
 from aprcore.plan import Plan
 from aprcore.report import Report, RunHeader, StageReport
+from aprcore.request import Request
+from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import Sidecar
 from tiny import (
     NUM_LAYERS,
     SIZES,
@@ -255,8 +256,8 @@ class TestDepth:
     def test_a_plan_decides_whoever_has_the_stages(self, model: Path, oracle: Path) -> None:
         report = run(Request(model=model, oracle=oracle, plan=Plan(("ffn_up",), range(1, 3))))
         assert [stage.key.path for stage in report.stages] == ["layer-1/ffn_up", "layer-2/ffn_up"]
-        with pytest.raises(PlanError, match="beyond the model's 3 layers"):
-            run(Request(model=model, oracle=oracle, plan=Plan(("ffn_up",), range(4))))
+        with pytest.raises(PlanError, match=r"layers 3\.\.4 were asked for and the model has 3"):
+            run(Request(model=model, oracle=oracle, plan=Plan(("ffn_up",), range(3, 4))))
         with pytest.raises(PlanError, match="selects no stage"):
             run(Request(model=model, oracle=oracle, plan=Plan(("moe_router",))))
 

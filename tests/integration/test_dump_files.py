@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.bisect import Request, run
+from aprcore.bisect import run
 from aprcore.errors import AprError, PlanError
 from aprcore.judge import Verdict
 from aprcore.model import open_model
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprcore.trace import TraceDirectory
 from aprtui.cli import main

@@ -21,7 +21,8 @@ from tiny import TOKENS, trace_model, write_model, write_stages
 PRELUDE = """
 import os, sys
 from pathlib import Path
-from aprcore.bisect import Request, bisect, run
+from aprcore.bisect import bisect, run
+from aprcore.request import Request
 from aprcore.errors import AprError
 from aprcore.model import open_model
 from aprcore.record import record_trace

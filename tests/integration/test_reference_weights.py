@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from aprcore.bisect import Request, run
+from aprcore.bisect import run
 from aprcore.convert import import_model
 from aprcore.errors import PlanError, WeightError
 from aprcore.judge import Verdict
 from aprcore.report import Report, to_json
+from aprcore.request import Request
 from aprcore.stages import BY_NAME
 from tiny import trace_model, write_model, write_stages
 

@@ -13,7 +13,8 @@ from textual.binding import Binding
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from aprcore.bisect import Request, bisect
+from aprcore.bisect import bisect
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.rows import RUN_ROW, Row, SortOrder
@@ -115,7 +116,7 @@ class TestMoving:
 
     def test_next_says_when_there_is_no_divergence(self, passing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            assert "previous" not in footer_keys(pilot)
+            assert "prev" not in footer_keys(pilot)
             await pilot.press("n")
             assert [note.message for note in pilot.app._notifications] == ["no divergence"]
 

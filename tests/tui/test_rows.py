@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aprtui
-from aprcore.bisect import Request, bisect
+from aprcore.bisect import bisect
 from aprcore.judge import Verdict
 from aprcore.report import Report, RunHeader, StageReport
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.formatting import format_cosine, format_figure, format_ratio, format_short, quoted
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, summarise_layer

@@ -11,9 +11,10 @@ import pytest
 from driving import come_to_rest, settle
 from textual.pilot import Pilot
 
-from aprcore.bisect import Request, bisect
+from aprcore.bisect import bisect
 from aprcore.errors import FormatError, TraceError
 from aprcore.report import RunHeader
+from aprcore.request import Request
 from aprtui.app import ExplorerApp
 
 Compare = Callable[..., bool]

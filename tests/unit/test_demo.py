@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from aprcore.backends.numpy import NumpyBackend
-from aprcore.bisect import Request, run
+from aprcore.bisect import run
 from aprcore.compare import compare, compare_logits
 from aprcore.forward import forward
 from aprcore.judge import Verdict
 from aprcore.model import Model, open_model
 from aprcore.report import Report
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprcore.trace import TraceDirectory
 from aprtui.demo import DemoFault, demo_path, load_faults
@@ -170,7 +171,8 @@ def test_the_demo_opens_without_torch_and_transformers():
     code = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from aprcore.bisect import Request, run\n"
+        "from aprcore.bisect import run\n"
+        "from aprcore.request import Request\n"
         "from aprtui.demo import demo_path, load_faults\n"
         "for fault in load_faults().values():\n"
         "    run(Request(model=fault.model, trace=fault.trace, oracle=demo_path() / 'oracle'))\n"

@@ -157,15 +157,23 @@ class TestLastToken:
         layout = canonical(name, sizes)
         x = numbered(layout)
         tokens = sizes["T"]
+        key = StageKey(0, name)
         if name == "lm_head" or tokens < 2:
-            assert last_token(x, layout, x.size) is None
+            assert tokens == 1 or last_token(key, x, sizes, x.size) is None
             return
-        found = last_token(x, layout, x.size // tokens)
+        found = last_token(key, x, sizes, x.size // tokens)
         assert found is not None
         row, row_layout = found
         axis = layout.axes.index("token")
         np.testing.assert_array_equal(row, np.take(x.reshape(layout.factors), -1, axis).ravel())
         assert int(np.prod(row_layout.shape)) == row.size
         assert row_layout.factors[axis] == 1
-        assert last_token(x, layout, x.size) is None
-        assert last_token(x, layout, 0) is None
+        assert last_token(key, x, sizes, x.size) is None
+        assert last_token(key, x, sizes, 0) is None
+
+    def test_logits_of_every_token_end_with_the_last_ones(self) -> None:
+        x = numbered(Layout((3, 5), (3, 5), ("token", "token id")))
+        found = last_token(StageKey(None, "lm_head"), x, {"T": 3, "V": 5}, 5)
+        assert found is not None
+        np.testing.assert_array_equal(found[0], x[-5:])
+        assert found[1].shape == (5,)

@@ -16,15 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aprcore.errors import AprError, FormatError, TraceError, TruncatedError
+from aprcore.sidecar import Sidecar, read_sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import (
-    Sidecar,
-    TraceDirectory,
-    TraceWriter,
-    read_sidecar,
-    read_stage_file,
-    write_stage_file,
-)
+from aprcore.trace import TraceDirectory, TraceWriter, read_stage_file, write_stage_file
 from tiny import leftovers, write_stages
 
 NORM = StageKey(0, "attn_norm")

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from aprcore.bisect import Request, run
+from aprcore.bisect import run
 from aprcore.report import Report, StageReport
+from aprcore.request import Request
+from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey, computation_order
-from aprcore.trace import Sidecar, TraceWriter
+from aprcore.trace import TraceWriter
 
 from . import converters, kernels
 from .engine import Engine, Tensor, Wrong, run_on

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aprcore.bisect import Request
+    from aprcore.request import Request
 
 
 def add_parser(subparsers: Any) -> None:
@@ -61,8 +61,8 @@ def _show(request: Request, *, screen: bool) -> int:
 
 
 def _request(name: str) -> Request:
-    from aprcore.bisect import Request
     from aprcore.errors import PlanError
+    from aprcore.request import Request
     from aprtui.demo import demo_path, load_faults
 
     root = demo_path()

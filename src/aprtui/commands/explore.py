@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aprtui.commands.run_options import add_run_options, make_request
 
 if TYPE_CHECKING:
-    from aprcore.bisect import Request
+    from aprcore.request import Request
 
 
 def add_parser(subparsers: Any) -> None:

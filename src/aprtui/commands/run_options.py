@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aprcore.bisect import Request
+    from aprcore.request import Request
 
 
 def add_token_options(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +86,10 @@ def make_request(args: argparse.Namespace) -> Request:
     Raises:
         PlanError: An option is malformed.
     """
-    from aprcore.bisect import Request
     from aprcore.budget import parse_budgets
     from aprcore.errors import PlanError
     from aprcore.plan import Plan, check_prompt, parse_layers, parse_stages, parse_tokens
+    from aprcore.request import Request
 
     if args.model is None and args.trace is None:
         raise PlanError("no model given", hint="name one, or a directory with --trace; see --help")

@@ -33,7 +33,7 @@ from aprtui.widgets.tab_strip import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
-    from aprcore.bisect import Request
+    from aprcore.request import Request
     from aprtui.session import Engine
 
 # Stages can come every two milliseconds; the screen follows them this often.
@@ -57,7 +57,7 @@ class ExplorerScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "next_divergence", "next", id="explorer.next",
                 tooltip="Go to the next divergence"),
-        Binding("p", "previous_divergence", "previous", id="explorer.previous",
+        Binding("p", "previous_divergence", "prev", id="explorer.previous",
                 tooltip="Go to the previous divergence"),
         Binding("slash", "filter", "filter", id="explorer.filter", key_display="/",
                 tooltip="Show only stages with these words: a name, a layer, a verdict"),
@@ -65,7 +65,7 @@ class ExplorerScreen(Screen[None]):
                 tooltip="Show all stages again"),
         Binding("s", "sort", "sort", id="explorer.sort",
                 tooltip="Sort by computation, cosine, relative L2, model or kernel error"),
-        Binding("t", "measure", "judgment", id="explorer.measure",
+        Binding("t", "measure", "figures", id="explorer.measure",
                 tooltip="Show the cumulative, the model or the kernel judgment in the tree"),
         Binding("w", "why", "why", id="explorer.why",
                 tooltip="Why this stage has its verdict, and back"),
@@ -324,7 +324,7 @@ class ExplorerScreen(Screen[None]):
         tree = self.tree_of_stages
         tree.choose(order=order, measure=measure)
         told = ["Stages"]
-        if tree.measure is not Measure.CUMULATIVE:
+        if tree.measure not in (Measure.CUMULATIVE, tree.order.measure):
             told.append(f"{tree.measure.value} judgment")
         if tree.order is not SortOrder.COMPUTATION:
             told.append(tree.order.value)

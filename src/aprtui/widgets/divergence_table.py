@@ -81,8 +81,16 @@ class DivergenceTable(ScrollView):
         return self.size.width >= WIDE_CELLS
 
     def _columns(self, layout: Layout) -> list[Column]:
-        """As wide as what can come, and a gap."""
-        value_cells, gap = (10, 3) if self._is_wide else (9, 1)
+        """As wide as what can come, and a gap: a smaller one where they would not fit."""
+        columns: list[Column] = []
+        for gap in (3, 2) if self._is_wide else (1,):
+            columns = self._columns_apart(layout, gap)
+            if sum(column.cells for column in columns) <= self.size.width:
+                break
+        return columns
+
+    def _columns_apart(self, layout: Layout, gap: int) -> list[Column]:
+        value_cells = 10 if self._is_wide else 9
         columns = [Column("#", 3, "ink-quiet")] if self._is_wide else []
         for axis, size in zip(layout.axes, layout.factors):
             heading = axis if self._is_wide else SHORT_AXES.get(axis, axis)

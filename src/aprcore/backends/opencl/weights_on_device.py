@@ -160,6 +160,15 @@ class DeviceWeights:
         if is_whole and plan.reserved_bytes:  # the device was full before the budget was
             self.budget_bytes = self.kept_bytes
 
+    def drop(self, weights: Iterable[Weight]) -> None:
+        """Free what is kept of these weights."""
+        self._forget()
+        for weight in weights:
+            self._vectors.pop(id(weight), None)
+            entry = self._entries.pop(id(weight), None)
+            if entry is not None and entry.kept is not None:
+                self.kept_bytes -= entry.source.size_bytes
+
     def close(self) -> None:
         """Free everything on the device. The object cannot be used afterwards."""
         self._stream.close()

@@ -1,0 +1,218 @@
+"""The gate: does another backend say the same as the CPU, step by step?
+
+Both sides run the prompt and then decode, always on the token that the CPU chooses, so that one
+different choice does not make everything after it incomparable. Source: FORMATS.md, "Numbers from
+the public SHIP-007 bisection".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.backends.engine import Engine, open_engine
+from aprcore.compare import compare, compare_logits
+from aprcore.errors import PlanError
+from aprcore.generate import Decoder, prompt_tokens
+from aprcore.parity_fault import StageFault, find_cache_fault, find_fault
+from aprcore.parity_report import (
+    CACHE_BOUND,
+    COSINE_BOUND,
+    CacheParity,
+    ParityEvent,
+    ParityHeader,
+    ParityReport,
+    StepParity,
+)
+from aprcore.plan import DEFAULT_PROMPT
+
+if TYPE_CHECKING:
+    from aprcore.model import Model
+
+Floats = NDArray[np.floating[Any]]
+
+DEFAULT_STEPS, MOST_STEPS = 3, 16
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRequest:
+    """What to run on both sides.
+
+    Attributes:
+        model: A model, as for the explorer.
+        prompt: Text to begin with; default: `DEFAULT_PROMPT`.
+        tokens: Token ids to begin with, instead of a prompt.
+        steps: Decoding steps after the prompt, 1 to `MOST_STEPS`.
+        against: The backend under test, one of `aprcore.backends.engine.ENGINES`.
+        device: The name or index of its device; None for the best.
+        threads: Threads of the CPU path; None for one per processor.
+    """
+
+    model: Path
+    prompt: str | None = None
+    tokens: tuple[int, ...] | None = None
+    steps: int = DEFAULT_STEPS
+    against: str = "opencl"
+    device: str | None = None
+    threads: int | None = None
+
+
+def check_steps(steps: int) -> int:
+    """The number of steps as given.
+
+    Raises:
+        PlanError: It is not one that the gate runs.
+    """
+    if not 1 <= steps <= MOST_STEPS:
+        raise PlanError(f"--steps {steps} is out of range", hint=f"choose 1 to {MOST_STEPS}")
+    return steps
+
+
+def compare_step(
+    tested: Floats, cpu: Floats, *, step: int, position: int, token: int,
+    tested_s: float = 0.0, cpu_s: float = 0.0,
+) -> StepParity:  # fmt: skip
+    """Hold one step's logits against the CPU's, [V] each."""
+    found = compare(tested, cpu)
+    logits = compare_logits(tested, cpu)
+    fault = ""
+    if found.nonfinite_a or found.nonfinite_b:
+        sides = f"{found.nonfinite_a} of the tested side's, {found.nonfinite_b} of the CPU's"
+        fault = f"logits are NaN or infinite: {sides}"
+    elif not found.cosine >= COSINE_BOUND:
+        fault = f"cosine {found.cosine:.7f} of the logits is below {COSINE_BOUND}"
+    elif not (logits.agree or logits.near_tie):
+        fault = (
+            f"chooses token {logits.argmax_a}, the CPU {logits.argmax_b},"
+            f" at a relative gap of {logits.gap:.3g}"
+        )
+    return StepParity(
+        step, position, token, found.cosine, found.relative_l2, found.max_abs_diff,
+        logits.argmax_b, logits.argmax_a, logits.gap, logits.near_tie, cpu_s, tested_s,
+        f"step {step}: {fault}" if fault else "",
+    )  # fmt: skip
+
+
+def check_parity(
+    request: ParityRequest, cpu: Engine | None = None, tested: Engine | None = None
+) -> Iterator[ParityEvent]:
+    """Run both sides and stream what is found.
+
+    Args:
+        request: What to run.
+        cpu, tested: Open engines to use in place of those that the request names.
+
+    Yields:
+        One `ParityHeader`, a `StepParity` per step until one is rejected, a `CacheParity` per side
+        if none was, then the `ParityReport`.
+
+    Raises:
+        AprError: The arguments, the model or the device are unusable.
+    """
+    from aprcore.model import open_model
+
+    check_steps(request.steps)
+    with ExitStack() as stack:
+        model = stack.enter_context(open_model(request.model))
+        prompt = DEFAULT_PROMPT if request.prompt is None else request.prompt
+        tokens = prompt_tokens(model, prompt, request.tokens)
+        if cpu is None:
+            cpu = stack.enter_context(open_engine("numpy", threads=request.threads))
+        if tested is None:
+            opened = open_engine(request.against, device=request.device, threads=request.threads)
+            tested = stack.enter_context(opened)
+        header = ParityHeader(
+            model.path.name, prompt if request.tokens is None else None, tokens, request.steps,
+            cpu, tested,
+        )  # fmt: skip
+        yield header
+        yield from _Gate(model, header).run()
+
+
+class _Gate:
+    """One run of the gate, with what has to be remembered to look back."""
+
+    def __init__(self, model: Model, header: ParityHeader) -> None:
+        self._header = header
+        self._cpu = Decoder(model.config, model.weights, header.cpu)
+        self._tested = Decoder(model.config, model.weights, header.tested)
+        self._steps: list[StepParity] = []
+        self._caches: list[CacheParity] = []
+        self._first: StageFault | None = None
+        # Logits of each step, by side.
+        self._logits: dict[Decoder, list[Floats]] = {self._cpu: [], self._tested: []}
+
+    def run(self) -> Iterator[StepParity | CacheParity | ParityReport]:
+        """Every event after the header."""
+        started = time.perf_counter()
+        fed: tuple[int, ...] = self._header.tokens
+        for step in range(self._header.steps + 1):
+            result = self._step(step, fed)
+            self._steps.append(result)
+            yield result
+            if not result.passed:
+                break
+            fed = (result.argmax_cpu,)
+        else:
+            for decoder in (self._cpu, self._tested):
+                self._caches.append(self._hold_against_full_pass(decoder))
+                yield self._caches[-1]
+            self._first = next((c.first for c in self._caches if not c.passed), None)
+        yield ParityReport(
+            self._header, tuple(self._steps), tuple(self._caches), self._first,
+            time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _step(self, step: int, tokens: Sequence[int]) -> StepParity:
+        before = self._cpu.copy(), self._tested.copy()
+        times = []
+        for decoder, logits in self._logits.items():
+            started = time.perf_counter()
+            logits.append(decoder.feed(tokens).logits)
+            times.append(time.perf_counter() - started)
+        ours, theirs = (self._logits[decoder][-1] for decoder in (self._cpu, self._tested))
+        position = len(self._cpu.tokens) - 1
+        result = compare_step(
+            theirs, ours, step=step, position=position, token=tokens[-1],
+            cpu_s=times[0], tested_s=times[1],
+        )  # fmt: skip
+        if not result.passed:
+            self._first = find_fault(*before, tokens, step)
+        return result
+
+    def _hold_against_full_pass(self, decoder: Decoder) -> CacheParity:
+        """Whether the last step's logits are those of a full pass over the same tokens."""
+        error = self._distance(decoder, len(self._header.tokens) + self._header.steps)
+        side, count = decoder.engine.backend.name, len(decoder.tokens)
+        if error <= CACHE_BOUND:
+            return CacheParity(side, count, error)
+        fault = (
+            f"{side}: decoding gives other logits than one pass over the same {count} tokens:"
+            f" relative L2 {error:.3g} where {CACHE_BOUND:g} is allowed"
+        )
+        return CacheParity(side, count, error, fault, self._find_cache_fault(decoder))
+
+    def _distance(self, decoder: Decoder, num_tokens: int) -> float:
+        """Relative L2 of a step's logits against those of a full pass over so many tokens."""
+        full = decoder.fresh().feed(decoder.tokens[:num_tokens]).logits
+        step = num_tokens - len(self._header.tokens)
+        found = compare(self._logits[decoder][step], full)
+        return float("inf") if found.nonfinite_a or found.nonfinite_b else found.relative_l2
+
+    def _find_cache_fault(self, decoder: Decoder) -> StageFault | None:
+        """Where decoding first parts from the full pass; runs the steps again one by one."""
+        again = decoder.fresh()
+        again.feed(self._header.tokens)
+        for step in range(1, self._header.steps + 1):
+            history, token = again.tokens, decoder.tokens[len(again.tokens)]
+            if not self._distance(decoder, len(history) + 1) <= CACHE_BOUND:
+                return find_cache_fault(again, [token], history, step)
+            again.feed([token])
+        return None

@@ -1,0 +1,187 @@
+"""What the gate found, as plain records, and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from aprcore.backends.engine import Engine
+from aprcore.parity_fault import StageFault
+from aprcore.report import json_ready
+
+GATE = "apr-cpu-vs-gpu-output-parity-v1"
+
+# The other project's gate; backends that differ by rounding alone agree to 0.9999999.
+COSINE_BOUND = 0.99
+
+# A decoding step computes what the last row of a full pass computes, in float32 sums of another
+# order: 1e-7 to 2e-6 apart on models of every architecture. One wrong row in the cache shows as
+# 1e-2 and more.
+CACHE_BOUND = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class ParityHeader:
+    """What is being run.
+
+    Attributes:
+        model: The model's file.
+        prompt: The text, unless ids were given.
+        tokens: Ids of the prompt.
+        steps: Decoding steps to come after the prompt's.
+        cpu, tested: Both sides.
+    """
+
+    model: str
+    prompt: str | None
+    tokens: tuple[int, ...]
+    steps: int
+    cpu: Engine = field(repr=False)
+    tested: Engine = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StepParity:
+    """Both sides' logits after one step.
+
+    Attributes:
+        step: 0 for the pass over the prompt, then one decoded token each.
+        position: Position of the last token that was run.
+        token: That token.
+        cosine, relative_l2, max_abs_diff: The tested side against the CPU, where both are finite.
+        argmax_cpu, argmax_tested: What either would say next.
+        gap: As `aprcore.compare.LogitsComparison.gap`.
+        near_tie: The two differ, by too little to tell them apart.
+        cpu_s, tested_s: Time of the step.
+        fault: Why the step is rejected; nothing if it passes.
+    """
+
+    step: int
+    position: int
+    token: int
+    cosine: float
+    relative_l2: float
+    max_abs_diff: float
+    argmax_cpu: int
+    argmax_tested: int
+    gap: float
+    near_tie: bool
+    cpu_s: float
+    tested_s: float
+    fault: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether both sides say the same."""
+        return not self.fault
+
+
+@dataclass(frozen=True, slots=True)
+class CacheParity:
+    """Decoding against one full pass over the same tokens, on one side.
+
+    Attributes:
+        side: The side's backend.
+        num_tokens: Tokens of the full pass.
+        relative_l2: The last step's logits against the full pass's.
+        fault: Why it is rejected; nothing if it passes.
+        first: Where the two part.
+    """
+
+    side: str
+    num_tokens: int
+    relative_l2: float
+    fault: str = ""
+    first: StageFault | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the cache gives what a full pass gives."""
+        return not self.fault
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """A finished run.
+
+    Attributes:
+        header: What was run.
+        steps: As far as the first that was rejected.
+        caches: Both sides, unless a step was rejected.
+        first: The first stage that differs, if anything was rejected and a stage can be named.
+        elapsed_s: Time in all.
+    """
+
+    header: ParityHeader
+    steps: tuple[StepParity, ...]
+    caches: tuple[CacheParity, ...]
+    first: StageFault | None
+    elapsed_s: float
+
+    @property
+    def diverges(self) -> bool:
+        """Whether the gate rejects."""
+        return bool(self.reason)
+
+    @property
+    def reason(self) -> str:
+        """Why the gate rejects, in one sentence; nothing if it does not."""
+        faults = [part.fault for part in (*self.steps, *self.caches) if part.fault]
+        if not faults:
+            return ""
+        return faults[0] if self.first is None else f"{faults[0]}; {self.first.describe()}"
+
+
+ParityEvent = ParityHeader | StepParity | CacheParity | ParityReport
+
+
+def to_json(report: ParityReport) -> dict[str, Any]:
+    """The report as JSON of schema `GATE`; non-finite numbers are words."""
+    header = report.header
+    cleaned: dict[str, Any] = json_ready({
+        "schema": GATE,
+        "model": header.model,
+        "prompt": header.prompt,
+        "tokens": header.tokens,
+        "cpu": _engine(header.cpu),
+        "gpu": _engine(header.tested),
+        "bounds": {"cosine": COSINE_BOUND, "cache_relative_l2": CACHE_BOUND},
+        "steps": [
+            {("argmax_gpu" if k == "argmax_tested" else "gpu_s" if k == "tested_s" else k): v
+             for k, v in asdict(step).items()} | {"passed": step.passed}
+            for step in report.steps
+        ],
+        "prefill_vs_decode": [
+            {"side": c.side, "num_tokens": c.num_tokens, "relative_l2": c.relative_l2,
+             "fault": c.fault, "passed": c.passed}
+            for c in report.caches
+        ],
+        "first_difference": None if report.first is None else _fault(report.first),
+        "diverges": report.diverges,
+        "reason": report.reason,
+        "elapsed_s": report.elapsed_s,
+    })  # fmt: skip
+    return cleaned
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    return {"backend": engine.backend.name, "device": engine.device, "driver": engine.driver}
+
+
+def _fault(fault: StageFault) -> dict[str, Any]:
+    found, layout = fault.comparison, fault.layout
+    position = None
+    if found.max_index >= 0:
+        position = dict(zip(layout.axes, layout.position(found.max_index)))
+    return {
+        "step": fault.step,
+        "layer": fault.key.layer,
+        "stage": fault.key.stage,
+        "path": fault.key.path,
+        "kernel": fault.kernel,
+        "reason": fault.reason,
+        "cosine": found.cosine,
+        "relative_l2": found.relative_l2,
+        "max_abs_diff": found.max_abs_diff,
+        "max_abs_diff_position": position,
+    }

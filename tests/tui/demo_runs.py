@@ -1,0 +1,87 @@
+"""Runs of the demo's models for tests of the screen, the same to the last digit on every machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import PROMPT
+
+from aprcore.backends.reference import ReferenceBackend
+from aprcore.bisect import Request
+from aprcore.forward import trace
+from aprcore.model import open_model
+from aprcore.stages import StageKey
+from aprcore.trace import Sidecar, TraceWriter
+from aprtui.demo import demo_path, load_faults
+
+# Layer 2's activation, of those that a pass computes one after the other.
+ODD_CALL = 2
+TOKENS = (259, 261, 221, 18, 11, 18, 31, 18, 11, 18, 29)
+
+
+class OddBackend(ReferenceBackend):
+    """Computes one activation in a way that no catalogue of mistakes has."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def activation(self, x: Any, kind: str) -> Any:
+        y = super().activation(x, kind)
+        is_odd = self._calls == ODD_CALL
+        self._calls += 1
+        return y * (1 + 0.3 * np.sin(np.arange(y.shape[1]))) if is_odd else y
+
+
+def bring(name: str, source: Path) -> Path:
+    """A link in the working directory: the screen shows paths."""
+    Path(name).symlink_to(source)
+    return Path(name)
+
+
+def dump(model: Path, backend: ReferenceBackend, *left_out: str) -> Path:
+    """Stage files that the float64 backend makes; a product of numpy depends on the processor."""
+    folder = Path("engine-dump")
+    sidecar = Sidecar(
+        tokens=TOKENS, prompt=PROMPT, dtype="float32", arithmetic="f32", backend="made-up"
+    )
+    with open_model(model) as opened, TraceWriter(folder, sidecar) as writer:
+        for key, x in trace(opened.config, opened.weights, backend, TOKENS):
+            if key.stage not in left_out:
+                writer.write(key, x.astype(np.float32))
+    return folder
+
+
+def model_run(fault: str) -> Request:
+    """A demo model that is wrong, or quantised, against the oracle."""
+    model = bring(f"{fault}.apr", load_faults()[fault].model)
+    oracle = bring("hf-stages", demo_path() / "oracle")
+    return Request(model=model, trace=dump(model, ReferenceBackend()), oracle=oracle)
+
+
+def kernel_run(fault: str, *, oracle: bool = True) -> Request:
+    """The dump of a wrong engine over the sound model."""
+    found = load_faults()[fault]
+    assert found.trace is not None
+    stages = bring("hf-stages", demo_path() / "oracle") if oracle else None
+    model = bring("sound.apr", found.model)
+    return Request(model=model, trace=bring("engine-dump", found.trace), oracle=stages)
+
+
+def odd_run() -> Request:
+    """A wrong engine whose mistake is in no catalogue."""
+    model = bring("sound.apr", demo_path() / "sound.apr")
+    oracle = bring("hf-stages", demo_path() / "oracle")
+    return Request(model=model, trace=dump(model, OddBackend()), oracle=oracle)
+
+
+def fused_run() -> Request:
+    """An engine whose fused attention does not dump what is in between, and no oracle."""
+    model = bring("sound.apr", demo_path() / "sound.apr")
+    return Request(
+        model=model, trace=dump(model, ReferenceBackend(), "attn_scores", "attn_softmax")
+    )
+
+
+ODD_STAGE = StageKey(2, "ffn_silu")
