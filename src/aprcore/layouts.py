@@ -106,14 +106,16 @@ def zero_above_diagonal(key: StageKey, x: Floats, layout: Layout) -> Floats:
 
 
 def alternatives(
-    key: StageKey, x: Floats, layout: Layout, *, is_oracle: bool = False
-) -> Iterator[tuple[str, Floats]]:
+    key: StageKey, x: Floats, layout: Layout, *, num_kv_heads: int | None = None,
+    is_oracle: bool = False,
+) -> Iterator[tuple[str, Floats]]:  # fmt: skip
     """Other readings of a tensor: (what the dump did, the tensor put into canonical order).
 
     Args:
         key: The stage.
         x: The dumped values, flat.
         layout: The canonical layout that they should have had.
+        num_kv_heads: K; without it every number that fits is tried.
         is_oracle: Whether the dump is the reference. The order of q, k and v and of their rows is
             then the weights' own: another one means that the model file is wrong.
     """
@@ -128,7 +130,7 @@ def alternatives(
             readings.append(("heads before tokens", by_head))
             yield readings[-1]
         for name, y in readings:
-            for order, columns in _column_orders(key, heads, dim, is_oracle=is_oracle):
+            for order, columns in _column_orders(key, heads, dim, num_kv_heads, is_oracle):
                 both = f"{name}, {order}" if name else order
                 yield both, y.reshape(tokens, heads * dim)[:, columns].reshape(-1)
     if layout.axes == ("head", "token", "position") and factors[0] > 1 and factors[1] > 1:
@@ -145,14 +147,15 @@ def alternatives(
 
 
 def _column_orders(
-    key: StageKey, heads: int, dim: int, *, is_oracle: bool
+    key: StageKey, heads: int, dim: int, num_kv_heads: int | None, is_oracle: bool
 ) -> Iterator[tuple[str, Int64]]:
     """Where each canonical column lies in dumps of q, k and v with columns in another order."""
     if key.stage in ("q_post_rope", "k_post_rope") and dim % 2 == 0:
         yield "adjacent pairs within each head", _adjacent_pairs(heads, dim)
     if key.stage not in ("qkv_matmul", "qkv_bias") or is_oracle:
         return
-    for kv in range(1, heads // 3 + 1):
+    counts = range(1, heads // 3 + 1) if num_kv_heads is None else (num_kv_heads,)
+    for kv in counts:
         if (heads - 2 * kv) % kv:
             continue
         rotated = heads - kv

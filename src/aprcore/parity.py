@@ -1,4 +1,4 @@
-"""The gate: does another backend say the same as the CPU, step by step?
+"""The gate: whether another backend says the same as the CPU, step by step.
 
 Both sides run the prompt and then decode, always on the token that the CPU chooses, so that one
 different choice does not make everything after it incomparable. Source: FORMATS.md, "Numbers from

@@ -80,8 +80,22 @@ def find_fault(
             return StageFault(step, key, found, layout, True, reason)
         if different is None and found.relative_l2 > FLOAT32_BOUND:
             reason = f"relative L2 {found.relative_l2:.3g} between both sides, by no single kernel"
+            reason += _describe_past(trusted, tested)
             different = StageFault(step, key, found, layout, False, reason)
     return different
+
+
+def _describe_past(trusted: Decoder, tested: Decoder) -> str:
+    """Where the caches differed before the step, for the end of a sentence; nothing if nowhere."""
+    ours, theirs = trusted.past().held, tested.past().held
+    for (layer, name), rows in theirs.items():
+        found = compare(rows, ours[layer, name])
+        if found.unequal_nonfinite or found.relative_l2 > FLOAT32_BOUND:
+            kind = {"k": "keys", "v": "values"}[name]
+            return (
+                f"; the cached {kind} of layer {layer} differed before, by {found.relative_l2:.3g}"
+            )
+    return ""
 
 
 def find_cache_fault(

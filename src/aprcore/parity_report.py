@@ -126,7 +126,8 @@ class ParityReport:
     @property
     def reason(self) -> str:
         """Why the gate rejects, in one sentence; nothing if it does not."""
-        faults = [part.fault for part in (*self.steps, *self.caches) if part.fault]
+        faults = [step.fault for step in self.steps] + [cache.fault for cache in self.caches]
+        faults = [fault for fault in faults if fault]
         if not faults:
             return ""
         return faults[0] if self.first is None else f"{faults[0]}; {self.first.describe()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from aprcore.stages import StageKey
 from aprcore.trace import TraceWriter
 
 if TYPE_CHECKING:
+    from aprcore.generate import StepTraced
     from aprcore.model import Model
 
 Progress = Callable[[StageKey], None]
@@ -115,3 +117,29 @@ def record_trace(
     with writer:
         run(writer.write)
     return len(kept), logits
+
+
+def write_step(directory: Path, model: Model, step: StepTraced, prompt: str | None) -> int:
+    """Write the stages of one decoding step, and return how many.
+
+    The sidecar's `positions` begin where `history` ends: both together are the whole text.
+
+    Raises:
+        TraceError: The directory cannot be written.
+    """
+    first = len(step.history)
+    engine = step.engine
+    backend_packages = ("pyopencl",) if engine.backend.name == "opencl" else ()
+    sidecar = replace(
+        trace_sidecar(model, step.tokens, prompt),
+        history=step.history,
+        positions=tuple(range(first, first + len(step.tokens))),
+        backend=engine.backend.name,
+        device=engine.device,
+        driver=engine.driver,
+        versions=package_versions("aprtui", "numpy", *backend_packages),
+    )
+    with TraceWriter(directory, sidecar) as writer:
+        for key, values in step.stages.items():
+            writer.write(key, values)
+    return len(step.stages)

@@ -180,6 +180,14 @@ class RecordedSide:
         estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
         return None if estimate is None else self.expectation(key, inputs, estimate)
 
+    def expect_from(self, key: StageKey, inputs: Sequence[Floats]) -> Expectation | None:
+        """As `expect`, with these tensors for inputs."""
+        backend = PredictionBackend([(None, self.profile)])
+        values = [np.asarray(x, dtype=np.float64) for x in inputs]
+        exact = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in values]
+        estimate = run_stage(backend, self.site(key), key, exact)
+        return None if estimate is None else Expectation(estimate)
+
     def expectation(
         self, key: StageKey, inputs: Sequence[Expectation], estimate: Estimate
     ) -> Expectation:

@@ -27,6 +27,7 @@ class Sidecar:
         tokens: Token ids of the pass.
         prompt: The text they came from.
         positions: Their positions.
+        history: Tokens before them, in a decoding step: their keys and values were in the cache.
         model: `file`, `sha256`, `size_bytes` and `architecture` of the model.
         backend, device, driver: What computed the tensors.
         arithmetic: Precision of the arithmetic: "f32", "f16", "bf16", "f64".
@@ -40,6 +41,7 @@ class Sidecar:
     tokens: tuple[int, ...] | None = None
     prompt: str | None = None
     positions: tuple[int, ...] | None = None
+    history: tuple[int, ...] | None = None
     model: Mapping[str, Any] | None = None
     backend: str | None = None
     device: str | None = None
@@ -96,6 +98,7 @@ def _parse_sidecar(path: Path, text: str) -> Sidecar:
         tokens=_integers(data.get("tokens"), "tokens", path),
         prompt=text_or_none("prompt"),
         positions=_integers(data.get("positions"), "positions", path),
+        history=_integers(data.get("history"), "history", path),
         model=object_or_none("model"),
         backend=text_or_none("backend"),
         device=text_or_none("device"),

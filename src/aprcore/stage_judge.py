@@ -237,12 +237,43 @@ class StageJudge:
         judgment = make_judgment(x, expected, layout)
         if judgment is None or judgment.passed or not may_permute:
             return x, judgment, None
-        for name, reading in alternatives(key, dumped, layout, is_oracle=side == "the oracle"):
+        is_oracle = side == "the oracle"
+        kv_heads = self._sides.sizes.get("K")
+        for name, reading in alternatives(
+            key, dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
+        ):
             permuted = zero_above_diagonal(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
-            if other is not None and other.passed:
-                return permuted, other, f"{name} in {side}"
+            if other is None or not other.passed:
+                continue
+            if not is_oracle and not self._readers_agree(key, permuted.reshape(layout.shape)):
+                break
+            return permuted, other, f"{name} in {side}"
         return x, judgment, None
+
+    def _readers_agree(self, key: StageKey, qkv: Floats) -> bool:
+        """Whether the next stages of the trace can have read q, k and v as they are taken here.
+
+        An engine that permutes the rows of q and k writes what one writes that keeps them in
+        another order throughout. What reads them tells the two apart.
+        """
+        if key.stage not in ("qkv_matmul", "qkv_bias") or self._trace is None:
+            return True
+        for stage in ("qkv_bias", "q_post_rope", "k_post_rope"):
+            reader = StageKey(key.layer, stage)
+            dumped = self._trace.peek(reader)
+            if dumped is None or key not in self._sources(reader):
+                continue
+            expected = self._trace.expect_from(reader, [qkv])
+            layout = layout_of(reader, self._sides.sizes, dumped.size)
+            kv_heads = self._sides.sizes.get("K")
+            readings = [dumped.reshape(-1)]
+            readings += [y for _, y in alternatives(reader, readings[0], layout,
+                                                    num_kv_heads=kv_heads)]  # fmt: skip
+            judged = (make_judgment(x, expected, layout) for x in readings if expected is not None)
+            if expected is not None and not any(j is not None and j.passed for j in judged):
+                return False
+        return True
 
     def _aligned(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout

@@ -23,6 +23,8 @@ from aprtui.commands import (
     import_model,
     inspect,
     oracle,
+    parity,
+    run,
     trace,
 )
 
@@ -43,6 +45,8 @@ COMMANDS = {
     "import": import_model,
     "inspect": inspect,
     "demo": demo,
+    "run": run,
+    "parity": parity,
     "devices": devices,
 }
 

@@ -36,7 +36,7 @@ def judgment_lines(
     is_wide = width >= WIDE_CELLS
     quiet = paint("ink-quiet")
     headings = ["rel. L2", "bound", "cosine", *(["noise"] if is_wide else [])]
-    yield Text(" " * LABEL_CELLS + _cells(headings, is_wide), quiet, no_wrap=True)
+    yield Text(" " * LABEL_CELLS + _cells(headings, is_wide), quiet)
     yield _cumulative(report, header, paint, is_wide)
     for measure in JUDGMENTS:
         judgment = judgment_of(report, measure)
@@ -95,7 +95,7 @@ def _figures(judgment: Judgment, paint: Paint, is_wide: bool) -> Text:
 
 def _label(measure: Measure, mark: Mark, report: StageReport, paint: Paint) -> Text:
     is_blamed = report.blamed == measure.value
-    label = Text(f"{mark.glyph} ", paint(mark.ink, bold=True))
+    label = Text.assemble((f"{mark.glyph} ", paint(mark.ink, bold=True)))
     label.append(measure.value, "bold" if is_blamed else paint("ink-quiet"))
     label.append(" " * (LABEL_CELLS - label.cell_len))
     return label

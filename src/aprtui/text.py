@@ -20,6 +20,11 @@ def visible(text: str, limit: int = LINE_LIMIT) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def visible_lines(text: str) -> str:
+    """As `visible`, for text that may break lines and has no limit: what a model writes."""
+    return "".join(c if c in "\n\t" else visible(c) for c in text)
+
+
 def byte_count(size: int) -> str:
     """A number of bytes for people: "1.2 GiB"."""
     number, unit = float(size), "B"

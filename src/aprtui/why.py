@@ -201,15 +201,16 @@ def _origin(lineage: Lineage | None, state: RunState, paint: Paint) -> Iterator[
         return
     origin = state.reports[lineage.origin]
     mark = mark_of(origin)
-    is_sure = not _is_alone(state.reports[lineage.path[0]])
-    said = Text("Inherited from " if is_sure else "It may be inherited from ")
-    if not lineage.faults:
-        said = Text("Rounding that began at ")
-    said.append(f"{mark.glyph} {lineage.origin}", paint(mark.ink, bold=True))
+    name = (f"{mark.glyph} {lineage.origin}", paint(mark.ink, bold=True))
     if lineage.faults:
-        said.append(f"  {finding_of(origin)}")
+        is_sure = not _is_alone(state.reports[lineage.path[0]])
+        start = "Inherited from " if is_sure else "It may be inherited from "
+        said = Text.assemble(start, name, f"  {finding_of(origin)}")
+    elif _is_accepted(origin):
+        said = Text.assemble("Inherited from ", name, ", whose error is within your budget.")
     else:
-        said.append(f" and was carried on; nothing upstream is to blame. There, {origin.reason}.")
+        said = Text.assemble("Rounding that began at ", name, " and was carried on; nothing"
+                             f" upstream is to blame. There, {origin.reason}.")  # fmt: skip
     yield said
     yield Text.assemble(("the way  ", paint("ink-quiet")), _way(lineage.path))
     others = [str(key) for key in lineage.faults if key != lineage.origin]
@@ -236,19 +237,24 @@ def _names(keys: tuple[StageKey, ...]) -> Iterator[str]:
 
 
 def _noise(report: StageReport, state: RunState, paint: Paint) -> Iterator[RenderableType]:
-    if report.reason.startswith("within your budget"):
-        yield Text(f"Accepted, {report.reason}.")
+    if _is_accepted(report):
+        yield Text(f"Accepted: {visible(report.reason, REASON_LIMIT)}.")
         if report.explanation is not None:
             yield from _causes(report.explanation, paint)
             yield from _others(report.explanation, paint)
-    else:
-        yield Text("Not to blame: its inputs are right, and its error is what rounding makes of it"
-                   f" ({report.reason}).")  # fmt: skip
+        return
+    yield Text("Not to blame: its inputs are right, and its error is what rounding makes of it"
+               f" ({report.reason}).")  # fmt: skip
     found = report.comparison
     if found is not None and state.header is not None:
         yield Text(f"Against the oracle it is off by {format_ratio(found.relative_l2)}, more than"
                    f" the {state.header.bound:g} of exact weights: the steps in which the weights"
                    " are stored predict that much.")  # fmt: skip
+
+
+def _is_accepted(report: StageReport) -> bool:
+    """Whether a failure is tolerated because the user said so."""
+    return report.budget is not None and report.reason.startswith("within your budget")
 
 
 def _pass(report: StageReport, state: RunState, paint: Paint) -> Iterator[RenderableType]:

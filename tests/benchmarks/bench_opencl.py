@@ -28,7 +28,7 @@ BOUNDS = {
 }
 REPORTED = ("F16", "BF16", "Q4_0", "Q5_0", "Q5_K", "AprQ4", "AprQ8")  # without a bound, T = 7
 LEAST_EXPANSION = 20.0
-EXPANDED = (4096, 3584)
+EXPANDED = SHAPES[0]
 REPEATS = 9
 
 

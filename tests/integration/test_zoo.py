@@ -23,7 +23,7 @@ def sample(cases: tuple[Case, ...], step: int) -> list[Case]:
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     cases = [
-        *sample(corpus.single_faults(), 1),
+        *sample(corpus.single_faults(), 2),
         *sample(corpus.several_faults(), 6),
         *sample(corpus.sound_pairs(), 2),
     ]
@@ -36,9 +36,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     return list(outcomes(cases, Farm(tmp_path_factory.mktemp("zoo"))))
 
 
-def check(found: list[Outcome]) -> None:
+# What a part of the corpus must reach too; shares of causes and of small faults need all of it.
+OF_ANY_PART = (
+    "first to blame is the planted stage",
+    "kernel and model told apart",
+    "FAIL where nothing was planted",
+    "sound pairs with a FAIL",
+    "two and three faults, all found",
+)
+
+
+def check(found: list[Outcome], names: tuple[str, ...] | None = None) -> None:
     lines = table.figures(found)
-    assert not [line.name for line in lines if line.met is False], table.to_text(lines)
+    missed = [line.name for line in lines if line.met is False]
+    assert not [n for n in missed if names is None or n in names], table.to_text(lines)
 
 
 def test_every_fault_is_planted_somewhere():
@@ -54,7 +65,7 @@ def test_the_corpus_is_as_large_as_it_should_be():
 
 
 def test_a_part_of_the_zoo(fast: list[Outcome]):
-    check(fast)
+    check(fast, OF_ANY_PART)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Runs of the demo's models for tests of the screen, the same to the last digit on every machine."""
+"""Runs of the demo's models for tests of the screen, with the same figures on every machine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import PROMPT
 
+from aprcore.backends.base import Site
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.bisect import Request
-from aprcore.forward import trace
 from aprcore.model import open_model
-from aprcore.stages import StageKey
+from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
 from aprcore.trace import Sidecar, TraceWriter
 from aprtui.demo import demo_path, load_faults
+from conftest import PROMPT
 
 # Layer 2's activation, of those that a pass computes one after the other.
 ODD_CALL = 2
@@ -41,15 +41,32 @@ def bring(name: str, source: Path) -> Path:
 
 
 def dump(model: Path, backend: ReferenceBackend, *left_out: str) -> Path:
-    """Stage files that the float64 backend makes; a product of numpy depends on the processor."""
+    """Stage files of an engine that rounds each float64 stage to float32.
+
+    What numpy's float32 products give depends on the processor.
+    """
     folder = Path("engine-dump")
     sidecar = Sidecar(
         tokens=TOKENS, prompt=PROMPT, dtype="float32", arithmetic="f32", backend="made-up"
     )
+    made: dict[StageKey, Any] = {}
     with open_model(model) as opened, TraceWriter(folder, sidecar) as writer:
-        for key, x in trace(opened.config, opened.weights, backend, TOKENS):
+        config = opened.config
+        for key in stage_keys(config.num_layers, config.features):
+            stage = BY_NAME[key.stage]
+            inputs = [
+                made[source] for source in input_keys(key, config.num_layers, config.features)
+            ]
+            if stage.last_token:
+                inputs = [x[-1:] for x in inputs]
+            positions = np.arange(len(TOKENS))
+            site = Site(config, np.array(TOKENS), positions, key.layer, opened.weights)
+            assert stage.operation is not None
+            x = stage.operation(backend, site, *inputs).astype(np.float32)
+            made[key] = x.astype(np.float64)
             if key.stage not in left_out:
-                writer.write(key, x.astype(np.float32))
+                shape = resolve_shape(stage.shape, config.sizes(len(TOKENS)))
+                writer.write(key, x.reshape(shape))
     return folder
 
 

@@ -110,7 +110,7 @@ class TestTable:
         said = " ".join(line.plain for line in judgment_lines(report, state.header, PAINT, 64))
         assert "judged from" in said
         assert "dump attn_scores, attn_softmax to narrow it" in said
-        assert "– model       no oracle" in said
+        assert "– model      no oracle" in said
 
     def test_columns_by_width(self) -> None:
         def names(width: int, shown: Measure = Measure.CUMULATIVE) -> list[str]:

@@ -223,7 +223,7 @@ small-code-bit@1           qwen2       Q8_0       float32   33
 small-row-scaled@1         llama       Q4_K       float32   7
 small-column-zero@1        llama       Q4_K       float32   7
 file-eps-tenfold@0         qwen2       F32        float32   7
-file-eps-tenfold@0         qwen3       Q4_K       bfloat16  9
+file-eps-tenfold@0         qwen3       Q4_K       float32   9
 file-theta-near@0          llama       Q8_0       float32   33
 file-theta-near@0          qwen2       F32        bfloat16  17
 """

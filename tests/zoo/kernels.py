@@ -23,7 +23,7 @@ class KernelFault:
 
     Attributes:
         stages: What computes wrongly, by stage; one mistake may show in several.
-        causes: Words of which one must be in a named cause, lower case.
+        causes: As of `trial.Planted`, lower case.
     """
 
     stages: Mapping[str, Wrong]
@@ -354,7 +354,7 @@ plant("local-attention-last-block", "column|head|zero|block",
 plant("local-gate-rows", "column|row|zero|block|tile", ffn_gate=columns(-8, None))
 plant("local-up-row", "negated|sign", ffn_up=columns(37, 38, torch.neg))
 plant("local-qkv-rows", "column|row|zero|block|tile|head", qkv_matmul=columns(8, 12))
-plant("local-out-row-order", "row|column|permut|swap", attn_out=at(span(4, 6), lambda s: (
+plant("local-out-row-order", "~permuted", attn_out=at(span(4, 6), lambda s: (
     s.sound()[:, _swapped(s.config.hidden_size, 4, 5)])))  # fmt: skip
 plant("local-down-last-token", "token|stale", ffn_out=at(token(LAST), lambda s: (
     s.sound().roll(1, dims=0))))  # fmt: skip
@@ -375,11 +375,11 @@ plant("local-residual-tail", "residual|column|block|addend|twice",
 plant("local-embedding-token", "row|token|off by one", embedding=at(token(2), lambda s: (
     s.embed([(t + 1) % s.config.vocab_size for t in s.tokens]))))  # fmt: skip
 plant("local-head-rows", "zero|row|column|block", lm_head=columns(-8, None))
-plant("local-head-value", "factor|sign|value|row|column", lm_head=columns(5, 6, lambda y: y * 1.5))
+plant("local-head-value", "~factor", lm_head=columns(5, 6, lambda y: y * 1.5))
 plant("local-bias-head", "bias|head|column", qkv_bias=at(head(2), lambda s: s.x.clone()))
-plant("local-gate-percent", "factor|value|token", ffn_gate=at(value(2, 40), lambda s: (
+plant("local-gate-percent", "~factor", ffn_gate=at(value(2, 40), lambda s: (
     s.sound() * 1.01)))  # fmt: skip
-plant("local-scores-percent", "factor|scale|head",
+plant("local-scores-percent", "~factor",
       attn_scores=at(head(1), lambda s: s.sound() * 1.01))  # fmt: skip
 plant("local-eps-token", "eps|factor|scale", attn_norm=at(token(1), norm_of(
     ATTN, lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps))))  # fmt: skip

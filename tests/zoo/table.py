@@ -86,16 +86,21 @@ def _alarms(faulty: Sequence[Outcome]) -> Figure:
 
 
 def _causes(seen: Sequence[Outcome]) -> list[Figure]:
-    explained = [o for o in seen if o.named is not None]
+    known = [o for o in seen if o.named is not None and o.is_hit]
+    explained = [o for o in known if o.expects_cause]
+    others = [o for o in known if not o.expects_cause]
+    shown = [o for o in others if o.symptom_hit]
     if not explained:
         return [Figure("planted cause among the named", "n/a", ">= 90%", None)]
     hits = [o for o in explained if o.cause_hit]
-    named = sum(len(o.named or ()) for o in explained) / len(explained)
+    named = sum(len(o.named or ()) for o in known) / len(known)
     misses = tuple(f"{o.case.name}: {_said(o)}" for o in explained if not o.cause_hit)
     return [
         Figure("planted cause among the named", _share(len(hits), len(explained)), ">= 90%",
                len(hits) >= LEAST_CAUSES * len(explained), misses=misses),
         Figure("causes named, on average", f"{named:.2f}", "<= 1.3", named <= MOST_NAMED),
+        Figure("in no catalogue: the symptom says what", _share(len(shown), len(others)), "", None,
+               misses=tuple(f"{o.case.name}: {_said(o)}" for o in others if not o.symptom_hit)),
     ]  # fmt: skip
 
 

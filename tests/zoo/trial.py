@@ -78,7 +78,8 @@ class Planted:
         fault: The fault's name.
         kind: "kernel" or "model".
         sigma: What the fault changes in a row, over the sound spread of that row, at its largest.
-        causes: Words of which a named cause should have one.
+        causes: Words of which a named cause should have one; words after "~" are for the symptom,
+            where the mistake is in no catalogue.
     """
 
     key: StageKey
@@ -162,8 +163,23 @@ class Outcome:
     def cause_hit(self) -> bool:
         """Whether a named cause is one of those expected."""
         first = self.report.first_divergence
-        words = {w for p in self.planted if first and p.key == first.key for w in p.causes}
-        return any(word in name.lower() for name in self.named or () for word in words)
+        return any(word in name.lower() for name in self.named or () for word in self._words(first))
+
+    @property
+    def expects_cause(self) -> bool:
+        """Whether the first fault is one that a catalogue can hold."""
+        return any(not w.startswith("~") for w in self._words(self.report.first_divergence))
+
+    @property
+    def symptom_hit(self) -> bool:
+        """Whether the symptom, or a named cause, says what is to be seen of the fault."""
+        first = self.report.first_divergence
+        explanation = None if first is None else first.explanation
+        said = "" if explanation is None else explanation.summary().lower()
+        return any(word.removeprefix("~") in said for word in self._words(first))
+
+    def _words(self, stage: StageReport | None) -> set[str]:
+        return {w for p in self.planted if stage and p.key == stage.key for w in p.causes}
 
     @property
     def blamed_today(self) -> StageKey | None:

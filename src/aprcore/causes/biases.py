@@ -13,8 +13,6 @@ from aprcore.stages import K, Q, V
 from aprcore.weights import read_all
 
 BIAS, BOTH = stages("qkv_bias"), stages("qkv_matmul", "qkv_bias")
-# Error energy over the predicted from which on a part's bias counts as wrong.
-WRONG_SHARE = 100.0
 _MODULES = {"q": Q, "k": K, "v": V}
 
 
@@ -102,8 +100,7 @@ def _lost(scene: Scene) -> Iterator[Trial]:
     own, wrong, zero = _biases(scene), "", True
     for part in "qkv":
         columns = slice(*scene.config.qkv_columns(part))
-        error = np.square(observed - scene.plain.value)[:, columns].sum()
-        if error > WRONG_SHARE * scene.plain.variance[:, columns].sum():
+        if scene.wrong[:, columns].any():
             wrong, zero = wrong + part, zero and not own[part].any()
     if wrong:
         changed = {p: addend[slice(*scene.config.qkv_columns(p))] for p in wrong}

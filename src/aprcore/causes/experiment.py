@@ -24,10 +24,25 @@ DECISIVE_NATS = 12.0
 # Error energies below this part of the predicted are as good as none: predictions are upper
 # estimates, and alternatives are computed in float64 by another route than the engine's.
 NEGLIGIBLE_RATIO = 1e-3
-# An alternative's own values are rounded a few times on the way, as the plain ones are.
-ALTERNATIVE_ROUNDINGS = 8
 # A region larger than this share of the tensor is no local fault.
 LARGEST_LOCAL_SHARE = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much an alternative may miss the output by.
+
+    Attributes:
+        is_wide: Whether a value's variance is at least the mean of its token.
+        roundings: Roundings of the alternative's own values on the way.
+    """
+
+    is_wide: bool
+    roundings: float
+
+
+# The first under which the plain operation still fails: nothing explains what it would explain.
+ROOMS = (Room(True, 8.0), Room(True, 0.0), Room(False, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +93,9 @@ class Experiment:
         self._observed = scene.observed.reshape(self._shape)
         self._plain = scene.plain.value.reshape(self._shape)
         self._energy = float(np.square(self._plain).mean()) if self._plain.size else 0.0
-        self._variance = self._widened()
+        self._predicted = scene.plain.variance.reshape(self._shape)
+        self._wide = self._widened()
+        self._room = next((r for r in ROOMS if not self._passes(self._plain, r)), ROOMS[-1])
         self.region = find_region(scene)
 
     @property
@@ -88,23 +105,33 @@ class Experiment:
 
     def variance(self, columns: NDArray[np.int64]) -> Float64:
         """Predicted variances of some columns of a [T, C] output."""
-        return self._variance.reshape(self.scene.plain.value.shape)[:, columns]
+        variance = self._wide if self._room.is_wide else self._predicted
+        return variance.reshape(self.scene.plain.value.shape)[:, columns]
 
     def _widened(self) -> Float64:
         """Predicted variances, raised to their token's mean.
 
         An alternative moves values between dimensions, so that the variance predicted for one
-        place belongs to another. Kept as predicted where the plain operation would then pass.
+        place belongs to another.
         """
-        predicted = self.scene.plain.variance.reshape(self._shape)
         axes = self.scene.layout.axes
         token = axes.index("token") if "token" in axes else None
         others = tuple(axis for axis in range(len(axes)) if axis != token)
-        wide = np.maximum(predicted, predicted.mean(axis=others, keepdims=True))
-        estimate = Estimate(self._plain, wide, self.scene.plain.token_dof)
-        if assess(self._observed, estimate, self.scene.layout).explained:
-            return predicted
-        return wide
+        return np.maximum(self._predicted, self._predicted.mean(axis=others, keepdims=True))
+
+    def _passes(self, value: Float64, room: Room) -> bool:
+        """Whether rounding accounts for the output being this value."""
+        estimate = Estimate(value, self._variance(value, room), self.scene.plain.token_dof)
+        return assess(self._observed, estimate, self.scene.layout).explained
+
+    def _variance(self, value: Float64, room: Room) -> Float64:
+        """The variance to allow an alternative."""
+        variance = self._wide if room.is_wide else self._predicted
+        energy = float(np.square(value).mean())
+        if self._energy:  # larger values are rounded more coarsely
+            variance = variance * max(1.0, energy / self._energy)
+        roundoff = self.scene.profile.arithmetic.stored.roundoff
+        return variance + room.roundings * roundoff**2 / 3 * (np.square(value) + energy)
 
     def hold(self, value: Float64) -> Outcome | None:
         """The outcome of one alternative; None if it says the same as the plain operation."""
@@ -135,13 +162,10 @@ class Experiment:
     def _is_plain(self, value: Float64) -> bool:
         """Whether an alternative is the plain operation but for rounding."""
         change = np.square(value - self._plain)
-        return bool((change <= 4 * self._variance + SMALLEST_ENERGY * self._energy).all())
+        return bool((change <= 4 * self._wide + SMALLEST_ENERGY * self._energy).all())
 
     def _outcome(self, value: Float64, region: Region | None) -> Outcome:
-        rounding = (self.scene.profile.arithmetic.stored.roundoff * value) ** 2 / 3
-        variance = self._variance * self._gain(value) + ALTERNATIVE_ROUNDINGS * rounding
-        estimate = Estimate(value, variance, self.scene.plain.token_dof)
-        explains = assess(self._observed, estimate, self.scene.layout).explained
+        explains = self._passes(value, self._room)
         return Outcome(*self.figures(value), explains, self.misfit(value), region)
 
     def figures(self, value: Float64) -> tuple[float, float]:
@@ -149,16 +173,11 @@ class Experiment:
         found = compare(self._observed.reshape(-1), value.reshape(-1))
         return found.relative_l2, found.cosine
 
-    def _gain(self, value: Float64) -> float:
-        """Larger values are rounded more coarsely."""
-        energy = float(np.square(value).mean())
-        return max(1.0, energy / self._energy) if self._energy else 1.0
-
     def misfit(self, value: Float64) -> float:
         """Mean of measured over predicted error energy, under one prediction for all."""
         floor = SMALLEST_ENERGY * max(self._energy, float(np.square(self._observed).mean())) * 1e-3
         error = np.square(self._observed - value.reshape(self._shape))
-        return float((error / (self._variance + floor)).mean())
+        return float((error / (self._wide + floor)).mean())
 
     def tells_apart(self, better: float, worse: float) -> bool:
         """Whether one misfit is better than another beyond chance."""

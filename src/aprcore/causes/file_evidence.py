@@ -82,8 +82,10 @@ def _blocks(part: Part) -> Iterator[str]:
     blocks = found.reshape(-1, found.shape[-1])
     if part.weight.dtype in ("Q4_K", "Q5_K", "Q4_1", "Q5_1") and not blocks[:, 2:4].any():
         yield "has blocks whose minimum is zero throughout: it was ignored in the conversion"
-    if part.weight.dtype in ("Q4_K", "Q5_K") and not (blocks[:, 4:12] & 0xC0).any():
-        yield "has blocks whose scale bits above the fourth are zero: scales were misread"
+    if part.weight.dtype in ("Q4_K", "Q5_K"):
+        for start, what in ((4, "scales"), (8, "minima")):
+            if not (blocks[:, start : start + 4] & 0xC0).any():
+                yield f"has blocks whose last four {what} are below 16: their scale bits were lost"
     yield from _foreign_blocks(part)
 
 

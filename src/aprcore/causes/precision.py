@@ -14,9 +14,9 @@ import numpy as np
 from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.projections import Part, Pick, Variant, picker
-from aprcore.causes.scene import Float64
+from aprcore.causes.scene import Float64, Scene
 from aprcore.causes.solving import best_factor
-from aprcore.noise import assess
+from aprcore.noise import allowed_ratio, assess
 from aprcore.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic
 from aprcore.replay import run_stage
 from aprcore.weights import Weight
@@ -53,6 +53,8 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
     mask = np.ones(plain.shape, bool) if region is None else region.mask.reshape(plain.shape)
     if scene.in_file or mask.sum() < FEWEST_VALUES or _is_scaled(observed[mask], plain[mask]):
         return
+    if any(_is_scaled(*pair) for pair in _wrong_slices(scene)):
+        return
     own = scene.profile.arithmetic
     for name, arithmetic in ARITHMETICS:
         stored, accumulated = arithmetic.stored, arithmetic.accumulated
@@ -72,6 +74,19 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
             figures = experiment.figures(plain)
             yield Coarser(name, _ADVICE, Outcome(*figures, True, experiment.misfit(plain), region))
             return
+
+
+def _wrong_slices(scene: Scene) -> Iterator[tuple[Float64, Float64]]:
+    """Output and expectation of each token and head that is wrong as a whole."""
+    shape, axes = scene.layout.factors, scene.layout.axes
+    observed, plain = scene.observed.reshape(shape), scene.plain.value.reshape(shape)
+    variance = scene.plain.variance.reshape(shape)
+    for axis in (a for a, name in enumerate(axes) if name in ("token", "head")):
+        for index in range(shape[axis]):
+            o, p, v = (x.take(index, axis=axis).reshape(-1) for x in (observed, plain, variance))
+            wrong = np.square(o - p).sum() > allowed_ratio(float(o.size)) * v.sum()
+            if wrong and o.size >= FEWEST_VALUES:
+                yield o, p
 
 
 def _is_scaled(observed: Float64, plain: Float64) -> bool:

@@ -335,7 +335,7 @@ def _lost_bias(part: Part) -> Iterator[Variant]:
         f"{{}} bias lost (the original adds one, this file {state})",
         "the bias in the conversion",
         bias=addend if part.bias is None else part.bias + addend,
-        is_fallback=not is_zero,
+        is_fallback=stored is None or not is_zero,
     )
 
 

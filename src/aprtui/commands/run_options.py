@@ -24,6 +24,43 @@ def add_thread_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_gpu_options(parser: argparse.ArgumentParser) -> None:
+    """`--gpu`, `--no-gpu`, `--require-gpu` and `--device`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--gpu", action="store_true",
+        help="run on an OpenCL device, as long as it agrees with the CPU; else the CPU carries on",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-gpu", action="store_true", help="run on the CPU and look for no device (the default)"
+    )
+    group.add_argument(
+        "--require-gpu", action="store_true",
+        help="as --gpu, but end with exit code 2 where the CPU would carry on",
+    )  # fmt: skip
+    add_device_option(parser)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument(
+        "--device", metavar="NAME|INDEX", help="which device (see `aprtui devices`); implies --gpu"
+    )
+
+
+def uses_gpu(args: argparse.Namespace) -> bool:
+    """Whether the options of `add_gpu_options` ask for a device.
+
+    Raises:
+        PlanError: They contradict each other.
+    """
+    from aprcore.errors import PlanError
+
+    if args.no_gpu and args.device is not None:
+        raise PlanError("--device and --no-gpu contradict each other", hint="leave one out")
+    return bool(args.gpu or args.require_gpu or args.device is not None)
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Everything that makes a `Request`."""
     parser.add_argument(

@@ -94,13 +94,12 @@ class Tuning:
     def few_rows(self, dtype: str, tokens: int) -> int:
         """Rows of a weight that a work-group multiplies with few tokens.
 
-        As many as leave the sums in 16 vector registers; decoding a K-quant needs them as well.
+        On a CPU two rows share each vector of x, unless decoding needs the registers (K-quants) or
+        there is but one token to share.
         """
         if not self.is_cpu:
             return _GPU_ROWS
-        if dtype in ("Q4_K", "Q5_K", "Q6_K"):
-            return 1
-        return 4 if tokens <= 2 else 2
+        return 1 if tokens == 1 or dtype in ("Q4_K", "Q5_K", "Q6_K") else 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,20 @@
 typedef float8 partial;
 #define ADD_PRODUCT(sum, w, x) (sum) += (w) * (x)
 #define SETTLE(sum) sum8(sum)
+// Enough sums that none waits for the one before it.
+#define TURNS (ROWS * TOKENS == 1 ? 4 : ROWS * TOKENS < 4 ? 2 : 1)
 #else
 typedef float partial;
 #define ADD_PRODUCT(sum, w, x) (sum) += sum8((w) * (x))
 #define SETTLE(sum) (sum)
+#define TURNS 1
 #endif
 
-static inline void add_products(partial sums[ROWS][TOKENS], const float8 w[ROWS],
+static inline void add_products(partial sums[ROWS][TOKENS][TURNS], uint turn, const float8 w[ROWS],
                                 global const float *x, uint x_stride, uint last_token) {
     UNROLL for (uint t = 0; t < TOKENS; t++) {
         const float8 v = LOAD8(x + (size_t)min(t, last_token) * x_stride);
-        UNROLL for (uint r = 0; r < ROWS; r++) ADD_PRODUCT(sums[r][t], w[r], v);
+        UNROLL for (uint r = 0; r < ROWS; r++) ADD_PRODUCT(sums[r][t][turn % TURNS], w[r], v);
     }
 }
 
@@ -36,8 +39,10 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
     global const uchar *w_rows[ROWS];
     UNROLL for (uint r = 0; r < ROWS; r++) w_rows[r] = weights + min(row + r, rows - 1) * row_bytes;
     x += (size_t)token * x_stride;
-    partial sums[ROWS][TOKENS];
-    UNROLL for (uint r = 0; r < ROWS; r++) UNROLL for (uint t = 0; t < TOKENS; t++) sums[r][t] = 0;
+    partial sums[ROWS][TOKENS][TURNS];
+    UNROLL for (uint r = 0; r < ROWS; r++)
+        UNROLL for (uint t = 0; t < TOKENS; t++)
+            UNROLL for (uint turn = 0; turn < TURNS; turn++) sums[r][t][turn] = 0;
 
     const uint blocks = width / BLOCK_VALUES, parts = width / 8;
     float8 w[ROWS];
@@ -45,7 +50,7 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
     for (uint block = 0; block < blocks; block++) {
         UNROLL for (uint part = 0; part < BLOCK_PARTS; part++) {
             UNROLL for (uint r = 0; r < ROWS; r++) w[r] = eight(w_rows[r], block, part, scale);
-            add_products(sums, w, x + block * BLOCK_VALUES + 8 * part, x_stride, last_token);
+            add_products(sums, part, w, x + block * BLOCK_VALUES + 8 * part, x_stride, last_token);
         }
     }
     const uint done = blocks * BLOCK_PARTS;
@@ -55,28 +60,31 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
     for (uint i = done + lane; i < parts; i += LANES) {
         UNROLL for (uint r = 0; r < ROWS; r++)
             w[r] = eight(w_rows[r], i / BLOCK_PARTS, i % BLOCK_PARTS, scale);
-        add_products(sums, w, x + 8 * i, x_stride, last_token);
+        add_products(sums, 0, w, x + 8 * i, x_stride, last_token);
     }
     if (width % 8 && lane == parts % LANES) {
         UNROLL for (uint r = 0; r < ROWS; r++) w[r] = tail(w_rows[r], 8 * parts, width % 8, scale);
-        add_products(sums, w, x + 8 * parts, x_stride, last_token);
+        add_products(sums, 0, w, x + 8 * parts, x_stride, last_token);
     }
 
 #if LANES > 1
     local float shares[LANES][ROWS * TOKENS];
-    for (uint i = 0; i < ROWS * TOKENS; i++) shares[lane][i] = sums[i / TOKENS][i % TOKENS];
+    for (uint i = 0; i < ROWS * TOKENS; i++) shares[lane][i] = sums[i / TOKENS][i % TOKENS][0];
     for (uint half_way = LANES / 2; half_way; half_way /= 2) {
         barrier(CLK_LOCAL_MEM_FENCE);
         if (lane < half_way)
             for (uint i = 0; i < ROWS * TOKENS; i++) shares[lane][i] += shares[lane + half_way][i];
     }
     if (lane) return;
-    for (uint i = 0; i < ROWS * TOKENS; i++) sums[i / TOKENS][i % TOKENS] = shares[0][i];
+    for (uint i = 0; i < ROWS * TOKENS; i++) sums[i / TOKENS][i % TOKENS][0] = shares[0][i];
 #endif
+    UNROLL for (uint r = 0; r < ROWS; r++)
+        UNROLL for (uint t = 0; t < TOKENS; t++)
+            UNROLL for (uint turn = 1; turn < TURNS; turn++) sums[r][t][0] += sums[r][t][turn];
     y += (size_t)token * y_stride + first + row;
     UNROLL for (uint t = 0; t < TOKENS; t++)
         UNROLL for (uint r = 0; r < ROWS; r++)
-            if (t <= last_token && row + r < rows) y[(size_t)t * y_stride + r] = SETTLE(sums[r][t]);
+            if (t <= last_token && row + r < rows) y[(size_t)t * y_stride + r] = SETTLE(sums[r][t][0]);
 }
 
 #else

@@ -17,8 +17,8 @@ static inline uint uint_at(global const uchar *bytes) {
 }
 
 // Nibbles of the eight bytes at `bytes`, the upper ones where `shift` is 4.
-static inline int8 nibbles(global const uchar *bytes, uint shift) {
-    return TO_INT8((LOAD8_BYTES(bytes) >> (uchar8)(shift)) & (uchar8)(15));
+static inline uchar8 nibbles(global const uchar *bytes, uint shift) {
+    return LOAD8_BYTES(bytes) >> (uchar8)(shift) & (uchar8)(15);
 }
 
 // Eight bits of `bits`, each as 0 or 16.
@@ -41,7 +41,8 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
 #define BLOCK_BYTES 18
 static inline float8 eight(global const uchar *row, uint block, uint part, float scale) {
     global const uchar *b = row + (size_t)block * BLOCK_BYTES;
-    return TO_FLOAT8(nibbles(b + 2 + 8 * (part & 1), part / 2 * 4) - 8) * half_at(b);
+    const uchar8 q = nibbles(b + 2 + 8 * (part & 1), part / 2 * 4);
+    return TO_FLOAT8(as_char8(q - (uchar8)(8))) * half_at(b);
 }
 
 #elif defined(FORMAT_Q4_1)  // half d, m; uchar q[16]
@@ -59,7 +60,7 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
 #define BLOCK_BYTES 22
 static inline float8 eight(global const uchar *row, uint block, uint part, float scale) {
     global const uchar *b = row + (size_t)block * BLOCK_BYTES;
-    const int8 low = nibbles(b + 6 + 8 * (part & 1), part / 2 * 4);
+    const int8 low = TO_INT8(nibbles(b + 6 + 8 * (part & 1), part / 2 * 4));
     return TO_FLOAT8((low | fifth_bits(uint_at(b + 2) >> 8 * part)) - 16) * half_at(b);
 }
 
@@ -69,7 +70,7 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
 #define BLOCK_BYTES 24
 static inline float8 eight(global const uchar *row, uint block, uint part, float scale) {
     global const uchar *b = row + (size_t)block * BLOCK_BYTES;
-    const int8 low = nibbles(b + 8 + 8 * (part & 1), part / 2 * 4);
+    const int8 low = TO_INT8(nibbles(b + 8 + 8 * (part & 1), part / 2 * 4));
     const int8 q = low | fifth_bits(uint_at(b + 4) >> 8 * part);
     return TO_FLOAT8(q) * half_at(b) + half_at(b + 2);
 }
@@ -79,20 +80,18 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
 
 #define BLOCK_PARTS 32
 
-// Scale and minimum of 32 values: 6 bits each, those of the last four with their upper two bits
-// in the first eight bytes.
+// Scale and minimum of 32 values, 6 bits each: four of a kind in a word, those of the last four
+// with their upper two bits in the words of the first four.
 static inline float2 scale_and_minimum(global const uchar *b, uint sub) {
     global const uint *words = (global const uint *)(b + 4);
     const uint shift = 8 * (sub & 3);
-    uint sc, m;
-    if (sub < 4) {
-        sc = words[0] >> shift & 63;
-        m = words[1] >> shift & 63;
-    } else {
-        sc = (words[2] >> shift & 15) | (words[0] >> (shift + 6) & 3) << 4;
-        m = (words[2] >> (shift + 4) & 15) | (words[1] >> (shift + 6) & 3) << 4;
+    uint scales = words[0] & 0x3f3f3f3fu, minima = words[1] & 0x3f3f3f3fu;
+    if (sub >= 4) {
+        scales = (words[2] & 0x0f0f0f0fu) | (words[0] >> 2 & 0x30303030u);
+        minima = (words[2] >> 4 & 0x0f0f0f0fu) | (words[1] >> 2 & 0x30303030u);
     }
-    return (float2)(half_at(b) * (float)sc, half_at(b + 2) * (float)m);
+    return (float2)(half_at(b) * (float)(int)(scales >> shift & 255),
+                    half_at(b + 2) * (float)(int)(minima >> shift & 255));
 }
 
 #ifdef FORMAT_Q4_K
@@ -109,9 +108,9 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
     global const uchar *b = row + (size_t)block * BLOCK_BYTES;
     const uint sub = part / 4;
     const float2 s = scale_and_minimum(b, sub);
-    const int8 low = nibbles(b + 48 + sub / 2 * 32 + part % 4 * 8, sub % 2 * 4);
-    const int8 high = TO_INT8(LOAD8_BYTES(b + 16 + part % 4 * 8) >> (uchar8)(sub) & (uchar8)(1));
-    return TO_FLOAT8(low | high << 4) * s.x - s.y;
+    const uchar8 low = nibbles(b + 48 + sub / 2 * 32 + part % 4 * 8, sub % 2 * 4);
+    const uchar8 high = LOAD8_BYTES(b + 16 + part % 4 * 8) >> (uchar8)(sub) & (uchar8)(1);
+    return TO_FLOAT8(low | high << (uchar8)(4)) * s.x - s.y;
 }
 #endif
 
@@ -123,10 +122,10 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
     global const uchar *b = row + (size_t)block * BLOCK_BYTES;
     // 128 values in 64 low and 32 high bytes: quarters of 32 values.
     const uint side = part / 16, quarter = part / 4 % 4, at = part % 4 * 8;
-    const int8 low = nibbles(b + side * 64 + quarter % 2 * 32 + at, quarter / 2 * 4);
+    const uchar8 low = nibbles(b + side * 64 + quarter % 2 * 32 + at, quarter / 2 * 4);
     const uchar8 high = LOAD8_BYTES(b + 128 + side * 32 + at) >> (uchar8)(2 * quarter) & (uchar8)(3);
     const float step = half_at(b + 208) * (float)(char)b[192 + part / 2];
-    return TO_FLOAT8((low | TO_INT8(high) << 4) - 32) * step;
+    return TO_FLOAT8(as_char8((low | high << (uchar8)(4)) - (uchar8)(32))) * step;
 }
 
 #elif defined(FORMAT_AprQ4)  // half d; uchar q[16]: even values in the lower nibbles

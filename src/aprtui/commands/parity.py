@@ -1,0 +1,165 @@
+"""`aprtui parity`: whether the GPU says the same as the CPU; a gate for CI."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aprtui.commands.run_options import add_device_option, add_thread_option, add_token_options
+
+if TYPE_CHECKING:
+    from aprcore.parity import ParityRequest
+    from aprcore.parity_report import CacheParity, ParityHeader, ParityReport, StepParity
+
+# As `DEFAULT_STEPS` and `MOST_STEPS` of `aprcore.parity`, which costs the import of numpy.
+DEFAULT_STEPS, MOST_STEPS = 3, 16
+BACKENDS = ("opencl", "reference")
+
+UNUSABLE = 2
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "parity",
+        help="hold the GPU against the CPU over a few decoding steps; for CI",
+        description="Run a prompt and a few decoding steps on the CPU and on an OpenCL device, both"
+        " on the CPU's choice of tokens. Rejects the device where the cosine of the logits is below"
+        " 0.99 or it chooses another token, and names the first stage to differ.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model, as for the explorer")
+    add_token_options(parser)
+    parser.add_argument(
+        "--steps", type=_steps, default=DEFAULT_STEPS, metavar="N",
+        help=f"decoding steps after the prompt, 1 to {MOST_STEPS} (default: {DEFAULT_STEPS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", choices=BACKENDS, default=BACKENDS[0],
+        help="what to hold against the CPU (default: opencl); reference is plain float64",
+    )  # fmt: skip
+    add_device_option(parser)
+    add_thread_option(parser)
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row per step and the verdict.
+
+    Raises:
+        AprError: The arguments or the model are unusable.
+    """
+    from aprcore.errors import BackendError
+    from aprcore.parity import ParityRequest
+    from aprcore.plan import check_prompt, parse_tokens
+
+    request = ParityRequest(
+        model=args.model,
+        prompt=None if args.prompt is None else check_prompt(args.prompt),
+        tokens=None if args.tokens is None else parse_tokens(args.tokens),
+        steps=args.steps,
+        against=args.against,
+        device=args.device,
+        threads=args.threads,
+    )
+    try:
+        report = _stream(request, as_json=args.json)
+    except BackendError as error:
+        # Nothing was compared: neither agreement nor divergence.
+        _announce(request.against, str(error))
+        return UNUSABLE
+    if report.diverges:
+        _announce(request.against, report.reason)
+    return int(report.diverges)
+
+
+def _stream(request: ParityRequest, *, as_json: bool) -> ParityReport:
+    """Run to the end, printing what is found as it is found."""
+    from aprcore.parity import check_parity
+    from aprcore.parity_report import CacheParity, ParityHeader, StepParity, to_json
+
+    for event in check_parity(request):
+        match event:
+            case ParityHeader():
+                if not as_json:
+                    _print_header(event)
+            case StepParity():
+                if not as_json:
+                    _print_step(event)
+            case CacheParity():
+                if not as_json:
+                    _print_cache(event)
+            case _:
+                if as_json:
+                    import json
+
+                    print(json.dumps(to_json(event), indent=1, allow_nan=False))
+                else:
+                    _print_verdict(event)
+                return event
+    raise AssertionError("a run ends with its report")
+
+
+def _print_header(header: ParityHeader) -> None:
+    from aprtui.text import visible
+
+    names = (header.cpu.label, header.tested.label)
+    cpu, tested = (visible(name) for name in names)
+    print(f"{visible(header.model)}  cpu: {cpu}  against {tested}")
+    print(f"tokens {','.join(map(str, header.tokens))}, then {header.steps} decoding steps\n")
+    print(
+        f"{'step':<7} {'position':>8} {'token':>7} {'cosine':>10} {'relative L2':>11}"
+        f" {'max|diff|':>9}  {'next':>7} {'cpu s':>8} {header.tested.backend.name + ' s':>11}"
+    )
+
+
+def _print_step(step: StepParity) -> None:
+    from aprtui.formatting import format_cosine, format_ratio
+
+    name = "prompt" if step.step == 0 else str(step.step)
+    word = "PASS" if step.passed else "FAIL"
+    if step.argmax_tested != step.argmax_cpu:
+        word += f"  {step.argmax_tested} on the other side, relative gap {step.gap:.3g}"
+        word += ", a near-tie" if step.near_tie else ""
+    print(
+        f"{name:<7} {step.position:>8} {step.token:>7} {format_cosine(step.cosine):>10}"
+        f" {format_ratio(step.relative_l2):>11} {format_ratio(step.max_abs_diff):>9}"
+        f"  {step.argmax_cpu:>7} {step.cpu_s:>8.3f} {step.tested_s:>11.3f}  {word}",
+        flush=True,
+    )
+
+
+def _print_cache(cache: CacheParity) -> None:
+    from aprtui.formatting import format_ratio
+
+    word = "PASS" if cache.passed else "FAIL"
+    print(
+        f"{cache.side}: decoding against one pass over the same {cache.num_tokens} tokens,"
+        f" relative L2 {format_ratio(cache.relative_l2)}  {word}"
+    )
+
+
+def _print_verdict(report: ParityReport) -> None:
+    from aprtui.text import visible
+
+    if not report.diverges:
+        print(f"\nsame: {len(report.steps)} steps agree, and so do decoding and the full pass")
+        return
+    print(f"\ndifferent: {visible(report.reason, limit=2000)}")
+
+
+def _announce(backend: str, reason: str) -> None:
+    from aprcore.fallback import rejection_line
+    from aprtui.cli import LINE_LIMIT
+    from aprtui.text import visible
+
+    print(visible(rejection_line(backend, reason), limit=LINE_LIMIT), file=sys.stderr)
+
+
+def _steps(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= MOST_STEPS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_STEPS}")
+    return int(text)

@@ -1,0 +1,145 @@
+"""The installed command in a pseudo-terminal, as a person sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+
+COMMAND = Path(sys.executable).with_name("aprtui")
+LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l"
+SHOW_CURSOR = b"\x1b[?25h"
+# Generous: a busy machine may take seconds to start an interpreter.
+PATIENCE_S = 60
+
+
+class Terminal:
+    """A program on a screen of 120 by 40."""
+
+    def __init__(self, *arguments: str, columns: int = 120, rows: int = 40) -> None:
+        self._screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self._screen)
+        self.output = b""
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLORTERM")}
+        self.process = pexpect.spawn(
+            str(COMMAND), list(arguments), dimensions=(rows, columns),
+            env={**environment, "TERM": "xterm-256color"}, timeout=PATIENCE_S,
+        )  # fmt: skip
+
+    def read(self) -> str:
+        """What is on the screen now."""
+        try:
+            while True:
+                data = self.process.read_nonblocking(65536, timeout=0.2)
+                self.output += data
+                self._stream.feed(data)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return "\n".join(self._screen.display)
+
+    def wait_for(self, wanted: str | Callable[[str], bool]) -> str:
+        """Wait until a text is on the screen, or until a condition on it holds."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            screen = self.read()
+            if wanted in screen if isinstance(wanted, str) else wanted(screen):
+                return screen
+            assert time.monotonic() < end, f"{wanted!r} is not on the screen:\n{screen}"
+
+    def press(self, keys: str) -> None:
+        self.process.send(keys)
+
+    def end(self) -> int:
+        """Wait for the program to end; return its exit code."""
+        self.process.expect(pexpect.EOF)
+        self.output += self.process.before or b""
+        self.process.close()
+        assert self.process.exitstatus is not None, f"killed by {self.process.signalstatus}"
+        return int(self.process.exitstatus)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*arguments: str, **size: int) -> Terminal:
+        opened.append(Terminal(*arguments, **size))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.process.close(force=True)
+
+
+def assert_restored(one: Terminal) -> None:
+    assert one.output.rstrip().endswith((LEAVE_ALTERNATE_SCREEN, SHOW_CURSOR)) or (
+        one.output.rfind(LEAVE_ALTERNATE_SCREEN) > one.output.rfind(b"\x1b[?1049h")
+    )
+    assert one.output.rfind(SHOW_CURSOR) > one.output.rfind(b"\x1b[?25l")
+    assert b"Traceback" not in one.output
+
+
+def test_a_tour_of_the_demo(terminal) -> None:
+    one = terminal("demo")
+    screen = one.wait_for("next token")
+    assert "layer 2 · qkv_matmul" in screen
+    assert "rows permuted from pairs to halves" in screen
+    one.press("?")
+    assert "command palette" in one.wait_for("─ Help ─")
+    one.press("\x1b")
+    one.wait_for(lambda text: "─ Help ─" not in text)
+    one.press("/")
+    one.press("lm_head\r")
+    filtered = one.wait_for(lambda text: "lm_head" in text and "attn_norm" not in text)
+    assert "qkv_bias" not in filtered
+    one.press("\x1b")
+    one.wait_for("attn_norm")
+    one.press("n")
+    one.wait_for("FAIL")
+    one.press("q")
+    assert one.end() == 1
+    assert_restored(one)
+
+
+def test_nothing_wrong_ends_with_0(terminal) -> None:
+    one = terminal("demo", "--fault", "none")
+    one.wait_for("no divergence")
+    one.press("q")
+    assert one.end() == 0
+    assert_restored(one)
+
+
+def test_what_cannot_be_opened_is_said_on_the_screen(terminal, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.apr"
+    one = terminal(str(missing))
+    assert "no such file" in one.wait_for("missing.apr")
+    one.press("q")
+    assert one.end() == 2
+    assert_restored(one)
+
+
+@pytest.mark.parametrize("how", ["key", "signal"])
+def test_ctrl_c_restores_the_terminal(terminal, how: str) -> None:
+    one = terminal("demo")
+    one.wait_for("Stages")
+    if how == "key":
+        one.press("\x03")
+    else:
+        one.process.kill(signal.SIGINT)
+    # Leaving before or after the run has ended: either way nothing is left behind.
+    assert one.end() in (0, 1, 130)
+    assert_restored(one)
+
+
+def test_a_tiny_terminal(terminal) -> None:
+    one = terminal("demo", columns=40, rows=10)
+    one.wait_for("FAIL")
+    one.press("q")
+    assert one.end() == 1
+    assert_restored(one)
