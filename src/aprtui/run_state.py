@@ -105,7 +105,7 @@ class RunState:
 
     @property
     def exit_code(self) -> int:
-        """0 nothing wrong found, 1 a divergence was found, 2 the run failed."""
+        """0 nothing wrong found, 1 a divergence was found (so far), 2 the run failed."""
         if self.error is not None:
             return 2
-        return int(self.report is not None and self.report.diverges())
+        return int(bool(self.divergences))

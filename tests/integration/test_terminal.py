@@ -118,7 +118,7 @@ def test_nothing_wrong_ends_with_0(terminal) -> None:
 def test_what_cannot_be_opened_is_said_on_the_screen(terminal, tmp_path: Path) -> None:
     missing = tmp_path / "missing.apr"
     one = terminal(str(missing))
-    assert "no such file" in one.wait_for("missing.apr")
+    assert "missing.apr" in one.wait_for("no such file")
     one.press("q")
     assert one.end() == 2
     assert_restored(one)
