@@ -21,6 +21,7 @@ from aprcore.backends.engine import Engine, open_engine
 from aprcore.compare import compare, compare_logits
 from aprcore.errors import PlanError
 from aprcore.generate import Decoder, prompt_tokens
+from aprcore.judge import FLOAT32_BOUND
 from aprcore.parity_fault import StageFault, find_cache_fault, find_fault
 from aprcore.parity_report import (
     CACHE_BOUND,
@@ -53,6 +54,7 @@ class ParityRequest:
         against: The backend under test, one of `aprcore.backends.engine.ENGINES`.
         device: The name or index of its device; None for the best.
         threads: Threads of the CPU path; None for one per processor.
+        strict: Reject what float32 does not explain as well, though the gate lets it pass.
     """
 
     model: Path
@@ -62,6 +64,7 @@ class ParityRequest:
     against: str = "opencl"
     device: str | None = None
     threads: int | None = None
+    strict: bool = False
 
 
 def check_steps(steps: int) -> int:
@@ -77,9 +80,12 @@ def check_steps(steps: int) -> int:
 
 def compare_step(
     tested: Floats, cpu: Floats, *, step: int, position: int, token: int,
-    tested_s: float = 0.0, cpu_s: float = 0.0,
+    tested_s: float = 0.0, cpu_s: float = 0.0, strict: bool = False,
 ) -> StepParity:  # fmt: skip
-    """Hold one step's logits against the CPU's, [V] each."""
+    """Hold one step's logits against the CPU's, [V] each.
+
+    `strict` rejects a relative L2 beyond `FLOAT32_BOUND` as well.
+    """
     found = compare(tested, cpu)
     logits = compare_logits(tested, cpu)
     fault = ""
@@ -88,6 +94,8 @@ def compare_step(
         fault = f"logits are NaN or infinite: {sides}"
     elif not found.cosine >= COSINE_BOUND:
         fault = f"cosine {found.cosine:.7f} of the logits is below {COSINE_BOUND}"
+    elif strict and found.relative_l2 > FLOAT32_BOUND:
+        fault = f"relative L2 {found.relative_l2:.3g} of the logits exceeds {FLOAT32_BOUND:g}"
     elif not (logits.agree or logits.near_tie):
         fault = (
             f"chooses token {logits.argmax_a}, the CPU {logits.argmax_b},"
@@ -133,14 +141,15 @@ def check_parity(
             cpu, tested,
         )  # fmt: skip
         yield header
-        yield from _Gate(model, header).run()
+        yield from _Gate(model, header, strict=request.strict).run()
 
 
 class _Gate:
     """One run of the gate, with what has to be remembered to look back."""
 
-    def __init__(self, model: Model, header: ParityHeader) -> None:
+    def __init__(self, model: Model, header: ParityHeader, *, strict: bool) -> None:
         self._header = header
+        self._strict = strict
         self._cpu = Decoder(model.config, model.weights, header.cpu)
         self._tested = Decoder(model.config, model.weights, header.tested)
         self._steps: list[StepParity] = []
@@ -181,7 +190,7 @@ class _Gate:
         position = len(self._cpu.tokens) - 1
         result = compare_step(
             theirs, ours, step=step, position=position, token=tokens[-1],
-            cpu_s=times[0], tested_s=times[1],
+            cpu_s=times[0], tested_s=times[1], strict=self._strict,
         )  # fmt: skip
         if not result.passed:
             self._first = find_fault(*before, tokens, step)

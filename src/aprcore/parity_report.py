@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aprcore.backends.engine import Engine
+from aprcore.judge import FLOAT32_BOUND
 from aprcore.parity_fault import StageFault
 from aprcore.report import json_ready
 
@@ -74,6 +75,11 @@ class StepParity:
     def passed(self) -> bool:
         """Whether both sides say the same."""
         return not self.fault
+
+    @property
+    def explained(self) -> bool:
+        """Whether float32 explains the difference; the gate passes a thousand times as much."""
+        return self.relative_l2 <= FLOAT32_BOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +155,8 @@ def to_json(report: ParityReport) -> dict[str, Any]:
         "bounds": {"cosine": COSINE_BOUND, "cache_relative_l2": CACHE_BOUND},
         "steps": [
             {("argmax_gpu" if k == "argmax_tested" else "gpu_s" if k == "tested_s" else k): v
-             for k, v in asdict(step).items()} | {"passed": step.passed}
+             for k, v in asdict(step).items()}
+            | {"passed": step.passed, "explained": step.explained}
             for step in report.steps
         ],
         "prefill_vs_decode": [

@@ -115,6 +115,8 @@ def describe_verdict(report: StageReport, paint: Paint) -> RenderableType:
     if report.explanation is not None and report.blamed is not None:
         # Its figures stand in the table below, and the Why tab has the whole of it.
         said = f"{finding_of(report)}{passes}"
+    elif mark.word == "PASS" and report.comparison is None:
+        said = "PASS by the kernel judgment"  # its reason repeats the table
     elif mark.word:
         said = f"{mark.word} {said}"
     return Group(_heading(report, paint), Text.assemble(verdict, said))

@@ -68,7 +68,9 @@ def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: b
         return line.append(f" {absence(report, Measure.CUMULATIVE, header)}", paint("ink-quiet"))
     # Where neither other judgment was made, the bound allows for the weights and is in the reason.
     is_alone = header.judged and report.kernel is None and report.model is None
-    is_within = found.relative_l2 <= header.bound
+    # Figures leave out values that are not finite, and are not within anything if there are any.
+    is_finite = not (found.nonfinite_a or found.nonfinite_b)
+    is_within = is_finite and found.relative_l2 <= header.bound
     mark = mark_of(report) if is_alone or not is_within else MARKS["PASS"]
     line = _label(Measure.CUMULATIVE, mark, report, paint)
     ink = "" if mark.word == "PASS" else paint(mark.ink)

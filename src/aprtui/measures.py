@@ -65,7 +65,10 @@ def absence(report: StageReport, measure: Measure, header: RunHeader) -> str:
     if measure is not Measure.KERNEL and header.oracle is None:
         return "no oracle"
     if measure is Measure.CUMULATIVE:
-        return report.reason
+        missing = [n for n, x in (("trace", report.trace), ("oracle", report.oracle)) if x is None]
+        return f"the {missing[0]} lacks it" if len(missing) == 1 else (
+            "both sides lack it" if missing else "the sizes differ"
+        )  # fmt: skip
     if header.model is None:
         return "no model"
     if not header.judged:

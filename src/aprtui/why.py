@@ -280,8 +280,8 @@ def _finding(report: StageReport, paint: Paint) -> Iterator[RenderableType]:
             yield Text(f"The stage is {expected} (T tokens, H heads, K kv heads, D head dim,"
                        " E hidden, F ffn, V vocab): look at what one side leaves out.")  # fmt: skip
         case "LAYOUT":
-            yield Text(f"Not to blame: {_sentence(report.reason)} The values are right, they are"
-                       " written in another order.")  # fmt: skip
+            yield Text(f"Not to blame: {visible(report.reason, REASON_LIMIT)}. The values are"
+                       " right, they are written in another order.")  # fmt: skip
         case "NONFINITE":
             yield Text(f"NaN or infinity appears here first: {report.reason}.")
             yield from _first_nonfinite(report, paint)

@@ -10,8 +10,9 @@ import pytest
 
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.backends.opencl.backend import OpenCLBackend
+from aprcore.backends.opencl.expectation import product_weights
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.forward import trace
+from aprcore.forward import everything, needed_keys, trace
 from aprcore.model import Model, open_model
 from aprcore.stages import StageKey
 from aprtui.demo import demo_path
@@ -105,9 +106,24 @@ def test_a_quantised_model(dtype: str, rope_type: int, tmp_path: Path) -> None:
     with open_model(path) as model:
         assert_paths_agree(model, backend(), (1, 2, 3, 4, 5, 6, 7))
         with OpenCLBackend(backend().device, piece_bytes=10_000) as op:
-            op.expect([model.weights[f"model.layers.0.self_attn.{name}_proj.weight"]
-                       for name in "qkvo"])  # fmt: skip
+            keys = needed_keys(model.config, everything)
+            op.expect(product_weights(model.config, model.weights, keys))
             assert_paths_agree(model, op, (1, 2, 3))
+
+
+def test_the_weights_that_are_expected_are_those_that_come() -> None:
+    class Listening(NumpyBackend):
+        def linear(self, x: Any, weights: Any) -> Any:
+            heard.extend(weights)
+            return super().linear(x, weights)
+
+    heard: list[Any] = []
+    with open_model(demo_path() / "sound.apr") as model:
+        keys = needed_keys(model.config, everything)
+        expected = product_weights(model.config, model.weights, keys)
+        trace_all(model, Listening(), (1, 2))
+    assert [weight.name for weight in expected] == [weight.name for weight in heard]
+    assert len(expected) == 7 * model.config.num_layers + 1
 
 
 def write_quantised(path: Path, dtype: str, rope_type: int) -> Path:

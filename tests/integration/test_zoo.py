@@ -23,7 +23,7 @@ def sample(cases: tuple[Case, ...], step: int) -> list[Case]:
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     cases = [
-        *sample(corpus.single_faults(), 2),
+        *sample(corpus.single_faults(), 3),
         *sample(corpus.several_faults(), 6),
         *sample(corpus.sound_pairs(), 2),
     ]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from closeness import assert_close
 
 from aprcore.backends.engine import Engine, open_engine
 from aprcore.backends.numpy import NumpyBackend
@@ -34,6 +33,7 @@ from aprcore.generate import (
 from aprcore.model import Model, open_model
 from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
 from aprtui.demo import demo_path
+from closeness import assert_close
 from models import build, random_config, write_apr
 from tiny import NUM_LAYERS, SIZES, TOKENS, embedded_tokenizer, opened, write_model
 

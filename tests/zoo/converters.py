@@ -242,8 +242,8 @@ plant("file-head-tied", "lm_head", "tied|embedding",
 plant("file-theta", "q_post_rope|k_post_rope", "theta", declare(rope_theta=7e5), everywhere=True)
 plant("file-scaling-lost", "q_post_rope|k_post_rope", "scaling", declare(rope_scaling=None),
       everywhere=True)  # fmt: skip
-plant("file-eps", "attn_norm|ffn_norm|final_norm", "eps", declare(rms_norm_eps=1e-2),
-      everywhere=True)  # fmt: skip
+plant("file-eps", "attn_norm|q_post_rope|k_post_rope|ffn_norm|final_norm", "eps",
+      declare(rms_norm_eps=1e-2), everywhere=True)  # fmt: skip
 plant("file-act", "ffn_silu", "gelu|silu", declare(hidden_act="gelu_pytorch_tanh"), everywhere=True)
 
 # Local ones.
@@ -254,7 +254,7 @@ plant("file-columns-zero", "ffn_out", "zero|column|block|reduction|inner|input",
       change(DOWN, zero(np.s_[:, -32:])))  # fmt: skip
 plant("file-head-zero", "qkv_matmul", "zero|head|column|block", lambda d, n: d.put(
     n, Q, zero(np.s_[3 * d.sizes[2]: 4 * d.sizes[2]])(d.get(n, Q))))  # fmt: skip
-plant("file-kv-heads-swapped", "qkv_matmul", "~permuted", _swap_heads)
+plant("file-kv-heads-swapped", "qkv_matmul", "swapped|permuted", _swap_heads)
 plant("file-row-negated", "ffn_up", "sign|negated", change(UP, times(np.s_[40], -1)))
 plant("file-block-scaled", "ffn_gate", "scale|factor|halved|doubled",
       change(GATE, times(np.s_[64:68, :], 2)))  # fmt: skip
@@ -294,16 +294,22 @@ def _scale_v_head(d: Draft, n: int) -> None:
     d.put(n, V, times(np.s_[: d.sizes[2]], 1.05)(d.get(n, V)))
 
 
-plant("small-weight", "ffn_out", "~dim", change(DOWN, one(5, 17, to=4.0)))
+plant("small-weight", "ffn_out", "wrong value", change(DOWN, one(5, 17, to=4.0)))
 plant("small-row-scaled", "attn_out", "~factor", change(O, times(np.s_[30], 1.1)))
 plant("small-rows-rolled", "ffn_up", "~dim", change(UP, _roll_rows))
-plant("small-column-zero", "ffn_gate", "~no pattern", change(GATE, zero(np.s_[:, 77])))
-plant("small-norm-value", "ffn_norm", "~dim|~factor", change(FFN, times(np.s_[9], 1.05)))
+plant("small-column-zero", "ffn_gate", "zero", change(GATE, zero(np.s_[:, 77])))
+plant("small-norm-value", "ffn_norm", "weight", change(FFN, times(np.s_[9], 1.05)))
 plant("small-bias-value", "qkv_bias", "~factor|~offset|~dim", change(QB, times(np.s_[12], 1.1)))
 plant("small-v-head", "qkv_matmul", "~factor|~head", _scale_v_head)
 plant("small-embedding-value", "embedding", "~factor|~token", lambda d, n: d.put(
     None, EMBEDDING, times(np.s_[d.tokens[0], 3], 1.1)(d.get(None, EMBEDDING))))  # fmt: skip
-plant("file-eps-tenfold", "attn_norm|ffn_norm|final_norm", "eps", _tenfold_eps, everywhere=True)
+plant(
+    "file-eps-tenfold",
+    "attn_norm|q_post_rope|k_post_rope|ffn_norm|final_norm",
+    "eps",
+    _tenfold_eps,
+    everywhere=True,
+)
 plant("file-theta-near", "q_post_rope|k_post_rope", "theta", _near_theta, everywhere=True)
 
 # Stored bytes.
@@ -362,13 +368,13 @@ def _one_code(blocks: Blocks) -> None:
 
 
 plant("small-scale-bit", "ffn_up", "~dim", bytes_of(UP, _one_scale))
-plant("small-code-bit", "ffn_out", "~dim", bytes_of(DOWN, _one_code))
+plant("small-code-bit", "ffn_out", "wrong value", bytes_of(DOWN, _one_code))
 plant("bytes-nibbles", "ffn_up", "nibble", bytes_of(UP, _swap_nibbles))
 plant("bytes-minimum", "ffn_gate", "minim", bytes_of(GATE, _ignore_minimum))
 plant("bytes-scale-bits", "attn_out", "scale", bytes_of(O, _misread_scale_bits))
 plant("bytes-neighbour", "ffn_out", "neighbour|row|block", bytes_of(DOWN, _neighbouring_block))
 plant("bytes-padding", "attn_out", "padding|row|block|permut", bytes_of(O, _shift_blocks))
-plant("bytes-q8-scale", "ffn_gate", "~factor|~dim", bytes_of(GATE, _double_scale))
+plant("bytes-q8-scale", "ffn_gate", "wrong value|scale", bytes_of(GATE, _double_scale))
 plant("bytes-q8-scales-shifted", "ffn_up", "scale|neighbour|block",
       bytes_of(UP, _neighbouring_scales))  # fmt: skip
 

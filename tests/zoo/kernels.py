@@ -354,7 +354,7 @@ plant("local-attention-last-block", "column|head|zero|block",
 plant("local-gate-rows", "column|row|zero|block|tile", ffn_gate=columns(-8, None))
 plant("local-up-row", "negated|sign", ffn_up=columns(37, 38, torch.neg))
 plant("local-qkv-rows", "column|row|zero|block|tile|head", qkv_matmul=columns(8, 12))
-plant("local-out-row-order", "~permuted", attn_out=at(span(4, 6), lambda s: (
+plant("local-out-row-order", "swapped|permuted", attn_out=at(span(4, 6), lambda s: (
     s.sound()[:, _swapped(s.config.hidden_size, 4, 5)])))  # fmt: skip
 plant("local-down-last-token", "token|stale", ffn_out=at(token(LAST), lambda s: (
     s.sound().roll(1, dims=0))))  # fmt: skip

@@ -307,6 +307,8 @@ def _measure_file(
                 if key not in oracle:  # no biases to spoil
                     continue
                 right, spoilt = (run_on(e, key, tokens, read) for e in (sound, wrong))
+                if torch.equal(right, spoilt):  # this model's stage does not use what is wrong
+                    continue
                 sigma = largest_effect(spoilt - right, read(key).reshape(right.shape) - right)
                 found.append(Planted(key, name, "model", sigma, fault.causes))
     return found

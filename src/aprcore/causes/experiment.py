@@ -6,6 +6,7 @@ part. Where only some tokens, heads or columns are wrong, it may do so in those 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from aprcore.backends.prediction import Estimate
 from aprcore.causes.scene import Float64, Scene
 from aprcore.compare import compare
 from aprcore.layouts import Layout
-from aprcore.noise import SMALLEST_ENERGY, allowed_ratio, assess
+from aprcore.noise import CALIBRATION, SMALLEST_ENERGY, allowed_ratio, assess
 
 Bools = NDArray[np.bool_]
 
@@ -24,6 +25,8 @@ DECISIVE_NATS = 12.0
 # Error energies below this part of the predicted are as good as none: predictions are upper
 # estimates, and alternatives are computed in float64 by another route than the engine's.
 NEGLIGIBLE_RATIO = 1e-3
+# Standard deviations within which what an alternative leaves in a region counts as noise.
+CHANCE = 2.5
 # A region larger than this share of the tensor is no local fault.
 LARGEST_LOCAL_SHARE = 0.75
 
@@ -166,7 +169,28 @@ class Experiment:
 
     def _outcome(self, value: Float64, region: Region | None) -> Outcome:
         explains = self._passes(value, self._room)
+        if explains and region is not None:
+            explains = self._fits_within(value, region)
         return Outcome(*self.figures(value), explains, self.misfit(value), region)
+
+    def _fits_within(self, value: Float64, region: Region) -> bool:
+        """Whether what is left in a region is of the size of noise there.
+
+        Parts of a tensor are judged so that none of millions fails by chance. One alternative of a
+        hundred, on a few values, is held to less.
+        """
+        variance = self._variance(value, self._room)[region.mask].sum()
+        error = np.square(self._observed - value)[region.mask].sum()
+        count = self._independent(float(region.mask.sum()))
+        allowed = CALIBRATION * (1 + CHANCE * math.sqrt(2 / count) + CHANCE**2 / count)
+        return bool(error <= allowed * variance)
+
+    def _independent(self, count: float) -> float:
+        """How many independent errors so many values hold: a weight's repeat in every token."""
+        dof = self.scene.plain.token_dof
+        if dof is None or self.scene.num_tokens <= 1:
+            return count
+        return max(1.0, count * min(1.0, dof / self.scene.num_tokens))
 
     def figures(self, value: Float64) -> tuple[float, float]:
         """Relative L2 and cosine of the observed output against a value."""
@@ -181,10 +205,7 @@ class Experiment:
 
     def tells_apart(self, better: float, worse: float) -> bool:
         """Whether one misfit is better than another beyond chance."""
-        count = float(self._observed.size)
-        dof = self.scene.plain.token_dof
-        if dof is not None and self.scene.num_tokens > 1:
-            count *= min(1.0, dof / self.scene.num_tokens)
+        count = self._independent(float(self._observed.size))
         better = max(better, NEGLIGIBLE_RATIO)
         return count * (worse / better - 1) / 2 > DECISIVE_NATS
 

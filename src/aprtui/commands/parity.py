@@ -42,6 +42,10 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add_device_option(parser)
     add_thread_option(parser)
+    parser.add_argument(
+        "--strict", action="store_true",
+        help="reject whatever float32 does not explain, though the gate lets it pass",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.set_defaults(run=run)
 
@@ -64,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         device=args.device,
         threads=args.threads,
+        strict=args.strict,
     )
     try:
         report = _stream(request, as_json=args.json)
@@ -121,6 +126,8 @@ def _print_step(step: StepParity) -> None:
 
     name = "prompt" if step.step == 0 else str(step.step)
     word = "PASS" if step.passed else "FAIL"
+    if step.passed and not step.explained:
+        word += "  beyond float32 rounding, see --strict"
     if step.argmax_tested != step.argmax_cpu:
         word += f"  {step.argmax_tested} on the other side, relative gap {step.gap:.3g}"
         word += ", a near-tie" if step.near_tie else ""

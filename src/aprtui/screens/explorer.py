@@ -178,6 +178,7 @@ class ExplorerScreen(Screen[None]):
 
     def _show_all(self) -> None:
         """Draw everything from the state."""
+        self._make_room()
         self.query_one(StageHeadings).refresh()
         self.title_line.refresh()
         self._show_detail()
@@ -208,10 +209,18 @@ class ExplorerScreen(Screen[None]):
 
     def watch_tab(self) -> None:
         """Show the other tab; on a tiny screen Why takes the place of the tree."""
-        self.set_class(self.tab is DetailTab.WHY, "-why")
         if self.is_mounted:
+            self._make_room()
             self._show_detail()
-            # Once the classes have taken effect the pane may have another width.
+
+    def _make_room(self) -> None:
+        """Give the detail pane the screen, or take it back."""
+        # Elsewhere the class would mean nothing, and to set it costs what a whole key may.
+        is_small = self.has_class("-tiny") or self.has_class("-short")
+        needs_room = is_small and self.tab is DetailTab.WHY
+        if needs_room != self.has_class("-why"):
+            self.set_class(needs_room, "-why")
+            # Once the class has taken effect the pane has another width.
             self.call_after_refresh(self._show_detail)
 
     @on(TabStrip.Chosen)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aprcore.report import StageReport
 
 SMALL_CELLS = 8  # "3.2e-07", "✗1.1e+00", or a column's heading
+SHORT_CELLS = 6  # "3.2e-7", "✗1.1e0"
 # Widths of the whole line: the longest name in its layer takes 22 cells, a cosine in all decimals
 # 10, the longest verdict 13, every other figure 9, and the two marks 4.
 MARKS_WIDTH = 49
@@ -71,7 +72,7 @@ def columns_for(
         is_long: Whether figures have all their decimals.
     """
     if not measures:
-        cells = SMALL_CELLS if is_long else SMALL_CELLS - 1
+        cells = SMALL_CELLS if is_long else SHORT_CELLS
         return (_RMS._replace(cells=cells), *((_COUNT,) if width >= ONE_MORE_WIDTH else ()))
     if shown is Measure.CUMULATIVE:
         places = COSINE_PLACES if is_long else NARROW_COSINE_PLACES
@@ -82,7 +83,7 @@ def columns_for(
             more = (_CUMULATIVE, *more) if width >= THREE_MORE_WIDTH else more
     else:
         column = _MODEL if shown is Measure.MODEL else _KERNEL
-        first = column if is_long else column._replace(heading=shown.value, cells=6)
+        first = column if is_long else column._replace(heading=shown.value, cells=SHORT_CELLS)
         more = tuple(Column(name, name, SMALL_CELLS, shown) for name in ("bound", "noise"))
         if len(measures) == 1:
             more = (_RMS, _COUNT)
@@ -112,7 +113,7 @@ class FigurePainter:
             return Text() if judgment is None else self._judged(column, judgment)
         alone = report.trace
         if column.name == "RMS":
-            form = format_short if self._is_long else format_ratio
+            form = format_short if self._is_long else format_compact
             return Text("" if alone is None else form(alone.rms))
         if column.name == "NaN/Inf":
             return self.count(None if alone is None else alone.nonfinite)

@@ -95,7 +95,9 @@ class StageDetail(VerticalScroll):
         above, below = self._describe(row, report, tab, width)
         head.present(above, width)
         figures.present(below, width)
-        self.query_one(TabStrip).show(tab)
+        tabs = self.query_one(TabStrip)
+        tabs.show(tab)
+        tabs.visible = self._state.header is not None
         table = self.query_one(DivergenceTable)
         table.show(report if tab is DetailTab.TOP_K else None, top_k)
         # Where there is no room for a line above the table, the pane's title says how many.

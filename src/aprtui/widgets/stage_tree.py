@@ -83,6 +83,10 @@ class StageTree(ScrollView, can_focus=True):
         self.measure = Measure.CUMULATIVE
         self.user_moved = False
         self._cursor = 0
+        self._painter: RowPainter | None = None
+        self._chosen: tuple[object, ...] = ()
+        # Lines of stages that are judged: their figures change no more.
+        self._drawn: dict[Row, Text] = {}
 
     @property
     def row(self) -> Row:
@@ -95,10 +99,17 @@ class StageTree(ScrollView, can_focus=True):
         return max(0, self.outer_size.width - self.styles.scrollbar_size_vertical)
 
     def painter(self) -> RowPainter:
-        """Draws rows for the present width and theme."""
+        """Draws rows for the present width, theme and choices."""
         everything = frozenset(self.state.layers) if self.filter else frozenset(self.expanded)
-        paint = Paint(self.app.theme_variables)
-        return RowPainter(self.state, paint, self.line_width, everything, self.order, self.measure)
+        chosen = (self.line_width, everything, self.order, self.measure, self.app.theme)
+        if self._painter is None or chosen != self._chosen:
+            paint = Paint(self.app.theme_variables)
+            self._painter = RowPainter(
+                self.state, paint, self.line_width, everything, self.order, self.measure
+            )
+            self._chosen = chosen
+            self._drawn.clear()
+        return self._painter
 
     def rearrange(self) -> None:
         """Take over what has changed; the cursor stays on its row, or the nearest that is left."""
@@ -192,7 +203,7 @@ class StageTree(ScrollView, can_focus=True):
             if self.state.header is None and number == 0:
                 text = Text(self._opening, Paint(self.app.theme_variables)("ink-quiet"))
         else:
-            text = self.painter().row(self.rows[number])
+            text = self._draw(self.rows[number])
             if number == self._cursor:
                 name = "stage-tree--cursor" if self.has_focus else "stage-tree--cursor-blurred"
                 cursor = self.get_component_rich_style(name)
@@ -203,6 +214,16 @@ class StageTree(ScrollView, can_focus=True):
             Segment(segment.text, segment.style) for segment in text.render(self.app.console)
         ]
         return Strip(segments).apply_style(style).adjust_cell_length(width, style)
+
+    def _draw(self, row: Row) -> Text:
+        """A row's line, drawn once where it can be kept."""
+        painter, first = self.painter(), self.state.first_divergence
+        # The mark of the first fault is yet to come while there is none.
+        if row.key not in self.state.reports or first is None:
+            return painter.row(row)
+        if row not in self._drawn:
+            self._drawn[row] = painter.row(row)
+        return self._drawn[row]
 
     def _toggle(self, layer: int) -> None:
         self.user_moved = True

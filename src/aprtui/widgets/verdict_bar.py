@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from aprcore.report import LogitsReport
 
 BAR_CELLS = 10
+# Width below which a line has one end only, unless both fit.
+NARROW_CELLS = 64
 
 
 class VerdictBar(Widget):
@@ -31,17 +33,19 @@ class VerdictBar(Widget):
         paint = Paint(self.app.theme_variables)
         state = self._state
         on = Text(" [n] next ", paint("ink-quiet")) if state.divergences else Text()
-        right = self._progress(paint) if state.is_running else self._counts(paint)
-        lines = self._join(self._finding(paint), on), self._join(self._next_token(paint), right)
+        token = self._next_token(paint)
+        if state.is_running:
+            right = self._progress(paint)
+        else:
+            right = self._counts(paint, self.size.width - token.cell_len)
+        lines = self._join(self._finding(paint), on), self._join(token, right)
         return Text("\n").join(lines)
 
     def _join(self, left: Text, right: Text) -> Text:
-        """A line of two ends. What is at the left may lose its tail, but not all of it."""
-        width = self.size.width
-        room = width - right.cell_len
-        # Half a line of a finding says more than the key that goes on; a line of its own, all.
-        if left.cell_len > room and room < width // 2:
-            right, room = Text(), width
+        """A line of two ends; the left one loses its tail where both do not fit."""
+        room = self.size.width - right.cell_len
+        if left.cell_len > room and self.size.width < NARROW_CELLS:
+            right, room = Text(), self.size.width
         left.truncate(max(0, room), overflow="ellipsis", pad=True)
         return left.append_text(right)
 
@@ -82,14 +86,17 @@ class VerdictBar(Widget):
         text.append("▓" * filled, paint("ink-oracle"))
         return text.append("░" * (BAR_CELLS - filled) + " ", paint("ink-quiet"))
 
-    def _counts(self, paint: Paint) -> Text:
-        """How many stages got each verdict, gravest first."""
+    def _counts(self, paint: Paint, room: int) -> Text:
+        """How many stages got each verdict, gravest first, as far as there is room."""
         counts = {verdict.value: count for verdict, count in self._state.counts.items()}
         text = Text()
         for word in reversed(SEVERITY):
             if word in counts:
                 mark = MARKS[word]
-                text.append(f"{mark.glyph} {counts[word]} {word}  ", paint(mark.ink))
+                piece = Text(f" {mark.glyph} {counts[word]} {word} ", paint(mark.ink))
+                if text.cell_len + piece.cell_len > room:
+                    break
+                text.append_text(piece)
         return text
 
     def _next_token(self, paint: Paint) -> Text:

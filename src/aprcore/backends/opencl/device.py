@@ -94,12 +94,14 @@ class Tuning:
     def few_rows(self, dtype: str, tokens: int) -> int:
         """Rows of a weight that a work-group multiplies with few tokens.
 
-        On a CPU two rows share each vector of x, unless decoding needs the registers (K-quants) or
-        there is but one token to share.
+        On a CPU, rows share each vector of x, which comes from a farther cache than the registers:
+        the more the better, but decoding needs registers of its own, most of all for K-quants.
         """
         if not self.is_cpu:
             return _GPU_ROWS
-        return 1 if tokens == 1 or dtype in ("Q4_K", "Q5_K", "Q6_K") else 2
+        if tokens == 1 or dtype in ("Q4_K", "Q5_K", "Q6_K"):
+            return 1
+        return 4 if dtype == "F32" else 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ _MIB = 1024 * 1024
 
 # A piece must be large against a launch (17 us on PoCL) and small against a cache where the host's
 # memory is the device's; over a bus it must be large against a transfer's latency.
-_SHARED_PIECE_BYTES, _BUS_PIECE_BYTES = 4 * _MIB, 32 * _MIB
+_SHARED_PIECE_BYTES, _BUS_PIECE_BYTES = 8 * _MIB, 32 * _MIB
 
 # On a device with memory of its own: what is left belongs to activations and to others.
 _OWN_MEMORY_SHARE = 0.8
