@@ -86,5 +86,5 @@ def _explained(side: RecordedSide, key: StageKey) -> bool | None:
         return True
     return any(
         assess(other, expected.estimate, layout).explained
-        for _, other in alternatives(key, flat, layout)
+        for _, other in alternatives(key, flat, layout, num_kv_heads=side.sizes()["K"])
     )

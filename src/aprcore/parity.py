@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from aprcore.compare import compare, compare_logits
 from aprcore.errors import PlanError
 from aprcore.generate import Decoder, prompt_tokens
 from aprcore.judge import FLOAT32_BOUND
-from aprcore.parity_fault import StageFault, find_cache_fault, find_fault
 from aprcore.parity_report import (
     CACHE_BOUND,
     COSINE_BOUND,
@@ -31,6 +30,13 @@ from aprcore.parity_report import (
     ParityHeader,
     ParityReport,
     StepParity,
+)
+from aprcore.parity_stages import (
+    StageFault,
+    StageParity,
+    compare_stages,
+    find_cache_fault,
+    find_fault,
 )
 from aprcore.plan import DEFAULT_PROMPT
 
@@ -55,6 +61,8 @@ class ParityRequest:
         device: The name or index of its device; None for the best.
         threads: Threads of the CPU path; None for one per processor.
         strict: Reject what float32 does not explain as well, though the gate lets it pass.
+        stages: Compare every stage of every step, and reject where a kernel is wrong. Takes
+            several times as long.
     """
 
     model: Path
@@ -65,6 +73,7 @@ class ParityRequest:
     device: str | None = None
     threads: int | None = None
     strict: bool = False
+    stages: bool = False
 
 
 def check_steps(steps: int) -> int:
@@ -118,8 +127,9 @@ def check_parity(
         cpu, tested: Open engines to use in place of those that the request names.
 
     Yields:
-        One `ParityHeader`, a `StepParity` per step until one is rejected, a `CacheParity` per side
-        if none was, then the `ParityReport`.
+        One `ParityHeader`, a `StepParity` per step until one is rejected, after a `StageParity` per
+        stage if those are asked for, a `CacheParity` per side if no step was rejected, then the
+        `ParityReport`.
 
     Raises:
         AprError: The arguments, the model or the device are unusable.
@@ -141,34 +151,33 @@ def check_parity(
             cpu, tested,
         )  # fmt: skip
         yield header
-        yield from _Gate(model, header, strict=request.strict).run()
+        yield from _Gate(model, header, request).run()
 
 
 class _Gate:
     """One run of the gate, with what has to be remembered to look back."""
 
-    def __init__(self, model: Model, header: ParityHeader, *, strict: bool) -> None:
+    def __init__(self, model: Model, header: ParityHeader, request: ParityRequest) -> None:
         self._header = header
-        self._strict = strict
+        self._request = request
         self._cpu = Decoder(model.config, model.weights, header.cpu)
         self._tested = Decoder(model.config, model.weights, header.tested)
         self._steps: list[StepParity] = []
+        self._stages: list[StageParity] = []
         self._caches: list[CacheParity] = []
         self._first: StageFault | None = None
         # Logits of each step, by side.
         self._logits: dict[Decoder, list[Floats]] = {self._cpu: [], self._tested: []}
 
-    def run(self) -> Iterator[StepParity | CacheParity | ParityReport]:
+    def run(self) -> Iterator[ParityEvent]:
         """Every event after the header."""
         started = time.perf_counter()
         fed: tuple[int, ...] = self._header.tokens
         for step in range(self._header.steps + 1):
-            result = self._step(step, fed)
-            self._steps.append(result)
-            yield result
-            if not result.passed:
+            yield from self._step(step, fed)
+            if not self._steps[-1].passed:
                 break
-            fed = (result.argmax_cpu,)
+            fed = (self._steps[-1].argmax_cpu,)
         else:
             for decoder in (self._cpu, self._tested):
                 self._caches.append(self._hold_against_full_pass(decoder))
@@ -176,10 +185,10 @@ class _Gate:
             self._first = next((c.first for c in self._caches if not c.passed), None)
         yield ParityReport(
             self._header, tuple(self._steps), tuple(self._caches), self._first,
-            time.perf_counter() - started,
+            time.perf_counter() - started, tuple(self._stages),
         )  # fmt: skip
 
-    def _step(self, step: int, tokens: Sequence[int]) -> StepParity:
+    def _step(self, step: int, tokens: Sequence[int]) -> Iterator[StageParity | StepParity]:
         before = self._cpu.copy(), self._tested.copy()
         times = []
         for decoder, logits in self._logits.items():
@@ -190,11 +199,21 @@ class _Gate:
         position = len(self._cpu.tokens) - 1
         result = compare_step(
             theirs, ours, step=step, position=position, token=tokens[-1],
-            cpu_s=times[0], tested_s=times[1], strict=self._strict,
+            cpu_s=times[0], tested_s=times[1], strict=self._request.strict,
         )  # fmt: skip
+        if self._request.stages:
+            first = len(self._stages)
+            for stage in compare_stages(*before, tokens, step):
+                self._stages.append(stage)
+                yield stage
+            wrong = any(stage.fault for stage in self._stages[first:])
+            if result.passed and wrong:
+                fault = f"step {step}: a kernel is wrong, though the logits pass"
+                result = replace(result, fault=fault)
         if not result.passed:
             self._first = find_fault(*before, tokens, step)
-        return result
+        self._steps.append(result)
+        yield result
 
     def _hold_against_full_pass(self, decoder: Decoder) -> CacheParity:
         """Whether the last step's logits are those of a full pass over the same tokens."""

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aprcore.backends.engine import Engine
+from aprcore.compare import Comparison
 from aprcore.judge import FLOAT32_BOUND
-from aprcore.parity_fault import StageFault
+from aprcore.layouts import Layout
+from aprcore.parity_stages import StageFault, StageParity
 from aprcore.report import json_ready
+from aprcore.stages import StageKey
 
 GATE = "apr-cpu-vs-gpu-output-parity-v1"
 
@@ -116,6 +119,7 @@ class ParityReport:
         caches: Both sides, unless a step was rejected.
         first: The first stage that differs, if anything was rejected and a stage can be named.
         elapsed_s: Time in all.
+        stages: Every stage of every step, if they were asked for.
     """
 
     header: ParityHeader
@@ -123,6 +127,7 @@ class ParityReport:
     caches: tuple[CacheParity, ...]
     first: StageFault | None
     elapsed_s: float
+    stages: tuple[StageParity, ...] = ()
 
     @property
     def diverges(self) -> bool:
@@ -139,7 +144,7 @@ class ParityReport:
         return faults[0] if self.first is None else f"{faults[0]}; {self.first.describe()}"
 
 
-ParityEvent = ParityHeader | StepParity | CacheParity | ParityReport
+ParityEvent = ParityHeader | StageParity | StepParity | CacheParity | ParityReport
 
 
 def to_json(report: ParityReport) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def to_json(report: ParityReport) -> dict[str, Any]:
              "fault": c.fault, "passed": c.passed}
             for c in report.caches
         ],
+        "stages": [_stage(stage) for stage in report.stages],
         "first_difference": None if report.first is None else _fault(report.first),
         "diverges": report.diverges,
         "reason": report.reason,
@@ -177,17 +183,30 @@ def _engine(engine: Engine) -> dict[str, Any]:
 
 
 def _fault(fault: StageFault) -> dict[str, Any]:
-    found, layout = fault.comparison, fault.layout
+    found = _figures(fault.step, fault.key, fault.comparison, fault.layout)
+    return found | {"kernel": fault.kernel, "reason": fault.reason}
+
+
+def _stage(stage: StageParity) -> dict[str, Any]:
+    kernel = stage.kernel
+    return _figures(stage.step, stage.key, stage.comparison, stage.layout) | {
+        "kernel_relative_l2": None if kernel is None else kernel.relative_l2,
+        "kernel_explained": None if kernel is None else kernel.passed,
+        "fault": stage.fault,
+        "cpu_s": stage.cpu_s,
+        "gpu_s": stage.tested_s,
+    }
+
+
+def _figures(step: int, key: StageKey, found: Comparison, layout: Layout) -> dict[str, Any]:
     position = None
     if found.max_index >= 0:
         position = dict(zip(layout.axes, layout.position(found.max_index)))
     return {
-        "step": fault.step,
-        "layer": fault.key.layer,
-        "stage": fault.key.stage,
-        "path": fault.key.path,
-        "kernel": fault.kernel,
-        "reason": fault.reason,
+        "step": step,
+        "layer": key.layer,
+        "stage": key.stage,
+        "path": key.path,
         "cosine": found.cosine,
         "relative_l2": found.relative_l2,
         "max_abs_diff": found.max_abs_diff,

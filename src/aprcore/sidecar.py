@@ -55,7 +55,10 @@ class Sidecar:
 
     def to_json(self) -> str:
         """The text of `_trace.json`."""
-        return json.dumps({"schema": SIDECAR_SCHEMA, **asdict(self)}, indent=1, allow_nan=False)
+        data = {"schema": SIDECAR_SCHEMA, **asdict(self)}
+        if self.history is None:  # a full pass has none
+            del data["history"]
+        return json.dumps(data, indent=1, allow_nan=False)
 
 
 def read_sidecar(root: Path) -> Sidecar:

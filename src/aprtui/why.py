@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Steps of a way upstream that are named; the middle of a longer one is counted.
 STEPS_NAMED = 6
+# Faults of a run that are listed: while it runs, the list is drawn anew with every stage.
+FAULTS_LISTED = 12
 # Characters of a reason of the engine, which may list stages.
 REASON_LIMIT = 1000
 MEANINGS = {
@@ -80,10 +82,12 @@ def explain_run(state: RunState, layer: int | None, paint: Paint) -> RenderableT
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column()
-    for key in faults:
+    for key in faults[:FAULTS_LISTED]:
         mark = mark_of(state.reports[key])
         said = Text.assemble((str(key), "bold"), f"  {finding_of(state.reports[key])}")
         table.add_row(Text(mark.glyph, paint(mark.ink, bold=True)), said)
+    if len(faults) > FAULTS_LISTED:
+        table.add_row("", Text(f"and {len(faults) - FAULTS_LISTED} more", paint("ink-quiet")))
     count = plural(len(faults), "stage")
     verb = "is" if len(faults) == 1 else "are"
     return Group(Text(f"{count} {verb} to blame; each was judged on its own inputs:"), table)

@@ -9,7 +9,7 @@ import numpy as np
 
 from aprcore.backends.base import Site
 from aprcore.backends.reference import ReferenceBackend
-from aprcore.bisect import Request
+from aprcore.request import Request
 from aprcore.model import open_model
 from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
 from aprcore.trace import Sidecar, TraceWriter

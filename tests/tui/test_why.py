@@ -10,7 +10,8 @@ from driving import drive, explorer_of
 from rich.console import Console
 from textual.pilot import Pilot
 
-from aprcore.bisect import Request, bisect
+from aprcore.bisect import bisect
+from aprcore.request import Request
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp

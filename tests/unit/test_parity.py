@@ -24,9 +24,9 @@ from aprcore.parity import (
     compare_step,
 )
 from aprcore.parity_report import CacheParity, ParityReport, StepParity, to_json
-from aprcore.stages import StageKey
+from aprcore.stages import StageKey, stage_keys
 from aprtui.commands import parity as command
-from tiny import TOKENS, opened, write_model
+from tiny import NUM_LAYERS, TOKENS, opened, write_model
 from wrong_backends import (
     BlindToTheFirst,
     MissingTail,
@@ -191,6 +191,30 @@ class TestGate:
             "ParityHeader", "StepParity", "StepParity", "CacheParity", "CacheParity",
             "ParityReport",
         ]  # fmt: skip
+
+    def test_every_stage_of_every_step_can_be_judged(self, path: Path, model: Model) -> None:
+        report = report_of(path, stages=True)
+        assert not report.diverges
+        keys = list(stage_keys(NUM_LAYERS, model.config.features))
+        assert [stage.key for stage in report.stages] == keys * (DEFAULT_STEPS + 1)
+        for stage in report.stages:
+            assert stage.kernel is not None
+            assert stage.comparison.relative_l2 <= 1e-5, stage.key
+        # Scores of a decoding step are judged against the cache that the tested side had.
+        scores = [s for s in report.stages if s.key == StageKey(0, "attn_scores")]
+        assert [s.layout.shape[1:] for s in scores] == [(5, 5), (1, 6), (1, 7), (1, 8)]
+
+    def test_a_wrong_kernel_that_the_gate_lets_pass_is_rejected_with_stages(
+        self, path: Path
+    ) -> None:
+        report = report_of(path, MissingTail(1), stages=True)
+        (step,) = report.steps
+        assert step.cosine >= 0.99
+        assert "though the logits pass" in step.fault
+        assert report.first is not None
+        assert (report.first.key, report.first.kernel) == (StageKey(0, "ffn_out"), True)
+        faults = {stage.key.stage for stage in report.stages if stage.fault}
+        assert faults == {"ffn_out"}
 
     @pytest.mark.parametrize("steps", [0, 17, -1])
     def test_other_numbers_of_steps_are_refused(self, path: Path, steps: int) -> None:

@@ -29,7 +29,8 @@ def _other_tokens(scene: Scene) -> Iterator[Trial]:
     padded = np.concatenate([tokens[:1] * 0, tokens[:-1]])
     for name, other in (
         ("the token before", np.roll(tokens, 1)), ("the token before (0 first)", padded),
-        ("the token after", np.roll(tokens, -1)), ("the first token", np.full_like(tokens, tokens[0])),
+        ("the token after", np.roll(tokens, -1)),
+        ("the first token", np.full_like(tokens, tokens[0])),
         ("the last token", np.full_like(tokens, tokens[-1])),
         ("token 0", tokens * 0), ("the reversed tokens", tokens[::-1]),
     ):  # fmt: skip
@@ -108,7 +109,8 @@ ENTRIES = (
     Entry("embedding row off by {}", EMBEDDING, _other_rows,
           "the index into the table of embeddings",
           "embedding rows of the file off by {}", "the order of the vocabulary in the conversion"),
-    Entry("embedding of {}", EMBEDDING, _other_tokens, "which token ids reach the embedding"),
+    Entry("embedding of {}", EMBEDDING, _other_tokens, "which token ids reach the embedding",
+          is_causal=False),
     Entry("embedding scaled by {}", EMBEDDING, _scaled,
           "the embedding is multiplied by sqrt(hidden size), as in Gemma",
           "embedding scaled by {} in the original model",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,16 @@ from aprcore.layouts import Layout
 from aprcore.noise import CALIBRATION, SMALLEST_ENERGY, allowed_ratio, assess
 
 Bools = NDArray[np.bool_]
+Int64 = NDArray[np.int64]
 
 # Evidence, in nats, from which on the better of two explanations is named alone.
 DECISIVE_NATS = 12.0
 # Error energies below this part of the predicted are as good as none: predictions are upper
 # estimates, and alternatives are computed in float64 by another route than the engine's.
 NEGLIGIBLE_RATIO = 1e-3
+# Values looked at before all are, and those that figures are taken from.
+SAMPLED_VALUES = 4096
+MOST_COMPARED = 1 << 20
 # Standard deviations within which what an alternative leaves in a region counts as noise.
 CHANCE = 2.5
 # A region larger than this share of the tensor is no local fault.
@@ -129,23 +134,47 @@ class Experiment:
 
     def _variance(self, value: Float64, room: Room) -> Float64:
         """The variance to allow an alternative."""
-        variance = self._wide if room.is_wide else self._predicted
+        return self._variance_at(value, room, slice(None)).reshape(self._shape)
+
+    def _variance_at(self, value: Float64, room: Room, places: Int64 | slice) -> Float64:
+        """The same at some flat indices."""
+        variance = (self._wide if room.is_wide else self._predicted).reshape(-1)[places]
         energy = float(np.square(value).mean())
         if self._energy:  # larger values are rounded more coarsely
             variance = variance * max(1.0, energy / self._energy)
         roundoff = self.scene.profile.arithmetic.stored.roundoff
-        return variance + room.roundings * roundoff**2 / 3 * (np.square(value) + energy)
+        own = np.square(value.reshape(-1)[places]) + energy
+        floor = SMALLEST_ENERGY * energy * 1e-6  # as in `assess`, for values that are exactly zero
+        return variance + floor + room.roundings * roundoff**2 / 3 * own
 
     def hold(self, value: Float64) -> Outcome | None:
         """The outcome of one alternative; None if it says the same as the plain operation."""
         value = value.reshape(self._shape)
         if not np.isfinite(value).all() or self._is_plain(value):
             return None
+        if not self._may_pass(value):
+            return Outcome(*self.figures(value), False, math.inf)
         whole = self._outcome(value, None)
         if whole.explains or self.region is None:
             return whole
         local = self._within(value, self.region)
         return self._widest(value, local) if local.explains else whole
+
+    def _may_pass(self, value: Float64) -> bool:
+        """Whether a sample of the wrong values allows it: one beyond its own limit is enough."""
+        places = self._sample
+        variance = self._variance_at(value, self._room, places)
+        error = np.square(self._observed.reshape(-1)[places] - value.reshape(-1)[places])
+        return bool((error <= allowed_ratio(1.0) * variance).all())
+
+    @cached_property
+    def _sample(self) -> NDArray[np.int64]:
+        """Some of the values that are to be explained, by their flat index."""
+        if self.region is None:
+            count = self._plain.size
+            return np.linspace(0, count - 1, min(count, SAMPLED_VALUES)).astype(np.int64)
+        wrong = np.flatnonzero(self.region.mask)
+        return wrong[np.linspace(0, wrong.size - 1, min(wrong.size, SAMPLED_VALUES)).astype(int)]
 
     def _within(self, value: Float64, region: Region) -> Outcome:
         return self._outcome(np.where(region.mask, value, self._plain), region)
@@ -194,7 +223,8 @@ class Experiment:
 
     def figures(self, value: Float64) -> tuple[float, float]:
         """Relative L2 and cosine of the observed output against a value."""
-        found = compare(self._observed.reshape(-1), value.reshape(-1))
+        step = max(1, self._plain.size // MOST_COMPARED)
+        found = compare(self._observed.reshape(-1)[::step], value.reshape(-1)[::step])
         return found.relative_l2, found.cosine
 
     def misfit(self, value: Float64) -> float:
@@ -229,7 +259,7 @@ def part_scene(scene: Scene, start: int, stop: int) -> Scene:
 
 def find_region(scene: Scene) -> Region | None:
     """The tokens, heads and columns that are wrong, if they are few and the rest is right."""
-    shape, axes = scene.layout.factors, scene.layout.axes
+    shape = scene.layout.factors
     observed, plain = (x.reshape(shape) for x in (scene.observed, scene.plain.value))
     error = np.square(observed - plain)
     if not error.size:

@@ -20,8 +20,8 @@ from aprcore.weights import Weight, read_all
 
 # Rows of a matrix that are looked at.
 SAMPLED_ROWS = 16
-# Wrong rows whose blocks are held against their neighbours'.
-MOST_ROWS = 64
+# Wrong rows whose blocks are held against their neighbours', the most wrong first.
+MOST_ROWS = 4
 
 Finding = tuple[str, str]
 """What is odd, and the weights it is odd in."""
@@ -70,7 +70,7 @@ def _zeros(part: Part) -> Iterator[str]:
     own = picker(part.weight)(rows)
     dead = np.flatnonzero(~own.any(axis=0))
     if rows.size >= SAMPLED_ROWS // 2 and 0 < dead.size < own.shape[1] and part.x[:, dead].any():
-        yield f"weight's input columns {dead[0]} to {dead[-1]} are zero in this file"
+        yield f"weight's input {_places('column', dead)} zero in this file"
 
 
 def _blocks(part: Part) -> Iterator[str]:
@@ -90,21 +90,38 @@ def _blocks(part: Part) -> Iterator[str]:
 
 
 def _foreign_blocks(part: Part) -> Iterator[str]:
+    """A block of a wrong row that is stored twice, next to where it belongs."""
     plain = part.scene.plain
     error = np.square(part.scene.observed.reshape(plain.value.shape) - plain.value).sum(axis=0)
     worst = np.argsort(-error / plain.variance.sum(axis=0))[:MOST_ROWS]
-    count = part.weight.shape[0]
-    for row in worst[:4].tolist():
-        for step in (-1, 1):
-            if not 0 <= row + step < count:
-                continue
-            pair = raw_blocks(part.weight, np.array([row, row + step]))
-            if pair is None:
+    for row in worst.tolist():
+        rows = np.arange(max(0, row - 1), min(part.weight.shape[0], row + 2))
+        blocks = raw_blocks(part.weight, rows)
+        if blocks is None:
+            return
+        seen: dict[bytes, tuple[int, int]] = {}
+        for number, block in np.ndindex(*blocks.shape[:2]):
+            stored = blocks[number, block].tobytes()
+            place = int(rows[number]), block
+            if (
+                stored in seen
+                and blocks[number, block].any()
+                and row in (place[0], seen[stored][0])
+            ):
+                first = seen[stored]
+                yield (
+                    f"has one block twice, in the neighbouring places (row {first[0]}, block"
+                    f" {first[1]}) and (row {place[0]}, block {place[1]})"
+                )
                 return
-            same = np.flatnonzero((pair[0] == pair[1]).all(axis=1) & pair[0].any(axis=1))
-            if same.size:
-                yield f"block {same[0]} of row {row} is that of the neighbouring row {row + step}"
-                return
+            seen[stored] = place
+
+
+def _places(name: str, places: NDArray[np.int64]) -> str:
+    """Indices and their verb: column 7 is, columns 3 to 9 are."""
+    if places.size == 1:
+        return f"{name} {places[0]} is"
+    return f"{name}s {places[0]} to {places[-1]} are"
 
 
 def _token_rows(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
@@ -127,7 +144,7 @@ def _vectors(scene: Scene) -> Iterator[Finding]:
         kind = "weight" if name.endswith("weight") else "bias"
         dead = np.flatnonzero(own == 0)
         if dead.size:
-            yield f"{kind} of {short} is zero in dims {dead[0]} to {dead[-1]} of this file", ""
+            yield f"{kind} of {short}: {_places('dim', dead)} zero in this file", ""
         elif np.unique(own).size == 1:
             yield f"norm weight of {short} is {own[0]:g} throughout in this file", ""
         yield from ((f"{kind} of {short} is a copy of {other} in this file", "")

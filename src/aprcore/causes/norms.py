@@ -125,8 +125,8 @@ def _other_gains(norm: _Norm) -> Iterator[Trial]:
     """The weight of another norm of the model, this layer's first."""
     own = norm.scene.site.find(_NORM_WEIGHTS[norm.scene.key.stage])
     assert own is not None
-    names = [name for name, w in norm.scene.site.weights.items()
-             if name.endswith("norm.weight") and w.shape == own.shape and name != own.name]  # fmt: skip
+    norms = ((n, w) for n, w in norm.scene.site.weights.items() if n.endswith("norm.weight"))
+    names = [name for name, weight in norms if weight.shape == own.shape and name != own.name]
     layer = f"model.layers.{norm.scene.key.layer}."
     for name in sorted(names, key=lambda n: not n.startswith(layer)):
         yield (
@@ -250,7 +250,8 @@ ENTRIES = (
          "norm weight stored as {}", "the mapping of norm names in the conversion"),
     _row("LayerNorm for RMSNorm", _layer_norm, "the mean is subtracted; RMSNorm does not",
          "LayerNorm" + _ORIGINAL, "the architecture this file declares"),
-    _row("norm with the mean square {}", _wrong_mean, "the axis and length of the mean square"),
+    Entry("norm with the mean square {}", NORMED, _norm(_wrong_mean),
+          "the axis and length of the mean square", is_causal=False),
     _row("norm {}", _no_root, "x / sqrt(mean(x²) + eps)"),
     _row("norm without the division", _no_division, "the division by the root mean square"),
     _row("norm missing", _not_at_all, "the norm is skipped, or its input is passed on",

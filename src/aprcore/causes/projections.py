@@ -55,7 +55,7 @@ class Part:
 
     @property
     def short_name(self) -> str:
-        """ "q_proj"."""
+        """The module's last name: q_proj."""
         return self.module.rpartition(".")[2]
 
     @property

@@ -111,7 +111,7 @@ ENTRIES = (
           "which buffer is added to the stream"),
     Entry("{} before the sum", RESIDUALS, _normed, "the norm belongs before the block",
           "{} before the sum in the original model", "the architecture this file declares"),
-    Entry("{}", RESIDUALS, _moved, "the token index of the two addends"),
+    Entry("{}", RESIDUALS, _moved, "the token index of the two addends", is_causal=False),
     Entry("sum is {}", RESIDUALS, _factors, "a multiplier on an addend",
           "sum is {} in the original model", "a residual multiplier that was lost",
           is_fallback=True),

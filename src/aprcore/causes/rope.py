@@ -173,7 +173,7 @@ def _scaling_missing(scene: Scene) -> Iterator[Trial]:
 
 
 def _scaling_partial(scene: Scene) -> Iterator[Trial]:
-    """Part of the scaling only: the frequencies without the factor on the result, or one divisor."""
+    """Part of the scaling only: the frequencies without the factor on the result."""
     rope = scene.config.rope
     x, angles = before_rotation(scene), _angles(scene)
     if rope.attention_factor() != 1:
@@ -331,15 +331,16 @@ ENTRIES = (
          "RoPE theta {} in the original model", "rope_theta of this file: " + _CONFIG,
          is_fallback=True),
     _row("RoPE of {}", _other_columns, "which buffer and which columns the rotation reads", None),
-    _row("RoPE positions off by {}", _offsets,
-         "which position the first token gets, and the cache's length when it is read", None),
+    Entry("RoPE positions off by {}", ROTATED, _offsets,
+          "which position the first token gets, and the cache's length when it is read",
+          is_causal=False),
     _row("RoPE positions restarting {}", _restarts,
          "positions are taken within a chunk or batch and not within the text", None),
     Entry("RoPE with the last position for every token", ROTATED,
           single(_at_positions(lambda p: np.full_like(p, p[-1]))),
-          "one position for all tokens, as when decoding"),
+          "one position for all tokens, as when decoding", is_causal=False),
     Entry("RoPE positions in reverse", ROTATED, single(_at_positions(lambda p: p[::-1])),
-          "the order of the positions"),
+          "the order of the positions", is_causal=False),
     _row("RoPE on the first {} dimensions of a head only", _partial,
          "the rotary dimension against the head dimension",
          "RoPE on the first {} dimensions only in the original model",

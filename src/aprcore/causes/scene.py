@@ -105,6 +105,46 @@ class Scene:
         """The site with other weights, by their names inside the layer."""
         return replace(self.site, weights={**self.site.weights, **self._whole(changes)})
 
+    @property
+    def first_wrong_token(self) -> int:
+        """The first token of the output that rounding does not explain; 0 where none has one."""
+        axes = self.layout.axes
+        if "token" not in axes:
+            return 0
+        axis = axes.index("token")
+        wrong = self.wrong.reshape(self.layout.factors)
+        along = wrong.any(axis=tuple(a for a in range(wrong.ndim) if a != axis))
+        return int(np.argmax(along))
+
+    def prefix(self, count: int) -> Scene:
+        """The same of the first tokens alone, which in causal attention see nothing of the rest."""
+        axis = self.layout.axes.index("token")
+        tokens = slice(0, count)
+
+        def cut(x: NDArray[Any]) -> NDArray[Any]:
+            return x[:, tokens, tokens] if x.ndim == 3 else x[tokens]
+
+        def recorded(key: StageKey) -> Floats | None:
+            found = self.recorded(key)
+            return None if found is None else cut(found)
+
+        plain, shape = self.plain, self.plain.value.shape
+        factors = list(self.layout.factors)
+        factors[axis] = count
+        if len(shape) == 3:
+            factors[2] = count
+        value = cut(plain.value)
+        return replace(
+            self,
+            site=replace(self.site, tokens=self.site.tokens[tokens],
+                         positions=self.site.positions[tokens]),
+            inputs=tuple(cut(x) for x in self.inputs),
+            observed=cut(self.observed.reshape(shape)),
+            plain=replace(plain, value=value, variance=cut(plain.variance)),
+            layout=self.layout._replace(shape=value.shape, factors=tuple(factors)),
+            recorded=recorded,
+        )  # fmt: skip
+
     def _whole(self, changes: dict[str, Weight]) -> dict[str, Weight]:
         whole = {}
         for name, weight in changes.items():
@@ -133,6 +173,7 @@ class Entry:
         is_fallback: Whether it is named only when no other cause explains: it has a free
             parameter, or says less.
         in_engine: Whether an engine can do it.
+        is_causal: Whether a token's output depends on that token and earlier ones alone.
     """
 
     name: str
@@ -143,6 +184,7 @@ class Entry:
     file_advice: str = ""
     is_fallback: bool = False
     in_engine: bool = True
+    is_causal: bool = True
 
     def title(self, scene: Scene) -> str | None:
         """Its name for what is under test; None if it is not for that."""

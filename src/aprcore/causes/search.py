@@ -14,6 +14,8 @@ from aprcore.causes.scene import Entry, Scene
 
 # Causes that do not explain are listed up to this many, the nearest first.
 LISTED = 8
+# Tokens from which on the start of a text is tried before the whole.
+LONG_TEXT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,36 @@ class Tried:
 def try_entries(experiment: Experiment, catalogue: Iterable[Entry]) -> Iterator[Tried]:
     """Every entry that applies; of an entry's variants that cannot be told apart, the first."""
     scene = experiment.scene
+    start = _start_of(scene)
     for entry in catalogue:
         title = entry.title(scene)
         if title is None or (entry.stages and scene.key.stage not in entry.stages):
             continue
-        advice = entry.advice_for(scene)
-        outcomes = ((title.format(name), experiment.hold(value)) for name, value in
-                    entry.outputs(scene))  # fmt: skip
-        yield from _distinct(
-            Tried(name, advice, outcome, entry.is_fallback)
-            for name, outcome in outcomes
-            if outcome is not None
-        )
+        if start is None or not entry.is_causal:
+            yield from _distinct(_try_entry(experiment, entry, title))
+            continue
+        tried = list(_try_entry(start, entry, title))
+        hits = {t.name for t in tried if t.outcome.explains}
+        yield from _distinct(t for t in tried if t.name not in hits)
+        if hits:
+            whole = _try_entry(experiment, entry, title)
+            yield from _distinct(t for t in whole if entry.is_fallback or t.name in hits)
+
+
+def _start_of(scene: Scene) -> Experiment | None:
+    """The start of a long text, to where it goes wrong: what fails there need not be run whole."""
+    if "token" not in scene.layout.axes or scene.num_tokens <= LONG_TEXT:
+        return None
+    count = max(LONG_TEXT // 2, scene.first_wrong_token + LONG_TEXT // 4)
+    return Experiment(scene.prefix(count)) if 2 * count <= scene.num_tokens else None
+
+
+def _try_entry(experiment: Experiment, entry: Entry, title: str) -> Iterator[Tried]:
+    advice = entry.advice_for(experiment.scene)
+    for name, value in entry.outputs(experiment.scene):
+        outcome = experiment.hold(value)
+        if outcome is not None:
+            yield Tried(title.format(name), advice, outcome, entry.is_fallback)
 
 
 def try_projections(scene: Scene, catalogue: Iterable[Variants]) -> Iterator[Tried]:

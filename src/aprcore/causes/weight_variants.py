@@ -17,6 +17,8 @@ from aprcore.weights import Weight, read_all
 LARGEST_WHOLE = 1 << 28
 # Layers whose weights are tried: the nearest ones.
 MOST_LAYERS = 64
+# Loops end too soon by any number, and start too late by whole tiles.
+FEWEST_CUT_FIRST = 8
 # Rows whose wrong value is solved for, and the tokens that this takes: one is left to check it.
 MOST_SPOILT = 32
 FEWEST_TOKENS = 3
@@ -212,7 +214,7 @@ def _moved_rows(part: Part) -> Iterator[Variant]:
 def _moved_columns(part: Part) -> Iterator[Variant]:
     """The input's dimensions in another order, which is the weight's columns in the other."""
     x, advice = part.x, "the index along the input's dimensions"
-    tokens, width = x.shape
+    tokens = x.shape[0]
     told = _say(part, advice, "the order of the weight's columns")
     yield Variant("{} columns one late", told, x=np.roll(x, -1, axis=1))
     yield Variant("{} columns one early", told, x=np.roll(x, 1, axis=1))
@@ -258,7 +260,8 @@ def _cut_input(part: Part) -> Iterator[Variant]:
         first[:, :cut] = 0
         advice = "the bounds of the loop over the input's dimensions (a partial tile or block)"
         yield Variant(f"{{}} leaves out the last {cut} input dimensions", advice, x=last)
-        yield Variant(f"{{}} leaves out the first {cut} input dimensions", advice, x=first)
+        if cut >= FEWEST_CUT_FIRST:
+            yield Variant(f"{{}} leaves out the first {cut} input dimensions", advice, x=first)
     for tile in (16, 32, 64, 128, 256):
         if tile < width:
             for start in range(0, min(width, 32 * tile), tile):

@@ -12,6 +12,7 @@ from aprtui.commands.run_options import add_device_option, add_thread_option, ad
 if TYPE_CHECKING:
     from aprcore.parity import ParityRequest
     from aprcore.parity_report import CacheParity, ParityHeader, ParityReport, StepParity
+    from aprcore.parity_stages import StageParity
 
 # As `DEFAULT_STEPS` and `MOST_STEPS` of `aprcore.parity`, which costs the import of numpy.
 DEFAULT_STEPS, MOST_STEPS = 3, 16
@@ -46,6 +47,11 @@ def add_parser(subparsers: Any) -> None:
         "--strict", action="store_true",
         help="reject whatever float32 does not explain, though the gate lets it pass",
     )  # fmt: skip
+    parser.add_argument(
+        "--stages", action="store_true",
+        help="compare every stage of every step, and reject where a kernel is wrong on its own"
+        " inputs; several times slower",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.set_defaults(run=run)
 
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         threads=args.threads,
         strict=args.strict,
+        stages=args.stages,
     )
     try:
         report = _stream(request, as_json=args.json)
@@ -83,28 +90,36 @@ def run(args: argparse.Namespace) -> int:
 
 def _stream(request: ParityRequest, *, as_json: bool) -> ParityReport:
     """Run to the end, printing what is found as it is found."""
+    import json
+
     from aprcore.parity import check_parity
-    from aprcore.parity_report import CacheParity, ParityHeader, StepParity, to_json
+    from aprcore.parity_report import (
+        CacheParity,
+        ParityHeader,
+        ParityReport,
+        StepParity,
+        to_json,
+    )
+    from aprcore.parity_stages import StageParity
 
     for event in check_parity(request):
+        if isinstance(event, ParityReport):
+            if as_json:
+                print(json.dumps(to_json(event), indent=1, allow_nan=False))
+            else:
+                _print_verdict(event)
+            return event
+        if as_json:
+            continue
         match event:
             case ParityHeader():
-                if not as_json:
-                    _print_header(event)
+                _print_header(event)
+            case StageParity():
+                _print_stage(event)
             case StepParity():
-                if not as_json:
-                    _print_step(event)
+                _print_step(event)
             case CacheParity():
-                if not as_json:
-                    _print_cache(event)
-            case _:
-                if as_json:
-                    import json
-
-                    print(json.dumps(to_json(event), indent=1, allow_nan=False))
-                else:
-                    _print_verdict(event)
-                return event
+                _print_cache(event)
     raise AssertionError("a run ends with its report")
 
 
@@ -118,6 +133,20 @@ def _print_header(header: ParityHeader) -> None:
     print(
         f"{'step':<7} {'position':>8} {'token':>7} {'cosine':>10} {'relative L2':>11}"
         f" {'max|diff|':>9}  {'next':>7} {'cpu s':>8} {header.tested.backend.name + ' s':>11}"
+    )
+
+
+def _print_stage(stage: StageParity) -> None:
+    from aprtui.formatting import format_cosine, format_ratio
+
+    found, kernel = stage.comparison, stage.kernel
+    own = "-" if kernel is None else format_ratio(kernel.relative_l2)
+    word = f"FAIL  {stage.fault}" if stage.fault else "PASS"
+    print(
+        f"  {stage.key!s:<28} {format_cosine(found.cosine):>10}"
+        f" {format_ratio(found.relative_l2):>11} {format_ratio(found.max_abs_diff):>9}"
+        f"  kernel {own:>7} {1e3 * stage.cpu_s:>8.2f} ms {1e3 * stage.tested_s:>8.2f} ms  {word}",
+        flush=True,
     )
 
 

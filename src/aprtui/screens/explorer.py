@@ -82,7 +82,8 @@ class ExplorerScreen(Screen[None]):
     ]  # fmt: skip
 
     top_k = reactive(DEFAULT_TOP_K)
-    tab = reactive(DetailTab.TOP_K, bindings=True)
+    # No key comes or goes with the tab: the footer would be made anew, which takes a whole frame.
+    tab = reactive(DetailTab.TOP_K)
     # What the footer offers depends on these; setting them draws it anew.
     is_open = reactive(False, bindings=True)
     is_filtered = reactive(False, bindings=True)
@@ -248,8 +249,7 @@ class ExplorerScreen(Screen[None]):
             case "previous_divergence":
                 return self.has_divergence
             case "top_k":
-                has_table = self.state.has_oracle and self.tab is DetailTab.TOP_K
-                return self.is_open and has_table
+                return self.is_open and self.state.has_oracle
             case "sort":
                 return self.is_open and bool(self.state.measures)
             case "measure":
@@ -349,8 +349,10 @@ class ExplorerScreen(Screen[None]):
         self.tab = self.tab.step(step)
 
     def action_top_k(self) -> None:
-        """Show more of the largest differences, then few again."""
-        self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
+        """Open the table; in it, show more of the largest differences, then few again."""
+        if self.tab is DetailTab.TOP_K:
+            self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
+        self.tab = DetailTab.TOP_K
 
     def action_help(self) -> None:
         """Show every key."""

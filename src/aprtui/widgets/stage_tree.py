@@ -86,7 +86,7 @@ class StageTree(ScrollView, can_focus=True):
         self._painter: RowPainter | None = None
         self._chosen: tuple[object, ...] = ()
         # Lines of stages that are judged: their figures change no more.
-        self._drawn: dict[Row, Text] = {}
+        self._drawn: dict[Row, Strip] = {}
 
     @property
     def row(self) -> Row:
@@ -196,34 +196,38 @@ class StageTree(ScrollView, can_focus=True):
     def render_line(self, y: int) -> Strip:
         """The line at `y` below the top of the view."""
         number = y + self.scroll_offset.y
-        width = self.line_width
-        style = self.rich_style
-        if number >= len(self.rows):
-            text = Text("")
-            if self.state.header is None and number == 0:
-                text = Text(self._opening, Paint(self.app.theme_variables)("ink-quiet"))
-        else:
-            text = self._draw(self.rows[number])
-            if number == self._cursor:
-                name = "stage-tree--cursor" if self.has_focus else "stage-tree--cursor-blurred"
-                cursor = self.get_component_rich_style(name)
-                # On the focused cursor every ink gives way: its background is a strong colour.
-                text = Text(text.plain) if self.has_focus else text
-                style += cursor if self.has_focus else Style(bgcolor=cursor.bgcolor)
-        segments = [
-            Segment(segment.text, segment.style) for segment in text.render(self.app.console)
-        ]
-        return Strip(segments).apply_style(style).adjust_cell_length(width, style)
+        if number < len(self.rows):
+            row = self.rows[number]
+            return self._draw_cursor(row) if number == self._cursor else self._draw(row)
+        is_opening = self.state.header is None and number == 0
+        text = Text(self._opening, Paint(self.app.theme_variables)("ink-quiet"))
+        return self._strip(text if is_opening else Text(""), self.rich_style)
 
-    def _draw(self, row: Row) -> Text:
+    def _draw(self, row: Row) -> Strip:
         """A row's line, drawn once where it can be kept."""
         painter, first = self.painter(), self.state.first_divergence
         # The mark of the first fault is yet to come while there is none.
         if row.key not in self.state.reports or first is None:
-            return painter.row(row)
+            return self._strip(painter.row(row), self.rich_style)
         if row not in self._drawn:
-            self._drawn[row] = painter.row(row)
+            self._drawn[row] = self._strip(painter.row(row), self.rich_style)
         return self._drawn[row]
+
+    def _draw_cursor(self, row: Row) -> Strip:
+        name = "stage-tree--cursor" if self.has_focus else "stage-tree--cursor-blurred"
+        cursor = self.get_component_rich_style(name)
+        text = self.painter().row(row)
+        if not self.has_focus:
+            return self._strip(text, self.rich_style + Style(bgcolor=cursor.bgcolor))
+        # On the focused cursor every ink gives way: its background is a strong colour.
+        return self._strip(Text(text.plain), self.rich_style + cursor)
+
+    def _strip(self, text: Text, style: Style) -> Strip:
+        segments = [
+            Segment(segment.text, segment.style) for segment in text.render(self.app.console)
+        ]
+        strip = Strip(segments).apply_style(style)
+        return strip.adjust_cell_length(self.line_width, style)
 
     def _toggle(self, layer: int) -> None:
         self.user_moved = True

@@ -5,7 +5,7 @@
 // q [T, H, D], k [S, K, D] -> scores [H, T, S], zero after the token.
 kernel GROUP void attention_scores(global const float *q, global const float *k, uint tokens,
                                    uint positions, uint heads, uint kv_heads, uint size,
-                                   float scale, global float *scores) {
+                                   float scale, global float *restrict scores) {
     const uint vectors = size / 8;
     FOR_SPAN(index, (size_t)heads * tokens * positions) {
         const uint s = index % positions, t = index / positions % tokens;
@@ -26,7 +26,7 @@ kernel GROUP void attention_scores(global const float *q, global const float *k,
 
 // scores [rows, S] -> weights [rows, S], row t of every `tokens` rows over its own positions.
 kernel GROUP void causal_softmax(global const float *scores, uint tokens, uint positions,
-                                 global float *weights) {
+                                 global float *restrict weights) {
     SCRATCH;
     const uint lane = get_local_id(0), row = get_group_id(0);
     const uint seen = row % tokens + (positions - tokens) + 1;
@@ -50,7 +50,7 @@ kernel GROUP void causal_softmax(global const float *scores, uint tokens, uint p
 // weights [H, T, S], v [S, K, D] -> out [T, H, D]. One index is eight dimensions.
 kernel GROUP void weighted_values(global const float *weights, global const float *v, uint tokens,
                                   uint positions, uint heads, uint kv_heads, uint size,
-                                  global float *out) {
+                                  global float *restrict out) {
     const uint parts = (size + 7) / 8;
     FOR_SPAN(index, (size_t)tokens * heads * parts) {
         const uint part = index % parts, head = index / parts % heads, t = index / parts / heads;

@@ -1,8 +1,10 @@
 // out[i] = row indices[i] of the stored rows, as floats.
 //
-// Follows stored_float.cl or stored_blocks.cl, which define `eight` and `tail`.
-kernel GROUP void expand_rows(global const uchar *stored, ulong row_bytes, float scale, uint width,
-                              global const uint *indices, global float *out) {
+// Follows stored_float.cl or stored_blocks.cl, which define `eight` and `tail`. Without `restrict` a
+// block's scales would be decoded again after every store.
+kernel GROUP void expand_rows(global const uchar *restrict stored, ulong row_bytes, float scale,
+                              uint width, global const uint *restrict indices,
+                              global float *restrict out) {
     global const uchar *row = stored + indices[get_group_id(0)] * row_bytes;
     out += (size_t)get_group_id(0) * width;
     const uint parts = width / 8, lane = get_local_id(0);

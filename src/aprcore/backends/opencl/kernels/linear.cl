@@ -95,7 +95,7 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
 
 // x in tiles of 16 tokens, [tile, k, 16], zero for tokens that are not there.
 kernel GROUP void pack_tokens(global const float *x, uint width, uint tokens,
-                              global float *packed) {
+                              global float *restrict packed) {
     const uint tile = get_group_id(1), start = get_group_id(0) * CHUNK;
     const uint stop = min(start + CHUNK, width);
     for (uint i = 0; i < 16; i++) {

@@ -1,6 +1,6 @@
 // y = x / sqrt(mean(x²) + eps) * gain over groups of `size` values: whole rows, or single heads.
 kernel GROUP void rms_norm(global const float *x, global const float *gain, uint size, float eps,
-                           global float *y) {
+                           global float *restrict y) {
     SCRATCH;
     const uint lane = get_local_id(0), vectors = size / 8;
     x += (size_t)get_group_id(0) * size;

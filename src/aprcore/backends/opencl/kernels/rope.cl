@@ -6,7 +6,7 @@
 // and every engine must round them alike to be comparable.
 kernel GROUP void rotate_heads(global const float *x, global const float *cosines,
                          global const float *sines, uint tokens, uint heads, uint half_size,
-                         uint spacing, uint partner, global float *y) {
+                         uint spacing, uint partner, global float *restrict y) {
     FOR_SPAN(index, (size_t)tokens * heads * half_size) {
         const size_t head = index / half_size;
         const uint i = index % half_size;

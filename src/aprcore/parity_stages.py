@@ -1,10 +1,11 @@
 """Where two runs of one step part: stage by stage, each judged on its own inputs.
 
-Run only when a step's logits have been rejected; it costs the step a second time on both sides.
+It costs the step a second time on both sides, and the float64 judge on top.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,33 +57,77 @@ class StageFault:
         return f"step {self.step}, {self.key}: {self.reason}"
 
 
-def find_fault(
-    trusted: Decoder, tested: Decoder, tokens: Sequence[int], step: int
-) -> StageFault | None:
-    """The first stage of a step whose kernel is wrong on the tested side, or that differs.
+@dataclass(frozen=True, slots=True)
+class StageParity:
+    """One stage of a step on both sides.
+
+    Attributes:
+        step: The step.
+        key: The stage.
+        comparison: The tested side against the other.
+        layout: Names the axes of its tensor.
+        kernel: The tested side's operation on its own inputs; None where that cannot be told.
+        fault: What is wrong with that operation, in a clause; nothing if it is sound.
+        cpu_s, tested_s: Time that either side took, with the way to the host.
+    """
+
+    step: int
+    key: StageKey
+    comparison: Comparison
+    layout: Layout
+    kernel: Judgment | None
+    fault: str
+    cpu_s: float
+    tested_s: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two sides differ by more than float32 explains."""
+        found = self.comparison
+        return found.unequal_nonfinite > 0 or found.relative_l2 > FLOAT32_BOUND
+
+
+def compare_stages(
+    trusted: Decoder, tested: Decoder, tokens: Sequence[int], step: int, top_k: int = 0
+) -> Iterator[StageParity]:
+    """Every stage of a step on both sides, the tested one judged on the inputs that it had.
 
     Args:
         trusted, tested: Decoders that are about to run the step. They are not advanced.
         tokens: Tokens of the pass.
         step: Its number, for the report.
+        top_k: How many of the largest differences to keep.
     """
     judge = _KernelJudge(tested, tokens)
-    different = None
-    streams = zip(trusted.stages(tokens), tested.stages(tokens), strict=True)
-    for (key, ours), (_, theirs) in streams:
-        found = compare(theirs, ours)
+    streams = _timed(trusted.stages(tokens)), _timed(tested.stages(tokens))
+    for (key, ours, cpu_s), (_, theirs, tested_s) in zip(*streams, strict=True):
+        found = compare(theirs, ours, top_k)
         layout = layout_of(key, judge.sizes, theirs.size)
-        if found.unequal_nonfinite:
-            count = f"{found.unequal_nonfinite} values are NaN or infinite on one side only"
-            return StageFault(step, key, found, layout, True, count)
-        reason = judge.judge(key, theirs, layout)
-        if reason is not None:
-            return StageFault(step, key, found, layout, True, reason)
-        if different is None and found.relative_l2 > FLOAT32_BOUND:
-            reason = f"relative L2 {found.relative_l2:.3g} between both sides, by no single kernel"
-            reason += _describe_past(trusted, tested)
-            different = StageFault(step, key, found, layout, False, reason)
-    return different
+        kernel, fault = judge.judge(key, theirs, layout)
+        if found.unequal_nonfinite and judge.inputs_finite(key):
+            fault = f"{found.unequal_nonfinite} values are NaN or infinite on one side only"
+        yield StageParity(step, key, found, layout, kernel, fault, cpu_s, tested_s)
+
+
+def find_fault(
+    trusted: Decoder, tested: Decoder, tokens: Sequence[int], step: int
+) -> StageFault | None:
+    """The first stage of a step whose kernel is wrong on the tested side, or that differs.
+
+    Takes the arguments of `compare_stages`.
+    """
+    different = None
+    for stage in compare_stages(trusted, tested, tokens, step):
+        if stage.fault:
+            return StageFault(step, stage.key, stage.comparison, stage.layout, True, stage.fault)
+        if different is None and stage.differs:
+            different = stage
+    if different is None:
+        return None
+    error = different.comparison.relative_l2
+    reason = f"relative L2 {error:.3g} between both sides, by no single kernel"
+    reason += _describe_past(trusted, tested)
+    return StageFault(step, different.key, different.comparison, different.layout, False, reason)
 
 
 def _describe_past(trusted: Decoder, tested: Decoder) -> str:
@@ -120,6 +165,16 @@ def find_cache_fault(
     return None
 
 
+def _timed(
+    stream: Iterator[tuple[StageKey, Floats]],
+) -> Iterator[tuple[StageKey, Floats, float]]:
+    """A stream with the seconds that each of its tensors took."""
+    started = time.perf_counter()
+    for key, tensor in stream:
+        yield key, tensor, time.perf_counter() - started
+        started = time.perf_counter()
+
+
 def _last_rows(
     stream: Iterator[tuple[StageKey, Floats]],
 ) -> Iterator[tuple[StageKey, Floats]]:
@@ -138,6 +193,7 @@ class _KernelJudge:
         past = decoder.past()
         self._has_past = past.num_positions > 0
         self._config = decoder.config
+        self._finite: dict[StageKey, bool] = {}
         self._side = RecordedSide(
             decoder.config, decoder.weights, tokens, len(tokens),
             Profile(ARITHMETICS["f32"], weights_rounded=False),
@@ -145,25 +201,32 @@ class _KernelJudge:
         )  # fmt: skip
         self.sizes = self._side.sizes()
 
-    def judge(self, key: StageKey, tensor: Floats, layout: Layout) -> str | None:
-        """What is wrong with a stage's operation; None if nothing is or it cannot be told."""
+    def judge(self, key: StageKey, tensor: Floats, layout: Layout) -> tuple[Judgment | None, str]:
+        """A stage's operation on its own inputs, and what is wrong with it, if anything."""
         side = self._side
         side.enter(key)
         expected = side.expect(key)
         side.record(key, tensor)
+        self._finite[key] = bool(np.isfinite(tensor).all())
         judgment = None if expected is None else make_judgment(tensor, expected, layout)
         if judgment is None or judgment.passed or judgment.relative_l2 <= BLAME_FLOOR:
-            return None
+            return judgment, ""
         assert expected is not None
-        return self._reason(key, tensor, expected, layout, judgment)
+        return judgment, self._reason(key, tensor, expected, layout, judgment)
+
+    def inputs_finite(self, key: StageKey) -> bool:
+        """Whether every tensor that a stage reads was finite."""
+        return all(self._finite[source] for source in self._sources(key))
+
+    def _sources(self, key: StageKey) -> tuple[StageKey, ...]:
+        return input_keys(key, self._config.num_layers, self._config.features)
 
     def _reason(
         self, key: StageKey, tensor: Floats, expected: Expectation, layout: Layout,
         judgment: Judgment,
     ) -> str:  # fmt: skip
         # The catalogue's alternatives of attention are written for a full pass.
-        config = self._config
-        keys = (key, *input_keys(key, config.num_layers, config.features))
+        keys = (key, *self._sources(key))
         if self._has_past and any(("S",) in split_axes(BY_NAME[k.stage].shape) for k in keys):
             return f"kernel: {judgment.describe()}"
         cause = explain(self._side, key, tensor, expected, layout, in_file=False).clause()
