@@ -8,6 +8,7 @@ recomputed from the nearest recorded ancestors, and the span that is then judged
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,13 @@ class RecordedSide:
         if key in self._recorded:
             return self._recorded[key]
         return None if self._read is None else self._read(key)
+
+    def with_tensor(self, key: StageKey, tensor: Floats) -> RecordedSide:
+        """A copy that holds another tensor of one stage; what was recomputed is forgotten."""
+        other = copy(self)
+        other._recorded = self._recorded | {key: tensor}
+        other._replayed = {}
+        return other
 
     def inputs(self, key: StageKey) -> list[Expectation] | None:
         """The inputs of a stage, recorded or recomputed; None if that cannot be done."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.causes import Explanation, explain
+from aprcore.causes import Explanation, explain, explain_nonfinite
 from aprcore.compare import Comparison, compare, compare_logits, describe
 from aprcore.judge import Evidence, Judgment, Verdict, decide, within
 from aprcore.layouts import (
@@ -154,9 +154,11 @@ class StageJudge:
         explanation = self._explain(
             key, layout, verdict, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
         )
-        if explanation is not None:
+        if explanation is not None and verdict is Verdict.FAIL:
             judgment, _, figures = reason.partition(": ")
             reason = f"{judgment}: {explanation.clause()}; {figures}"
+        elif explanation is not None and explanation.named:
+            reason = f"{explanation.clause()}; {reason}"
         logits = None
         if key.stage == "lm_head" and traced is not None and oracle is not None and traced.size:
             found = compare_logits(traced, oracle, k=LOGITS_TOP_K)
@@ -175,6 +177,8 @@ class StageJudge:
         oracle: _Judged,
     ) -> Explanation | None:  # fmt: skip
         """Why a stage fails, by experiments on the inputs of the side that shows it."""
+        if verdict is Verdict.NONFINITE and self._trace is not None and traced[0] is not None:
+            return explain_nonfinite(self._trace, key, traced[0])
         if verdict is not Verdict.FAIL:
             return None
         for side, (x, judgment, expected), in_file in (

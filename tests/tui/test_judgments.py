@@ -11,8 +11,8 @@ from demo_runs import ODD_STAGE, fused_run, kernel_run, model_run, odd_run
 from driving import come_to_rest, explorer_of, settle
 from textual.pilot import Pilot
 
-from aprcore.request import Request
 from aprcore.budget import Budget, Budgets
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 

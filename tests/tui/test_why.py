@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from rich.console import Console
 from textual.pilot import Pilot
 
 from aprcore.bisect import bisect
-from aprcore.request import Request
 from aprcore.report import Report, RunHeader, StageReport
+from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.formatting import format_compact, format_times
@@ -43,7 +44,7 @@ def finish(request: Request) -> RunState:
 
 
 def written(renderable: Any, width: int = 100) -> str:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=width, record=True, file=StringIO())
     console.print(renderable)
     return " ".join(console.export_text().split())
 

@@ -13,11 +13,14 @@ import pytest
 from numpy.typing import NDArray
 
 from aprcore.backends.prediction import Profile
-from aprcore.causes import Explanation, explain
+from aprcore.causes import Explanation, explain, explain_nonfinite
+from aprcore.config import ModelConfig
+from aprcore.formats.storage import DataFile, StoredTensor
 from aprcore.layouts import layout_of
 from aprcore.noise import assess
 from aprcore.precision import ARITHMETICS
 from aprcore.replay import RecordedSide
+from aprcore.rope import Rope
 from aprcore.stages import StageKey
 from tiny import SIZES, Tensors, draw_weights, opened, trace_model, write_model
 
@@ -443,3 +446,90 @@ def test_a_missing_addend_is_recognised(path: Path, world: World) -> None:
     observed = world.at("ffn_out") + world.at("attn_out")
     found = explained(path, world.tensors, key, observed)
     assert found.symptom == "1 times attn_out is added"
+
+
+def test_a_cause_inside_a_span_is_named(path: Path, world: World) -> None:
+    """Fused attention dumps neither scores nor weights."""
+    fused = {
+        k: x for k, x in world.tensors.items() if k.stage not in ("attn_scores", "attn_softmax")
+    }
+    key = StageKey(LAYER, "attention")
+    observed = weighted(softmax(all_scores(world)), world.part("v"))
+    found = explained(path, fused, key, observed)
+    assert [c.name for c in found.named] == ["attn_softmax: no causal mask"]
+    found = explained(path, fused, key, observed**2)
+    assert not found.named and found.symptom is not None
+    assert "attn_scores, attn_softmax" in found.symptom and "dump" in found.symptom
+
+
+@pytest.mark.parametrize("period", [8, 300, 512])
+def test_a_long_text_is_not_tried_whole(tmp_path: Path, period: int) -> None:
+    path = write_model(tmp_path / "m.apr", num_layers=2)
+    tokens = tuple(int(t) for t in np.random.default_rng(3).integers(0, V, 700))
+    tensors = trace_model(path, tokens)
+    key = StageKey(1, "q_post_rope")
+    q = tensors[StageKey(1, "qkv_bias")][:, : H * D].reshape(-1, H, D).astype(np.float64)
+    pieces = [rotate(q[i : i + period]) for i in range(0, len(q), period)]
+    found = explained(path, tensors, key, np.concatenate(pieces), tokens=tokens)
+    assert [c.name for c in found.named] == [f"RoPE positions restarting every {period} tokens"]
+
+
+def nibbles_of(blocks: NDArray[np.uint8], *, is_swapped: bool = False) -> Floats:
+    """Q4_0: a float16 step, then 16 bytes whose low halves come first."""
+    steps = blocks[:, :2].copy().view(np.float16).astype(np.float64)
+    low, high = (blocks[:, 2:] & 15).astype(int), (blocks[:, 2:] >> 4).astype(int)
+    codes = np.hstack([high, low] if is_swapped else [low, high])
+    return (codes - 8) * steps
+
+
+def test_a_wrong_decoder_is_named(tmp_path: Path) -> None:
+    generator = np.random.default_rng(11)
+    out, width = 24, 64
+    blocks = generator.integers(0, 256, (out * 2, 18), dtype=np.uint8)
+    blocks[:, :2] = generator.uniform(0.01, 0.02, (out * 2, 1)).astype(np.float16).view(np.uint8)
+    (tmp_path / "w").write_bytes(blocks.tobytes())
+    with DataFile(tmp_path / "w") as file:
+        weight = StoredTensor(f"{MLP}down_proj.weight", (out, width), "Q4_0", file, 0, blocks.size)
+        config = ModelConfig("llama", out, 2, 2, 1, 12, width, 5, 1e-6, Rope(1e4, 12))
+        x = generator.standard_normal((T, width)).astype(np.float32)
+        read = {StageKey(LAYER, "ffn_swigl"): x}.get
+        profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
+        side = RecordedSide(config, {weight.name: weight}, None, T, profile, read=read)
+        key = StageKey(LAYER, "ffn_out")
+        expected = side.expect(key)
+        assert expected is not None
+        layout = layout_of(key, side.sizes(), T * out)
+        for is_swapped in (False, True):
+            rows = nibbles_of(blocks, is_swapped=is_swapped).reshape(out, width)
+            observed = (x.astype(np.float64) @ rows.T).astype(np.float32).reshape(-1)
+            assert assess(observed, expected.estimate, layout).explained is not is_swapped
+        found = explain(side, key, observed, expected, layout, in_file=False)
+    assert [c.name for c in found.named] == ["down_proj dequantised with nibbles swapped"]
+
+
+def test_what_a_file_shows_of_itself_is_named_last(tmp_path: Path, world: World) -> None:
+    """The original weight is gone: only that this one is another's tells."""
+    copied = {MLP + "down_proj.weight": world.weights["model.layers.0.mlp.down_proj.weight"]}
+    path = write_model(tmp_path / "bad.apr", changed=copied)
+    key = StageKey(LAYER, "ffn_out")
+    found = explained(path, world.tensors, key, world.tensors[key], in_file=True)
+    assert [c.is_evidence for c in found.named] == [True]
+    assert "copy of model.layers.0.mlp.down_proj" in found.named[0].name
+    assert "when tried" not in found.clause()
+
+
+def test_an_overflow_is_named(path: Path, world: World) -> None:
+    scores_of = edited(world.at("attn_scores"), (0, 5, 2), 95.0)
+    scaled = edited(scores_of, (1, 7, 3), 20.0).astype(np.float32)  # too much for float16 alone
+    tensors = world.tensors | {StageKey(LAYER, "attn_scores"): scaled}
+    with np.errstate(over="ignore", invalid="ignore"):
+        powers = np.exp(np.where(np.tri(T, dtype=bool), scaled, -np.inf))  # in float32
+        observed = powers / powers.sum(axis=2, keepdims=True)
+    with opened(path) as model:
+        profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
+        side = RecordedSide(model.config, model.weights, TOKENS, T, profile, read=tensors.get)
+        found = explain_nonfinite(side, StageKey(LAYER, "attn_softmax"), observed)
+    assert found is not None
+    assert {c.name for c in found.named} == {
+        "softmax without the maximum's subtraction (exp overflows bfloat16 or float32)"
+    }

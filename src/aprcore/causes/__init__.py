@@ -24,6 +24,7 @@ from aprcore.causes import (
     weight_variants,
 )
 from aprcore.causes.experiment import Experiment
+from aprcore.causes.overflow import explain_nonfinite
 from aprcore.causes.projections import Variants
 from aprcore.causes.records import CauseTried, Explanation
 from aprcore.causes.scene import Entry, Scene
@@ -33,13 +34,14 @@ from aprcore.causes.search import (
     try_entries,
     try_evidence,
     try_projections,
+    try_span,
 )
 from aprcore.causes.symptom import describe_symptom
 from aprcore.layouts import Layout
 from aprcore.replay import Expectation, Floats, RecordedSide
 from aprcore.stages import StageKey
 
-__all__ = ["CauseTried", "Explanation", "explain"]
+__all__ = ["CauseTried", "Explanation", "explain", "explain_nonfinite"]
 
 CATALOGUE: tuple[Entry, ...] = (
     *rope.ENTRIES,
@@ -82,10 +84,14 @@ def explain(
         *try_projections(scene, PRODUCTS),
         *try_arithmetics(experiment),
         *try_evidence(scene, experiment),
+        *try_span(side, experiment, expected, CATALOGUE),
     ]
     causes = tuple(settle(experiment, tried))
     named = any(cause.explains for cause in causes)
     symptom = None if named else describe_symptom(experiment)
+    if symptom is not None and expected.recomputed:
+        missing = ", ".join(source.stage for source in expected.recomputed)
+        symptom += f"; the judgment spans {missing} too: dump them to narrow it"
     return Explanation(causes, symptom, len(tried))
 
 

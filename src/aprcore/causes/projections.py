@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,9 @@ MODULES = {
     "qkv_matmul": (Q, K, V), "attn_out": (O,), "ffn_gate": (GATE,), "ffn_up": (UP,),
     "ffn_out": (DOWN,), "lm_head": ("lm_head",),
 }  # fmt: skip
-# Output columns tried first, half of them the most wrong ones.
+# Output columns and tokens tried first; half of the columns are the most wrong ones.
 SAMPLED_COLUMNS = 16
+SAMPLED_TOKENS = 48
 # How far the sample may lie outside the prediction: a single value's own limit, with room.
 SAMPLE_LIMIT = 100.0
 
@@ -57,6 +59,11 @@ class Part:
     def short_name(self) -> str:
         """The module's last name: q_proj."""
         return self.module.rpartition(".")[2]
+
+    @cached_property
+    def sample(self) -> Sample:
+        """What to try first."""
+        return _draw_sample(self)
 
     @property
     def head_dim(self) -> int | None:
@@ -110,37 +117,38 @@ def parts_of(scene: Scene) -> Iterator[Part]:
 
 def try_variant(part: Part, variant: Variant) -> Outcome | None:
     """Hold a product against the output, on a sample first; None if it is the plain one."""
-    sample = _sample(part)
-    rows = sample.columns
-    value = _product(part, variant, rows)
-    plain = part.scene.plain
+    sample = part.sample
+    value = _product(part, variant, sample.columns, sample.tokens)
     if value is None:
         return None
-    observed = part.scene.observed.reshape(plain.value.shape)[:, rows]
-    expected, variance = plain.value[:, rows], part.experiment.variance(rows)
-    near = np.square(value - expected) <= 4 * variance
+    where = np.ix_(sample.tokens, sample.columns)
+    plain, shape = part.scene.plain.value, part.scene.plain.value.shape
+    observed, expected = part.scene.observed.reshape(shape)[where], plain[where]
+    variance = part.experiment.variance(sample.columns)[sample.tokens]
     error = np.square(observed - value)[sample.mask].sum()
     energies = [float(np.square(y).mean()) for y in (value, expected)]
     gain = max(1.0, energies[0] / energies[1]) if energies[1] > 0 else 1.0
     if error > SAMPLE_LIMIT * gain * variance[sample.mask].sum() or not np.isfinite(value).all():
-        if near.all():
+        if (np.square(value - expected) <= 4 * variance).all():
             return None
         found = compare(observed.reshape(-1), value.reshape(-1))
         return Outcome(found.relative_l2, found.cosine, False, float("inf"))
-    whole = [_product(part, variant, np.arange(start, stop))
+    tokens = np.arange(shape[0])
+    whole = [_product(part, variant, np.arange(start, stop), tokens)
              for start, stop in row_chunks(part.weight)]  # fmt: skip
     return part.experiment.hold(np.concatenate([y for y in whole if y is not None], axis=1))
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
-    """Columns to try first, and which of their values are wrong."""
+class Sample:
+    """Columns and tokens to try first, and which of their values are wrong."""
 
     columns: Indices
+    tokens: Indices
     mask: NDArray[np.bool_]
 
 
-def _sample(part: Part) -> _Sample:
+def _draw_sample(part: Part) -> Sample:
     plain = part.scene.plain.value
     error = np.square(part.scene.observed.reshape(plain.shape) - plain)
     region = part.experiment.region
@@ -149,16 +157,18 @@ def _sample(part: Part) -> _Sample:
     within = worst[: max(1, int(mask.any(axis=0).sum()))]
     spread = within[np.linspace(0, within.size - 1, SAMPLED_COLUMNS // 2).astype(np.int64)]
     columns = np.unique(np.concatenate([worst[: SAMPLED_COLUMNS // 2], spread]))
-    return _Sample(columns, mask[:, columns])
+    wrong = np.flatnonzero(mask.any(axis=1))
+    tokens = np.unique(wrong[np.linspace(0, wrong.size - 1, SAMPLED_TOKENS).astype(np.int64)])
+    return Sample(columns, tokens, mask[np.ix_(tokens, columns)])
 
 
-def _product(part: Part, variant: Variant, rows: Indices) -> Float64 | None:
+def _product(part: Part, variant: Variant, rows: Indices, tokens: Indices) -> Float64 | None:
     pick = variant.pick or picker(part.weight)
     weight = pick(rows).astype(np.float64)
     x = part.x if variant.x is None else variant.x
     if weight.shape[1] != x.shape[1]:
         return None
-    value = x @ weight.T
+    value = x[tokens] @ weight.T
     bias = part.bias if variant.bias is None else variant.bias
     return value if bias is None else value + bias[rows]
 

@@ -101,11 +101,11 @@ def _offsets(scene: Scene) -> Iterator[Trial]:
 def _restarts(scene: Scene) -> Iterator[Trial]:
     """Positions that start again: in every chunk, or at the boundary of two batches."""
     positions, tokens = scene.positions.astype(np.float64), scene.num_tokens
-    usual = [n for n in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n < tokens]
-    others = [n for n in range(3, min(tokens, 48)) if n not in usual]
-    for period in (*usual, *others):
+    first = scene.first_wrong_token
+    usual = {n for n in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n < tokens}
+    for period in sorted(usual | {first} - {0, 1}):
         yield f"every {period} tokens", _rotated_at(scene, positions % period)
-    for start in range(1, min(tokens, 64)):
+    for start in sorted({*range(1, min(tokens, 17)), first} - {0}):
         moved = np.where(positions < start, positions, positions - start)
         yield f"at token {start}", _rotated_at(scene, moved)
 

@@ -11,6 +11,8 @@ from aprcore.causes.precision import coarser_arithmetics
 from aprcore.causes.projections import MODULES, Variants, parts_of, try_variant
 from aprcore.causes.records import CauseTried
 from aprcore.causes.scene import Entry, Scene
+from aprcore.causes.span import span_outputs
+from aprcore.replay import Expectation, RecordedSide
 
 # Causes that do not explain are listed up to this many, the nearest first.
 LISTED = 8
@@ -116,6 +118,16 @@ def try_arithmetics(experiment: Experiment) -> Iterator[Tried]:
     """Coarser arithmetic, which explains the size of an error and not its values."""
     for found in coarser_arithmetics(experiment):
         yield Tried(found.name, found.advice, found.outcome, is_fallback=True)
+
+
+def try_span(
+    side: RecordedSide, experiment: Experiment, expected: Expectation, catalogue: Iterable[Entry]
+) -> Iterator[Tried]:
+    """The stages that a judgment spans besides its last, each replaced in turn."""
+    for name, advice, value in span_outputs(side, experiment, expected, catalogue):
+        outcome = experiment.hold(value)
+        if outcome is not None:
+            yield Tried(name, advice, outcome)
 
 
 def try_evidence(scene: Scene, experiment: Experiment) -> Iterator[Tried]:

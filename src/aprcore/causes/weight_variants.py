@@ -19,6 +19,8 @@ LARGEST_WHOLE = 1 << 28
 MOST_LAYERS = 64
 # Loops end too soon by any number, and start too late by whole tiles.
 FEWEST_CUT_FIRST = 8
+# Share of the columns that a bias which a file lacks shows in.
+FEWEST_BIASED = 0.25
 # Rows whose wrong value is solved for, and the tokens that this takes: one is left to check it.
 MOST_SPOILT = 32
 FEWEST_TOKENS = 3
@@ -333,6 +335,8 @@ def _lost_bias(part: Part) -> Iterator[Variant]:
         return
     addend = (part.scene.observed.reshape(plain.shape) - plain).mean(axis=0)
     is_zero = stored is None or not np.any(read_all(stored))
+    if stored is None and part.scene.wrong.any(axis=0).mean() < FEWEST_BIASED:
+        return  # a bias would show in more than a few columns
     state = "lacks it" if stored is None else ("has zeros" if is_zero else "has another")
     yield Variant(
         f"{{}} bias lost (the original adds one, this file {state})",

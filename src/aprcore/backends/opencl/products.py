@@ -65,12 +65,13 @@ class Products:
         weights = (piece.buffer, _u64(source.row_bytes), _u32(rows), _f32(source.scale))
         output = (y, _u32(y.shape[1]), _u32(first))
         row_groups, tokens = -(-rows // row_group), operand.tokens
+        x: tuple[Any, ...]
         if operand.stride:
             groups = (row_groups, -(-tokens // options["TOKENS"]))
             x = (operand.array, _u32(operand.stride), _u32(operand.width), _u32(tokens))
         else:
             groups = (row_groups, -(-tokens // (_TILE_TOKENS * _TILES)))
-            x = (operand.array, _u32(operand.width), _u32(tokens))  # type: ignore[assignment]
+            x = (operand.array, _u32(operand.width), _u32(tokens))
         return self._launcher.run(kernel, groups, *weights, *x, *output, after=piece.ready)
 
     def _are_many(self, tokens: int) -> bool:

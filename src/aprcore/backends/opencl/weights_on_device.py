@@ -20,6 +20,10 @@ _MIB = 1024 * 1024
 # memory is the device's; over a bus it must be large against a transfer's latency.
 _SHARED_PIECE_BYTES, _BUS_PIECE_BYTES = 8 * _MIB, 32 * _MIB
 
+# Of a kept weight on the host's memory: nothing streams through a cache there, and fewer launches
+# mean fewer moments at which every core waits for the last.
+_SHARED_KEPT_PIECE_BYTES = 64 * _MIB
+
 # On a device with memory of its own: what is left belongs to activations and to others.
 _OWN_MEMORY_SHARE = 0.8
 # On the host's memory a kept weight competes with the file in the page cache that it came from.
@@ -73,12 +77,16 @@ class DeviceWeights:
             piece_bytes: By default what suits the device; at most its largest allocation.
         """
         info = device.info
+        kept_piece_bytes = piece_bytes or _BUS_PIECE_BYTES
         if piece_bytes is None:
-            piece_bytes = _SHARED_PIECE_BYTES if info.shares_host_memory else _BUS_PIECE_BYTES
+            piece_bytes = _BUS_PIECE_BYTES
+            if info.shares_host_memory:
+                piece_bytes, kept_piece_bytes = _SHARED_PIECE_BYTES, _SHARED_KEPT_PIECE_BYTES
         self.budget_bytes = _default_budget(info) if budget_bytes is None else budget_bytes
         self.kept_bytes = 0
         self._device = device
         self._piece_bytes = min(piece_bytes, info.largest_allocation_bytes)
+        self._kept_piece_bytes = min(kept_piece_bytes, info.largest_allocation_bytes)
         self._uses_before_keeping = 1 if info.shares_host_memory else 0
         self._stream = PieceStream(device, self._piece_bytes)
         self._entries: dict[int, _Entry] = {}
@@ -190,7 +198,8 @@ class DeviceWeights:
         )
         reserved_bytes = source.size_bytes if keep else 0
         self.kept_bytes += reserved_bytes
-        rows = max(1, self._piece_bytes // max(1, source.row_bytes))
+        piece_bytes = self._kept_piece_bytes if keep else self._piece_bytes
+        rows = max(1, piece_bytes // max(1, source.row_bytes))
         if rows >= _ROW_GROUP:
             rows -= rows % _ROW_GROUP
         requests = [

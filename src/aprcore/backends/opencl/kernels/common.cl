@@ -29,11 +29,8 @@ typedef ushort8 loose_ushort8 __attribute__((aligned(2)));
 #define TO_INT8(integers) convert_int8(integers)
 #endif
 
-#ifdef __clang__
+// Arrays of sums live in registers only where every index is a constant.
 #define UNROLL _Pragma("unroll")
-#else
-#define UNROLL
-#endif
 
 // The groups of a launch share `count` indices in equal spans; the lanes of one go side by side.
 #define SPAN(count) (((size_t)(count) + get_num_groups(0) - 1) / get_num_groups(0))
@@ -55,8 +52,9 @@ static inline float8 keep(float8 v, int count) {
     return as_float8(as_int8(v) & (COUNT8 < (int8)(count)));
 }
 
-// A half's bits as a float, exactly: exponent and mantissa are shifted into place and scaled by the
-// difference of the biases, which is right for subnormals too; infinities and NaN are widened apart.
+// A half's bits as a float, exactly: exponent and mantissa are shifted into place and scaled by
+// the difference of the biases, which is right for subnormals too; the exponent of infinities and
+// NaN is filled up.
 static inline float half_bits(uint bits) {
     const float scaled = as_float((bits & 0x7fffu) << 13) * 0x1p+112f;
     const uint special = (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;

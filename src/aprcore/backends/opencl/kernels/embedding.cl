@@ -1,7 +1,7 @@
 // out[i] = row indices[i] of the stored rows, as floats.
 //
-// Follows stored_float.cl or stored_blocks.cl, which define `eight` and `tail`. Without `restrict` a
-// block's scales would be decoded again after every store.
+// Follows stored_float.cl or stored_blocks.cl, which define `eight` and `tail`. Without `restrict`
+// a block's scales would be decoded again after every store.
 kernel GROUP void expand_rows(global const uchar *restrict stored, ulong row_bytes, float scale,
                               uint width, global const uint *restrict indices,
                               global float *restrict out) {

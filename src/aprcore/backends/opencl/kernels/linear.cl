@@ -69,14 +69,16 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
 
 #if LANES > 1
     local float shares[LANES][ROWS * TOKENS];
-    for (uint i = 0; i < ROWS * TOKENS; i++) shares[lane][i] = sums[i / TOKENS][i % TOKENS][0];
+    UNROLL for (uint i = 0; i < ROWS * TOKENS; i++)
+        shares[lane][i] = sums[i / TOKENS][i % TOKENS][0];
     for (uint half_way = LANES / 2; half_way; half_way /= 2) {
         barrier(CLK_LOCAL_MEM_FENCE);
         if (lane < half_way)
             for (uint i = 0; i < ROWS * TOKENS; i++) shares[lane][i] += shares[lane + half_way][i];
     }
     if (lane) return;
-    for (uint i = 0; i < ROWS * TOKENS; i++) sums[i / TOKENS][i % TOKENS][0] = shares[0][i];
+    UNROLL for (uint i = 0; i < ROWS * TOKENS; i++)
+        sums[i / TOKENS][i % TOKENS][0] = shares[0][i];
 #endif
     UNROLL for (uint r = 0; r < ROWS; r++)
         UNROLL for (uint t = 0; t < TOKENS; t++)
@@ -84,7 +86,8 @@ kernel GROUP void linear_few(global const uchar *weights, ulong row_bytes, uint 
     y += (size_t)token * y_stride + first + row;
     UNROLL for (uint t = 0; t < TOKENS; t++)
         UNROLL for (uint r = 0; r < ROWS; r++)
-            if (t <= last_token && row + r < rows) y[(size_t)t * y_stride + r] = SETTLE(sums[r][t][0]);
+            if (t <= last_token && row + r < rows)
+                y[(size_t)t * y_stride + r] = SETTLE(sums[r][t][0]);
 }
 
 #else

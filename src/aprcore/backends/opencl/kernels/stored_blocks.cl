@@ -1,10 +1,10 @@
 // Quantised blocks: what `eight` and `tail` make of them as floats.
 //
-// eight(row, block, part, scale): values 8 * part to 8 * part + 7 of a block. The loops that call it
-// run over the parts of a block with constant bounds, so the compiler decodes each scale once.
+// eight(row, block, part, scale): values 8 * part to 8 * part + 7 of a block. The loops that call
+// it run over the parts of a block with constant bounds, so the compiler decodes each scale once.
 //
-// Source: ggml's block structures; AprQ4 as in FORMATS.md. Products of a scale and a quant are exact
-// in float32 (11 + 6 + 4 or 11 + 7 + 6 bits), so values equal those of the host to the last bit.
+// Source: ggml's block structures; AprQ4 as in FORMATS.md. Products of a scale and a quant are
+// exact in float32 (11 + 6 + 4 or 11 + 7 + 6 bits), so values equal the host's to the last bit.
 
 static inline float half_at(global const uchar *bytes) {
     return half_bits(*(global const ushort *)bytes);
@@ -123,7 +123,8 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
     // 128 values in 64 low and 32 high bytes: quarters of 32 values.
     const uint side = part / 16, quarter = part / 4 % 4, at = part % 4 * 8;
     const uchar8 low = nibbles(b + side * 64 + quarter % 2 * 32 + at, quarter / 2 * 4);
-    const uchar8 high = LOAD8_BYTES(b + 128 + side * 32 + at) >> (uchar8)(2 * quarter) & (uchar8)(3);
+    global const uchar *pairs = b + 128 + side * 32 + at;
+    const uchar8 high = LOAD8_BYTES(pairs) >> (uchar8)(2 * quarter) & (uchar8)(3);
     const float step = half_at(b + 208) * (float)(char)b[192 + part / 2];
     return TO_FLOAT8(as_char8((low | high << (uchar8)(4)) - (uchar8)(32))) * step;
 }

@@ -29,7 +29,8 @@ static inline float one(global const uchar *row, uint index, float scale) {
 
 // The upper half of a float.
 static inline float8 eight(global const uchar *row, uint block, uint part, float scale) {
-    return as_float8(TO_INT8(LOAD8_SHORTS((global const ushort *)row + 32 * block + 8 * part)) << 16);
+    global const ushort *halves = (global const ushort *)row + 32 * block + 8 * part;
+    return as_float8(TO_INT8(LOAD8_SHORTS(halves)) << 16);
 }
 
 static inline float one(global const uchar *row, uint index, float scale) {

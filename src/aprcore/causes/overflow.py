@@ -1,0 +1,75 @@
+"""Why NaN or infinity appears: numbers too large for the type that an engine computes with.
+
+There is no output to hold alternatives against, only the places where it is not finite: a cause
+explains them if it overflows in just those tokens and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.causes.records import CauseTried, Explanation
+from aprcore.replay import Floats, RecordedSide
+from aprcore.stages import StageKey
+
+Float64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+LARGEST = {"float16": 65504.0, "bfloat16 or float32": 3.4028235e38}
+
+
+def explain_nonfinite(side: RecordedSide, key: StageKey, observed: Floats) -> Explanation | None:
+    """Try what can overflow in a stage whose inputs are finite; None if it cannot be replayed."""
+    inputs, expected = side.inputs(key), side.expect(key)
+    if inputs is None or expected is None or expected.estimate.value.size != observed.size:
+        return None
+    value = expected.estimate.value
+    found = ~np.isfinite(observed.reshape(value.shape))
+    causes = []
+    for name, advice, places in _overflows(key, [x.estimate.value for x in inputs], value):
+        if not places.any():
+            continue
+        agreement = float((found & places).sum() / (found | places).sum())
+        # The figures of a set of places: how far from equal, and how alike.
+        explains = bool((found == places).all())
+        causes.append(CauseTried(name, advice, 1 - agreement, agreement, explains, "", True))
+    causes.sort(key=lambda cause: cause.relative_l2)
+    named = any(cause.explains for cause in causes)
+    return Explanation(tuple(causes), None if named else _symptom(found), len(causes))
+
+
+def _overflows(
+    key: StageKey, inputs: list[Float64], value: Float64
+) -> Iterator[tuple[str, str, Bools]]:
+    """What overflows, and where that leaves NaN or infinity."""
+    for dtype, largest in LARGEST.items():
+        yield (
+            f"overflow of {dtype} in the result",
+            "the type of this stage's output: its values do not fit",
+            np.abs(value) > largest,
+        )
+        if key.stage == "attn_softmax":
+            tokens, positions = value.shape[1:]
+            seen = np.tri(tokens, positions, positions - tokens, dtype=bool)
+            powers = np.where(seen, np.minimum(inputs[0], 700.0), -np.inf)
+            each = np.exp(powers) > largest
+            name = f"softmax without the maximum's subtraction (exp overflows {dtype})"
+            advice = "subtract the row's maximum before exp"
+            yield name, advice, each
+            yield name, advice, np.broadcast_to(each.any(axis=2, keepdims=True), value.shape)
+            yield name, advice, each.any(axis=2, keepdims=True) & seen
+        if key.stage in ("attn_norm", "ffn_norm", "final_norm"):
+            total = np.square(inputs[0]).sum(axis=1, keepdims=True) > largest
+            yield (
+                f"overflow of {dtype} in the norm's sum of squares",
+                "sum the squares in float32, or scale the row first",
+                np.broadcast_to(total, value.shape),
+            )
+
+
+def _symptom(found: Bools) -> str:
+    rows = found.any(axis=-1)
+    return f"{int(found.sum())} values in {int(rows.sum())} of {rows.size} rows are not finite"
