@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -87,12 +86,14 @@ class Judgment:
         return self.assessment.explained
 
     def describe(self) -> str:
-        """The finding in a clause: "relative L2 0.56, 3e+05 times the noise in row 812"."""
+        """The finding in a clause: "relative L2 0.56 ...; 199 times the predicted noise in row 8".
+
+        Noise is counted in energy throughout, as `Assessment` does.
+        """
         worst = self.assessment.worst
         text = f"relative L2 {self.relative_l2:.3g} where rounding explains {self.bound:.2g}"
         if not self.passed:
-            times = math.sqrt(worst.ratio) if math.isfinite(worst.ratio) else math.inf
-            text += f"; {times:.3g} times the predicted noise in {worst.name}"
+            text += f"; {worst.ratio:.3g} times the predicted noise in {worst.name}"
         if self.span:
             narrower = f"dump {_names(self.recomputed)} to narrow it"
             text += f" (judged from {_names(self.span)}; {narrower})"
@@ -170,7 +171,7 @@ def _nonfinite(found: Evidence) -> tuple[Verdict, str] | None:
     comparison = found.comparison
     oracle = 0 if comparison is None else comparison.nonfinite_b
     if found.traced_nonfinite:
-        values = f"{found.traced_nonfinite} values are NaN or infinite"
+        values = _nonfinite_values(found.traced_nonfinite)
         if not found.inputs_finite:
             return Verdict.INHERITED, f"{values}; so were its inputs"
         if not oracle:
@@ -178,11 +179,15 @@ def _nonfinite(found: Evidence) -> tuple[Verdict, str] | None:
             return Verdict.NONFINITE, f"{values}; its inputs{other or ' are'} finite"
         return Verdict.FAIL, f"{values}, and {oracle} of the oracle's"
     if oracle:
+        values = f"in the oracle {_nonfinite_values(oracle)}"
         if not found.oracle_inputs_finite:
-            return Verdict.INHERITED, f"{oracle} values of the oracle are NaN or infinite; so were"\
-                " its inputs"  # fmt: skip
-        return Verdict.FAIL, f"{oracle} values of the oracle are NaN or infinite"
+            return Verdict.INHERITED, f"{values}; so were its inputs"
+        return Verdict.FAIL, values
     return None
+
+
+def _nonfinite_values(count: int) -> str:
+    return "1 value is NaN or infinite" if count == 1 else f"{count} values are NaN or infinite"
 
 
 def within(comparison: Comparison, bound: float) -> bool:

@@ -118,7 +118,7 @@ def test_without_an_oracle_the_kernel_judgment_decides() -> None:
 
 
 def test_the_reason_has_the_figures() -> None:
-    assert "1 values are NaN or infinite" in decide(evidence(NAN, ORACLE))[1]
+    assert "1 value is NaN or infinite" in decide(evidence(NAN, ORACLE))[1]
     assert "relative L2 1 exceeds 0.01" in decide(evidence(FAR, ORACLE))[1]
     reason = decide(evidence(FAR, ORACLE, kernel=WRONG))[1]
     assert "kernel: relative L2 0.5" in reason

@@ -99,9 +99,9 @@ class Tuning:
         """
         if not self.is_cpu:
             return _GPU_ROWS
-        if tokens == 1 or dtype in ("Q4_K", "Q5_K", "Q6_K"):
+        if dtype in ("Q4_K", "Q5_K", "Q6_K"):
             return 1
-        return 4 if dtype == "F32" else 2
+        return 4 if dtype == "F32" or tokens == 1 else 2
 
 
 @dataclass(frozen=True, slots=True)
