@@ -55,9 +55,12 @@ class ExplorerApp(App[None]):
         return self.explorer
 
     def on_mount(self) -> None:
-        """Leave in order when asked to from outside, too."""
+        """Leave in order when asked to from outside, too.
+
+        SIGHUP keeps its default, the end: the terminal is gone, and writing to it would block.
+        """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM):
             # Only the main thread can; the browser and the tests run elsewhere.
             try:
                 loop.add_signal_handler(number, self.exit)

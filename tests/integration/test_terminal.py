@@ -74,7 +74,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
     yield start
     for one in opened:
-        one.process.close(force=True)
+        if one.process.isalive():
+            one.process.close(force=True)
 
 
 def assert_restored(one: Terminal) -> None:
@@ -135,6 +136,17 @@ def test_ctrl_c_restores_the_terminal(terminal, how: str) -> None:
     # Leaving before or after the run has ended: either way nothing is left behind.
     assert one.end() in (0, 1, 130)
     assert_restored(one)
+
+
+def test_a_terminal_that_goes_away_ends_it(terminal) -> None:
+    """A closed window or a lost connection must not leave a process that spins."""
+    one = terminal("demo")
+    one.wait_for("next token")
+    one.process.ptyproc.fileobj.close()
+    end = time.monotonic() + 20
+    while one.process.ptyproc.isalive():
+        assert time.monotonic() < end, "still running without a terminal"
+        time.sleep(0.1)
 
 
 def test_a_tiny_terminal(terminal) -> None:
