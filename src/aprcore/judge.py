@@ -44,6 +44,9 @@ HALF_BOUND = 1e-2
 # Four-bit weights carry about 5 to 10 percent of error into every product.
 QUANTISED_BOUND = 0.15
 
+# A ratio from which its figures tell nothing more.
+MANY_TIMES = 1e6
+
 FLOAT_TYPES = frozenset({"F32", "F64", "float32", "float64"})
 HALF_TYPES = frozenset({"F16", "BF16", "float16", "bfloat16"})
 
@@ -91,9 +94,13 @@ class Judgment:
         Noise is counted in energy throughout, as `Assessment` does.
         """
         worst = self.assessment.worst
-        text = f"relative L2 {self.relative_l2:.3g} where rounding explains {self.bound:.2g}"
+        times = f"{worst.ratio:.3g}" if worst.ratio < MANY_TIMES else "over a million"
+        if self.passed or self.relative_l2 > self.bound:
+            text = f"relative L2 {self.relative_l2:.3g} where rounding explains {self.bound:.2g}"
+        else:
+            text = f"relative L2 {self.relative_l2:.3g}, no more than rounding as a whole"
         if not self.passed:
-            text += f"; {worst.ratio:.3g} times the predicted noise in {worst.name}"
+            text += f"; {times} times the predicted noise in {worst.name}"
         if self.span:
             narrower = f"dump {_names(self.recomputed)} to narrow it"
             text += f" (judged from {_names(self.span)}; {narrower})"

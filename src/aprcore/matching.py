@@ -29,7 +29,7 @@ from aprcore.report import RunHeader, Side
 from aprcore.request import Request
 from aprcore.sides import Sides, token_texts
 from aprcore.stages import BY_NAME, StageKey, computation_order, parse_path, stage_keys
-from aprcore.trace import StageSource
+from aprcore.trace import StageSource, TraceDirectory
 
 if TYPE_CHECKING:
     from aprcore.model import Model
@@ -93,6 +93,8 @@ def _open_dumps(
 
 def _open_full_pass(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
     directory = open_dump(path, names, has_qkv_bias=has_bias)
+    if isinstance(directory, TraceDirectory):
+        directory.check_headers()
     positions = directory.sidecar.positions
     if positions is not None and positions != tuple(range(len(positions))):
         raise OracleError(
@@ -263,8 +265,36 @@ def _agree_on_tokens(
                 " is assumed (give --tokens or --prompt)"
             )
     if model is not None:
-        check_token_ids(tokens, model.config.vocab_size)
+        try:
+            check_token_ids(tokens, model.config.vocab_size)
+        except TokenizerError as error:
+            source = claims[0][2] if claims else None
+            hint = None if source is None else f"was it captured from {model.path.name}?"
+            raise TokenizerError(error.what, where=source, hint=hint) from None
+        for directory in directories:
+            _check_length(directory, model, len(tokens))
     return tokens, notes
+
+
+def _check_length(directory: StageSource, model: Model, num_tokens: int) -> None:
+    """Hold the number of tokens against a directory that does not record its ids.
+
+    Raises:
+        OracleError: It holds another number of tokens (one alone may be the last of them).
+    """
+    if directory.sidecar.tokens is not None:
+        return
+    width = model.config.hidden_size
+    for key, count in directory.counts.items():
+        if BY_NAME[key.stage].shape == "T,E" and count % width == 0:
+            found = count // width
+            if found not in (1, num_tokens):
+                raise OracleError(
+                    f"holds {found} tokens, and {num_tokens} would be run",
+                    where=directory.path,
+                    hint="give the token ids that it was made from with --tokens",
+                )
+            return
 
 
 def _encode(model: Model | None, prompt: str) -> tuple[int, ...]:
@@ -296,8 +326,9 @@ def _rows(
 ) -> tuple[StageKey, ...]:  # fmt: skip
     """Every tensor to report, in the order of computation.
 
-    A plan asks for its stages whoever has them. Without one the oracle's stages are reported, in
-    every layer: a layer that one side lacks is a MISSING row, not a silent gap.
+    A plan asks for its stages whoever has them. Without one those are reported that the oracle
+    recorded, if it says that it saw as many layers as this model has: then it left the others out
+    on purpose. Otherwise every layer is reported, so that one that is lost is a MISSING row.
     """
     own: set[StageKey] = set()
     if model is not None:
@@ -306,12 +337,19 @@ def _rows(
     both = own.union(*recorded)
     if plan is not None:
         both = {key for key in both if plan.wants(key)}
+    elif oracle is not None and model is not None and _saw_all_layers(oracle, model):
+        both = _recorded(oracle)
     elif oracle is not None:
         stages = {key.stage for key in _recorded(oracle)}
         both = {key for key in both if key.stage in stages}
     elif trace is not None:
         both = _recorded(trace)
     return tuple(sorted(both, key=computation_order))
+
+
+def _saw_all_layers(directory: StageSource, model: Model) -> bool:
+    """Whether the model behind a directory says that it is as deep as this one."""
+    return (directory.sidecar.model or {}).get("num_layers") == model.config.num_layers
 
 
 def _recorded(directory: StageSource) -> set[StageKey]:

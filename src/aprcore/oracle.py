@@ -294,6 +294,7 @@ def _describe(
             "sha256": _fingerprint(held),
             "size_bytes": sum(file.size_bytes for file in held.files),
             "architecture": model.config.model_type,
+            "num_layers": model.config.num_hidden_layers,
         },
         backend="transformers",
         device=", ".join(devices),

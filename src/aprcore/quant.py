@@ -51,11 +51,6 @@ class BlockFormat:
     layout: Layout
     number: str = ""
 
-    @property
-    def is_float(self) -> bool:
-        """Whether values are stored one by one as floating-point numbers."""
-        return self.name in FLOAT_TYPES
-
 
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 

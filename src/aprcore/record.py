@@ -49,6 +49,7 @@ def trace_sidecar(model: Model, tokens: Sequence[int], prompt: str | None) -> Si
             "sha256": model.sha256,
             "size_bytes": sum(file.size_bytes for file in model.files),
             "architecture": model.config.architecture,
+            "num_layers": model.config.num_layers,
         },
         backend="numpy",
         device="cpu",

@@ -248,7 +248,8 @@ def expect_both(
     operation = BY_NAME[key.stage].operation
     assert operation is not None
     both: Estimate = operation(backend, site, *stacked)
-    first = Estimate(both.value[:rows], both.variance[:rows])
+    dof = both.token_dof if trace.profile.rounds_weights else None
+    first = Estimate(both.value[:rows], both.variance[:rows], dof)
     second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
     return (
         trace.expectation(key, traced, first),

@@ -28,7 +28,7 @@ class Sidecar:
         prompt: The text they came from.
         positions: Their positions.
         history: Tokens before them, in a decoding step: their keys and values were in the cache.
-        model: `file`, `sha256`, `size_bytes` and `architecture` of the model.
+        model: `file`, `sha256`, `size_bytes`, `architecture` and `num_layers` of the model.
         backend, device, driver: What computed the tensors.
         arithmetic: Precision of the arithmetic: "f32", "f16", "bf16", "f64".
         dtype: Type of the activations: "float32", "float16", "bfloat16".

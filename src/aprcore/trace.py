@@ -6,13 +6,15 @@ mapped file that shrinks under the reader kills the process.
 
 from __future__ import annotations
 
+import errno
+import io
 import math
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,21 +51,34 @@ def read_stage_file(path: Path, key: StageKey | None = None) -> tuple[int | None
             another layer.
         TraceError: It cannot be read at all.
     """
-    try:
-        if path.exists() and not path.is_file():  # a pipe would wait for a writer
-            raise TraceError("is not a regular file", where=path)
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = file.read(HEADER.size)
-            layer, count = _parse_header(header, size, path)
-            values = np.empty(count, dtype="<f4")
-            got = file.readinto(values.data.cast("B")) if count else 0
-    except OSError as error:
-        raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
+    with _opened(path) as file:
+        layer, count = _read_header(file, path, key)
+        values = np.empty(count, dtype="<f4")
+        got = file.readinto(values.data.cast("B")) if count else 0
     if got != 4 * count:
         raise TruncatedError(
             f"ends {4 * count - got} bytes early", where=path, hint="was it still being written?"
         )
+    return layer, values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            raise TraceError("is not a regular file", where=path)
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
+
+
+def _read_header(
+    file: io.BufferedReader, path: Path, key: StageKey | None
+) -> tuple[int | None, int]:
+    """The layer and the number of values that follow; `key` is what the file's place says."""
+    size = os.fstat(file.fileno()).st_size
+    layer, count = _parse_header(file.read(HEADER.size), size, path)
     if key is not None and layer != key.layer:
         said, found = ("the whole model" if x is None else f"layer {x}" for x in (layer, key.layer))
         raise FormatError(
@@ -71,7 +86,7 @@ def read_stage_file(path: Path, key: StageKey | None = None) -> tuple[int | None
             where=path,
             hint="dump it again, or move it to where it belongs",
         )
-    return layer, values
+    return layer, count
 
 
 def _parse_header(header: bytes, size: int, path: Path) -> tuple[int | None, int]:
@@ -216,10 +231,22 @@ class TraceDirectory:
         Raises:
             FormatError: As `read_stage_file`.
         """
-        file = self.file(key)
-        # A reader also accepts the embedding at the top level, where its header may say either.
-        at_top = key.stage == "embedding" and file.parent == self.path
-        return read_stage_file(file, None if at_top else key)[1]
+        return read_stage_file(self.file(key), self._place(key))[1]
+
+    def check_headers(self) -> None:
+        """Look at the header of every file, so that a damaged one is found before a run begins.
+
+        Raises:
+            FormatError: As `read_stage_file`.
+        """
+        for key, (path, _) in self._files.items():
+            with _opened(path) as file:
+                _read_header(file, path, self._place(key))
+
+    def _place(self, key: StageKey) -> StageKey | None:
+        """What a file's header must say; the embedding at the top level may say either."""
+        at_top = key.stage == "embedding" and self.file(key).parent == self.path
+        return None if at_top else key
 
     @property
     def num_layers(self) -> int:
@@ -359,5 +386,5 @@ class TraceWriter:
         return TraceError(
             f"cannot be written ({error.strerror})",
             where=self.directory,
-            hint="free some space or choose another directory",
+            hint="free some space" if error.errno == errno.ENOSPC else "choose another directory",
         )

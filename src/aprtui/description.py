@@ -12,6 +12,7 @@ from rich.text import Text
 
 from aprcore.stages import BY_NAME
 from aprtui.formatting import (
+    figures_of,
     format_cosine,
     format_figure,
     format_position,
@@ -83,7 +84,7 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
         facts.append(("worst", _mark(mark_of_verdict(summary.worst), paint)))
     lowest = summary.lowest
     if lowest is not None and lowest.comparison is not None:
-        cosine = lowest.comparison.cosine
+        cosine, _ = figures_of(lowest.comparison)
         shown = (format_cosine(cosine), paint(cosine_ink(cosine)))
         text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
         facts.append(("lowest cosine", text))
@@ -164,7 +165,11 @@ def _heading(report: StageReport, paint: Paint) -> Text:
 def _comparison(
     found: Comparison, layout: Layout | None, header: RunHeader, paint: Paint
 ) -> list[Fact]:
-    facts = [
+    facts: list[Fact] = []
+    if found.nonfinite_a or found.nonfinite_b:
+        said = f"over {found.finite_count:,} of {found.count:,} finite"
+        facts.append(("figures", Text(said, paint("verdict-nonfinite"))))
+    facts += [
         ("NMSE", Text(format_figure(found.nmse))),
         ("max|diff|", Text(format_figure(found.max_abs_diff))),
     ]
@@ -224,11 +229,11 @@ def _statistic_rows(sides: Sequence[Statistics]) -> Iterator[tuple[str, list[Tex
 def _logits(logits: LogitsReport, paint: Paint) -> Group:
     """The next token on both sides, and the five best of each."""
     found = logits.comparison
-    quiet = paint("ink-quiet")
-    figures = Text.assemble(
-        ("KL ", quiet), f"{format_ratio(found.kl)} nats",
-        ("   near-tie gap " if found.near_tie else "   gap ", quiet), format_ratio(found.gap),
-    )  # fmt: skip
+    said = "same token"
+    if not found.agree:
+        said = "near-tie" if found.near_tie else "not a near-tie"
+    gap = Text.assemble(f"{format_ratio(found.gap)}, ", (said, "" if found.agree else "bold"))
+    figures = _facts([("KL", Text(f"{format_ratio(found.kl)} nats")), ("gap", gap)], paint)
     table = Table.grid(padding=(0, 2))
     for number in range(5):
         table.add_column(justify="right" if number % 2 == 0 else "left", no_wrap=True)

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from aprtui.text import visible
+
+if TYPE_CHECKING:
+    from aprcore.compare import Comparison
 
 # A cosine in seven decimals tells rounding (1 - 1e-7) from equality; four are for narrow columns.
 COSINE_PLACES = 7
 NARROW_COSINE_PLACES = 4
 
 
+def figures_of(found: Comparison) -> tuple[float, float]:
+    """The cosine and the relative L2 to show and to sort by: NaN where a value is not finite.
+
+    The engine's own cover the finite values only; alone, they would make such a stage look sound.
+    """
+    if found.nonfinite_a or found.nonfinite_b:
+        return math.nan, math.nan
+    return found.cosine, found.relative_l2
+
+
 def format_cosine(cosine: float, places: int = COSINE_PLACES) -> str:
     """A cosine with a fixed number of decimals: "0.8312000"."""
-    return f"{cosine:.{places}f}"
+    return "NaN" if math.isnan(cosine) else f"{cosine:.{places}f}"
 
 
 def format_ratio(ratio: float) -> str:

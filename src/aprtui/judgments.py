@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprtui.formatting import format_cosine, format_ratio, format_times
+from aprtui.formatting import (
+    figures_of,
+    format_compact,
+    format_cosine,
+    format_ratio,
+    format_times,
+)
 from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
 from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of
 
@@ -20,6 +26,8 @@ WIDE_CELLS = 60
 WIDEST_CELLS = 104
 LABEL_CELLS = 12  # "✗ cumulative"
 WORDS = {"PASS": "pass", "FAIL": "FAIL"}
+# Verdicts that rest on what a stage does by itself: the bound stands in parentheses, "(1e-4)".
+NOT_HELD = ("NOISE", "INHERITED")
 
 
 def judgment_lines(
@@ -75,8 +83,10 @@ def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: b
     line = _label(Measure.CUMULATIVE, mark, report, paint)
     ink = "" if mark.word == "PASS" else paint(mark.ink)
     bound = "–" if is_alone else format_ratio(header.bound)
-    figures = [format_ratio(found.relative_l2), bound, _cosine(found.cosine, is_wide)]
-    line.append(_cells(figures, is_wide), ink)
+    if mark.word in NOT_HELD and not is_alone:
+        bound = f"({format_compact(header.bound).replace('.0e', 'e')})"
+    cosine, relative_l2 = figures_of(found)
+    line.append(_cells([format_ratio(relative_l2), bound, _cosine(cosine, is_wide)], is_wide), ink)
     if is_wide:
         line.append(" " * 9 + f"  {mark.word if mark.word != 'PASS' else 'pass'}", ink)
     line.append_text(_blame(report, Measure.CUMULATIVE))

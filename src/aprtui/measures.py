@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from aprcore.stages import BY_NAME
+from aprtui.formatting import figures_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
@@ -48,7 +49,7 @@ def error_of(report: StageReport | None, measure: Measure) -> tuple[bool, float]
     if measure is Measure.CUMULATIVE:
         found = report.comparison
         # A NaN compares as neither more nor less, and would leave a list unsorted.
-        error = -1.0 if found is None else found.relative_l2
+        error = -1.0 if found is None else figures_of(found)[1]
         return False, math.inf if math.isnan(error) else error
     judgment = judgment_of(report, measure)
     return (False, -1.0) if judgment is None else (not judgment.passed, judgment.relative_l2)

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from aprcore.stages import StageKey
+from aprtui.formatting import figures_of
 from aprtui.measures import JUDGMENTS, Measure, error_of, worst_by
 from aprtui.run_state import RunState
 from aprtui.theme import SEVERITY, mark_of
@@ -183,6 +184,18 @@ def matching_keys(state: RunState, filter: Filter, order: SortOrder) -> list[Sta
     return keys
 
 
+def place_among(keys: list[StageKey], row: Row) -> int:
+    """Where a row is in a list of stages; a layer counts as just before its first."""
+    if row.key in keys:
+        return keys.index(row.key)
+    if row.layer is None:
+        return -1
+    return next((i for i, key in enumerate(keys) if key.layer == row.layer), 0) - 1
+
+
 def cosine_of(report: StageReport | None) -> float:
-    """For sorting: stages without a cosine come after all others."""
-    return math.inf if report is None or report.comparison is None else report.comparison.cosine
+    """For sorting: NaN comes before all other cosines, a stage without one after them."""
+    if report is None or report.comparison is None:
+        return math.inf
+    cosine, _ = figures_of(report.comparison)
+    return -math.inf if math.isnan(cosine) else cosine

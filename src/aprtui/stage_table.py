@@ -10,13 +10,15 @@ from rich.text import Text
 from aprcore.judge import Judgment, Verdict
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.stages import StageKey
-from aprtui.formatting import format_tolerance
+from aprtui.formatting import figures_of, format_tolerance
 from aprtui.text import visible
-from aprtui.theme import VARIABLES, mark_of_verdict
+from aprtui.theme import VARIABLES, judgment_mark, mark_of_verdict
 
 # Wide enough for "layer-127/post_attn_residual"; shapes and figures follow in fixed columns.
 PATH_WIDTH = 28
 SHAPE_WIDTH = 14
+FIGURE_WIDTH = 12
+JUDGMENT_WIDTH = 16  # "✗2.4e-04/3.3e-04"
 
 
 class _Stdout(Console):
@@ -47,10 +49,11 @@ class StageTable:
         self._judged = header.oracle is not None
         self._replayed = header.model is not None and header.judged
         names = ["cosine", "cumulative"] if self._judged else ["RMS", "min", "max"]
-        if self._replayed:
-            names += ["model L2<bound", "kernel L2<bound"] if self._judged else ["kernel L2<bound"]
+        judgments = ["kernel L2/bound"] if self._replayed else []
+        if self._replayed and self._judged:
+            judgments.insert(0, "model L2/bound")
         self._line("")
-        self._line(_row("stage", "shape", names, "verdict"))
+        self._line(_row("stage", "shape", names, judgments, "verdict"))
 
     def add(self, stage: StageReport) -> None:
         """Print one stage."""
@@ -72,7 +75,7 @@ class StageTable:
             ours, theirs = (
                 _token(token, logits.texts.get(token)) for token in (found.argmax_a, found.argmax_b)
             )
-            tie = f", a near-tie (gap {found.gap:.3f})" if found.near_tie else ""
+            tie = f", {'a' if found.near_tie else 'not a'} near-tie (gap {found.gap:.3f})"
             verdict = "the same" if found.agree else f"the oracle says {theirs}{tie}"
             self._line(f"next token: {ours}, {verdict}; KL {found.kl:.3g}")
         self._line(report.summary())
@@ -82,13 +85,13 @@ class StageTable:
         lone = stage.trace or stage.oracle
         figures = ["-", "-"] if self._judged else ["-", "-", "-"]
         if stage.comparison is not None:
-            figures = [f"{stage.comparison.cosine:.7f}", f"{stage.comparison.relative_l2:.3e}"]
+            cosine, relative_l2 = figures_of(stage.comparison)
+            figures = [f"{cosine:.7f}", f"{relative_l2:.3e}"]
         elif lone is not None and not self._judged:
             figures = [f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum)]
-        if self._replayed:
-            judgments = [stage.model, stage.kernel] if self._judged else [stage.kernel]
-            figures += [_judgment(judgment) for judgment in judgments]
-        line = Text(_row(stage.key.path, shape, figures, ""))
+        made = [stage.model, stage.kernel] if self._judged else [stage.kernel]
+        judgments = [_judgment(judgment) for judgment in made] if self._replayed else []
+        line = Text(_row(stage.key.path, shape, figures, judgments, ""))
         if stage.verdict is None:
             if lone is not None and lone.nonfinite:
                 line.append(f"{lone.nonfinite} non-finite")
@@ -120,18 +123,23 @@ def _span(first: StageKey, last: StageKey) -> str:
     return f"{first.path} … {last.path}"
 
 
-def _row(path: str, shape: str, figures: Sequence[str], verdict: str) -> str:
-    columns = " ".join(f"{figure:>15}" if "<" in figure or ">" in figure or i > 1
-                       else f"{figure:>12}" for i, figure in enumerate(figures))  # fmt: skip
-    return f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {columns}  {verdict}"
+def _row(
+    path: str, shape: str, figures: Sequence[str], judgments: Sequence[str], verdict: str
+) -> str:
+    columns = [f"{figure:>{FIGURE_WIDTH}}" for figure in figures]
+    columns += [f"{judgment:>{JUDGMENT_WIDTH}}" for judgment in judgments]
+    return f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {' '.join(columns)}  {verdict}"
 
 
 def _judgment(judgment: Judgment | None) -> str:
-    """A judgment's relative L2 and the bound that rounding explains: "1.2e-07<4.0e-07"."""
+    """Whether it passed, its relative L2 and its bound: "✓1.2e-07/3.0e-07".
+
+    A part of the output can fail within the bound of the whole, or pass beyond it: no sign of
+    order stands between the two.
+    """
     if judgment is None:
         return "-"
-    sign = "<" if judgment.passed else ">"
-    return f"{judgment.relative_l2:.1e}{sign}{judgment.bound:.1e}"
+    return f"{judgment_mark(judgment).glyph}{judgment.relative_l2:.1e}/{judgment.bound:.1e}"
 
 
 def _tokens(header: RunHeader) -> str:

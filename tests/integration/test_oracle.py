@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.errors import AprError, FormatError, OracleError, TraceError
+from aprcore.errors import AprError, FormatError, OracleError, PlanError, TraceError
 from aprcore.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
 from aprcore.stages import StageKey, stage_keys
 from aprcore.trace import TraceDirectory
@@ -166,7 +166,7 @@ def test_a_layer_range_keeps_its_layers_and_the_whole_model_stages():
 
 def test_a_layer_range_beyond_the_model_is_refused():
     recipe = small_model("llama")
-    with pytest.raises(OracleError, match=r"2\.\.9 were asked for and the model has 2"):
+    with pytest.raises(PlanError, match=r"2\.\.9 were asked for and the model has 2"):
         capture_all(build(recipe), recipe.tokens, layers=range(2, 9))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import drive, explorer_of
+from driving import come_to_rest, drive, explorer_of
 from textual.binding import Binding
 from textual.pilot import Pilot
 from textual.widgets import Input
@@ -246,6 +246,27 @@ class TestOverlays:
                 await pilot.press("down", "slash", "escape")
 
         drive(ExplorerApp(failing_request), steps)
+
+    @pytest.mark.parametrize(
+        ("there", "back"), [("enter", "escape"), ("tab", "tab"), ("w", "escape")]
+    )
+    def test_on_a_tiny_screen_the_detail_takes_the_place_of_the_tree(
+        self, failing_request: Request, there: str, back: str
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            screen = explorer_of(pilot)
+            stages = screen.query_one("#stages")
+            assert (stages.display, screen.detail.display) == (True, False)
+            await pilot.press(there)
+            await come_to_rest(pilot)
+            assert (stages.display, screen.detail.display) == (False, True)
+            assert screen.query_one("Footer").region.height == 1
+            await pilot.press(back)
+            await come_to_rest(pilot)
+            assert (stages.display, screen.detail.display) == (True, False)
+            assert screen.focused is screen.tree_of_stages
+
+        drive(ExplorerApp(failing_request), steps, size=(40, 10))
 
 
 class TestEnd:

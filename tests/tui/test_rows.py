@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import io
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from demo_runs import model_run
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import aprtui
 from aprcore.bisect import bisect
@@ -18,16 +21,28 @@ from aprcore.judge import Verdict
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.request import Request
 from aprcore.stages import StageKey
-from aprtui.formatting import format_cosine, format_figure, format_ratio, format_short, quoted
-from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, summarise_layer
+from aprtui.formatting import (
+    figures_of,
+    format_cosine,
+    format_figure,
+    format_ratio,
+    format_short,
+    quoted,
+)
+from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, matching_keys, summarise_layer
 from aprtui.run_state import RunState
+from aprtui.stage_table import PATH_WIDTH, StageTable
 from aprtui.theme import COSINE_INKS, MARKS, SEVERITY, VARIABLES, cosine_ink
 
 
 @pytest.fixture
 def state(failing_request: Request) -> RunState:
+    return finish(failing_request)
+
+
+def finish(request: Request) -> RunState:
     state = RunState()
-    for event in bisect(failing_request):
+    for event in bisect(request):
         match event:
             case RunHeader():
                 state.open(event)
@@ -88,6 +103,56 @@ class TestArrange:
         assert (summary.done, summary.total) == (17, 17)
         assert summary.lowest is not None
         assert summary.lowest.key == StageKey(1, "q_post_rope")
+
+
+class TestNotFinite:
+    KEY = StageKey(1, "attn_norm")
+
+    @pytest.fixture
+    def state(self, mixed_request: Request) -> RunState:
+        """A stage whose finite values agree; one of them is infinite."""
+        return finish(mixed_request)
+
+    def test_its_figures_are_nan(self, state: RunState) -> None:
+        found = state.reports[self.KEY].comparison
+        assert found is not None and found.cosine > 0.999
+        assert all(math.isnan(figure) for figure in figures_of(found))
+
+    @pytest.mark.parametrize("order", [SortOrder.COSINE, SortOrder.RELATIVE_L2])
+    def test_it_fares_worst(self, state: RunState, order: SortOrder) -> None:
+        assert matching_keys(state, Filter(), order)[0] == self.KEY
+        lowest = summarise_layer(state, 1).lowest
+        assert lowest is not None and lowest.key == self.KEY
+
+
+class TestPrintedTable:
+    @staticmethod
+    def lines(request: Request) -> tuple[str, dict[str, str]]:
+        """The headings, and the line of every stage."""
+        out = io.StringIO()
+        table = StageTable(Console(file=out, width=200))
+        for event in bisect(request):
+            if isinstance(event, RunHeader):
+                table.open(event)
+            elif isinstance(event, StageReport):
+                table.add(event)
+        headings, *rows = out.getvalue().partition("\n\n")[2].splitlines()
+        return headings, {row.split()[0]: row for row in rows}
+
+    def test_not_finite(self, mixed_request: Request) -> None:
+        headings, rows = self.lines(mixed_request)
+        row = rows["layer-1/attn_norm"]
+        assert row.split()[2:4] == ["nan", "nan"]
+        assert row.index("∞") == headings.index("verdict")
+
+    def test_judgments(self) -> None:
+        headings, rows = self.lines(model_run("rope-pairs"))
+        assert headings.endswith("  model L2/bound  kernel L2/bound  verdict")
+        judged = [row for row in rows.values() if "/" in row[PATH_WIDTH:]]
+        assert any("✗" in row[: headings.index("verdict")] for row in judged)
+        for row in judged:
+            assert row[headings.index("kernel") - 2 :].startswith((" ✓", " ✗", "  "))
+            assert row[headings.index("verdict") - 3 :][1:3] == "  "
 
 
 class TestLooks:

@@ -93,6 +93,18 @@ class TestStates:
         app = ExplorerApp(mixed_request)
         assert snap_compare(app, terminal_size=(80, 24), run_before=then_press("n"))
 
+    @pytest.mark.parametrize("width", [80, 120])
+    def test_not_finite_is_worst(
+        self, snap_compare: Compare, mixed_request: Request, width: int
+    ) -> None:
+        app = ExplorerApp(mixed_request)
+        keys = ["s", "s", "home", "down"]
+        assert snap_compare(app, terminal_size=(width, 40), run_before=then_press(*keys))
+
+    def test_detail_on_a_tiny_screen(self, snap_compare: Compare, failing_request: Request) -> None:
+        app = ExplorerApp(failing_request)
+        assert snap_compare(app, terminal_size=(40, 10), run_before=then_press("enter"))
+
     def test_filter(self, snap_compare: Compare, failing_request: Request) -> None:
         app = ExplorerApp(failing_request)
         keys = ["slash", *"rope fail"]

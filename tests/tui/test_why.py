@@ -124,6 +124,20 @@ class TestTable:
         assert names(72) == ["cosine", "rel. L2", "model L2", "kern. L2"]
         assert names(63, Measure.MODEL) == ["model L2", "bound", "noise"]
 
+    @pytest.mark.parametrize(
+        ("width", "headings"),
+        [
+            (39, ["rel.L2"]),
+            (49, ["rel. L2", MARKS_COLUMN.heading]),
+            (63, ["rel. L2", "model L2", "kern. L2"]),
+            (72, ["rel. L2", "cosine", "model L2", "kern. L2"]),
+        ],
+    )
+    def test_sorted_by_relative_l2_that_comes_first(self, width: int, headings: list[str]) -> None:
+        columns = columns_for(tuple(Measure), Measure.CUMULATIVE, width, width >= 46, True)
+        assert [column.heading for column in columns] == headings
+        assert all(len(column.heading) <= column.cells for column in columns)
+
     def test_figures(self) -> None:
         assert [format_compact(x) for x in (1.7e-2, 1.1, 1e-12, 0.0)] == [
             "1.7e-2", "1.1e0", "1e-12", "0",

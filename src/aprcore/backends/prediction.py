@@ -82,6 +82,11 @@ class Profile:
     arithmetic: Arithmetic
     weights_rounded: bool
 
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether its weights differ from the stored ones: other roundings, or cast to its type."""
+        return self.weights_rounded or self.arithmetic.stored.digits < FLOAT32.digits
+
 
 class PredictionBackend:
     """Operations on `Estimate`; see `aprcore.backends.base.Backend`.
@@ -156,7 +161,7 @@ class PredictionBackend:
         dofs = [
             _independent_rows(x.value[rows])
             for rows, profile in self._profiles_of(rows)
-            if profile.weights_rounded
+            if profile.rounds_weights
         ]
         return Estimate(value, variance, min(dofs, default=None))
 
@@ -291,7 +296,7 @@ class PredictionBackend:
         return blocks
 
     def _any_weights_rounded(self) -> bool:
-        return any(profile.weights_rounded for _, profile in self._profiles)
+        return any(profile.rounds_weights for _, profile in self._profiles)
 
     def _by_side(self, x: Float64, function: Callable[[Float64, Profile], Float64]) -> Float64:
         if len(self._profiles) == 1:
@@ -317,9 +322,10 @@ class PredictionBackend:
         """Variance of a weight used as it is, [1 or rows, C], from its squared steps."""
 
         def error(profile: Profile) -> Float64:
-            if not profile.weights_rounded:
+            if not profile.rounds_weights:
                 return np.zeros_like(weight)
-            return steps / 12 + profile.arithmetic.stored.rounding_variance(weight)
+            cast = profile.arithmetic.stored.rounding_variance(weight)
+            return steps / 12 + cast if profile.weights_rounded else cast
 
         if len(self._profiles) == 1:
             return error(self._profiles[0][1])
@@ -366,7 +372,7 @@ class _Product:
             variance[rows] = wander[rows] * (unit**2 / 3 * (self._width / 2 + 1))
             if profile.weights_rounded:
                 variance[rows] += self._stored_steps(weight, start, stop, rows)
-                variance[rows] += self._cast(narrow, wander[rows], rows, arithmetic.stored)
+            variance[rows] += self._cast(narrow, wander[rows], rows, arithmetic.stored)
             if number in self._activations:
                 blocks, rounding = self._activations[number]
                 variance[rows] += (_block_sums(squares, blocks.block) @ rounding).T

@@ -17,7 +17,6 @@ from aprcore.config import ModelConfig
 from aprcore.layouts import Layout
 from aprcore.noise import allowed_ratio
 from aprcore.stages import BY_NAME, StageKey
-from aprcore.weights import Weight
 
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
@@ -97,14 +96,6 @@ class Scene:
         result: Float64 = stage.operation(backend, self.site if site is None else site, *arguments)
         return result
 
-    def with_config(self, **changes: Any) -> Site:
-        """The site with other settings."""
-        return replace(self.site, config=replace(self.config, **changes))
-
-    def with_weights(self, changes: dict[str, Weight]) -> Site:
-        """The site with other weights, by their names inside the layer."""
-        return replace(self.site, weights={**self.site.weights, **self._whole(changes)})
-
     @property
     def first_wrong_token(self) -> int:
         """The first token of the output that rounding does not explain; 0 where none has one."""
@@ -144,13 +135,6 @@ class Scene:
             layout=self.layout._replace(shape=value.shape, factors=tuple(factors)),
             recorded=recorded,
         )  # fmt: skip
-
-    def _whole(self, changes: dict[str, Weight]) -> dict[str, Weight]:
-        whole = {}
-        for name, weight in changes.items():
-            inside = f"model.layers.{self.site.layer}.{name}"
-            whole[inside if inside in self.site.weights else name] = weight
-        return whole
 
 
 Trial = tuple[str, Float64]

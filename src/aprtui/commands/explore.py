@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,9 @@ def open_explorer(request: Request) -> int:
     """
     from aprcore.errors import PlanError
 
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    # A dumb terminal has no cursor to move; the explorer would draw into it for ever.
+    is_dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+    if is_dumb or not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise PlanError(
             "the explorer needs a terminal", hint="use `aprtui bisect` for a table or --json"
         )

@@ -19,7 +19,7 @@ from textual.worker import Worker, get_current_worker
 from aprcore.stages import StageKey
 from aprtui.measures import Measure
 from aprtui.palette import ExplorerCommands
-from aprtui.rows import Filter, SortOrder, matching_keys
+from aprtui.rows import Filter, SortOrder, matching_keys, place_among
 from aprtui.run_state import RunState
 from aprtui.screens.error import ErrorScreen
 from aprtui.screens.help import HelpScreen
@@ -62,7 +62,7 @@ class ExplorerScreen(Screen[None]):
         Binding("slash", "filter", "filter", id="explorer.filter", key_display="/",
                 tooltip="Show only stages with these words: a name, a layer, a verdict"),
         Binding("escape", "clear_filter", "clear filter", id="explorer.clear-filter",
-                tooltip="Show all stages again"),
+                tooltip="Show all stages again; where only one pane fits, go back to them"),
         Binding("s", "sort", "sort", id="explorer.sort",
                 tooltip="Sort by computation, cosine, relative L2, model or kernel error"),
         Binding("t", "measure", "figures", id="explorer.measure",
@@ -75,7 +75,7 @@ class ExplorerScreen(Screen[None]):
                 key_display="[", show=False, tooltip="The previous tab of the detail pane"),
         Binding("right_square_bracket", "tab(1)", "next tab", id="explorer.next-tab",
                 key_display="]", show=False, tooltip="The next tab of the detail pane"),
-        Binding("tab", "app.focus_next", "next pane", id="explorer.next-pane", show=False,
+        Binding("tab", "next_pane", "next pane", id="explorer.next-pane", show=False,
                 tooltip="Go to the next pane: stages, figures, differences"),
         Binding("question_mark", "help", "help", id="explorer.help", key_display="?",
                 tooltip="Every key, and what the verdicts mean"),
@@ -103,6 +103,8 @@ class ExplorerScreen(Screen[None]):
         self._refresh_timer: Timer | None = None
         self._detail_timer: Timer | None = None
         self._is_detail_judged = False
+        # On a tiny screen, in the place of the tree.
+        self._is_detail_open = False
 
     def compose(self) -> ComposeResult:
         """Title, finding, stages and detail side by side, keys."""
@@ -218,7 +220,7 @@ class ExplorerScreen(Screen[None]):
         """Give the detail pane the screen, or take it back."""
         # Elsewhere the class would mean nothing, and to set it costs what a whole key may.
         is_small = self.has_class("-tiny") or self.has_class("-short")
-        needs_room = is_small and self.tab is DetailTab.WHY
+        needs_room = is_small and (self.tab is DetailTab.WHY or self._is_detail_open)
         if needs_room != self.has_class("-why"):
             self.set_class(needs_room, "-why")
             # Once the class has taken effect the pane has another width.
@@ -227,6 +229,22 @@ class ExplorerScreen(Screen[None]):
     @on(TabStrip.Chosen)
     def _open_tab(self, event: TabStrip.Chosen) -> None:
         self.tab = event.tab
+
+    @on(StageTree.Opened)
+    def _open_stage(self) -> None:
+        if self.has_class("-tiny"):
+            self._swap_panes(to_detail=True)
+
+    def _swap_panes(self, to_detail: bool) -> None:
+        self._is_detail_open = to_detail
+        if not to_detail:
+            self.tab = DetailTab.TOP_K
+        self._make_room()
+        self.call_after_refresh((self.detail if to_detail else self.tree_of_stages).focus)
+
+    @property
+    def _hides_tree(self) -> bool:
+        return self.has_class("-tiny") and self.has_class("-why")
 
     def go_to(self, key: StageKey) -> None:
         """Put the cursor on a stage because the user asked for it."""
@@ -257,7 +275,7 @@ class ExplorerScreen(Screen[None]):
             case "why" | "tab":
                 return self.is_open
             case "clear_filter":
-                return self.is_filtered
+                return self.is_filtered or self._hides_tree
         return True
 
     def action_next_divergence(self) -> None:
@@ -272,7 +290,7 @@ class ExplorerScreen(Screen[None]):
         tree = self.tree_of_stages
         keys = matching_keys(self.state, tree.filter, tree.order)
         diverging = set(self.state.divergences)
-        here = self._place_among(keys)
+        here = place_among(keys, tree.row)
         if step < 0:
             found = next((key for key in reversed(keys[: max(0, here)]) if key in diverging), None)
         else:
@@ -283,15 +301,6 @@ class ExplorerScreen(Screen[None]):
             self.notify("no divergence so far" if self.state.is_running else "no divergence")
         else:
             self.notify("no divergence after this row" if step > 0 else "none before this row")
-
-    def _place_among(self, keys: list[StageKey]) -> int:
-        """Where the cursor is in a list of stages; a layer counts as just before its first."""
-        row = self.tree_of_stages.row
-        if row.key in keys:
-            return keys.index(row.key)
-        if row.layer is None:
-            return -1
-        return next((i for i, key in enumerate(keys) if key.layer == row.layer), 0) - 1
 
     async def action_filter(self) -> None:
         """Ask for words."""
@@ -311,11 +320,21 @@ class ExplorerScreen(Screen[None]):
         self.tree_of_stages.focus()
 
     async def action_clear_filter(self) -> None:
-        """Show all stages again."""
+        """Show all stages again, or the tree before that."""
+        if self._hides_tree:
+            self._swap_panes(to_detail=False)
+            return
         self.tree_of_stages.focus()
         await self.query("#filter").remove()
         self.is_filtered = False
         self.tree_of_stages.choose(filter=Filter())
+
+    def action_next_pane(self) -> None:
+        """Go to the next pane, or show it where only one fits."""
+        if self.has_class("-tiny") and not isinstance(self.focused, Input):
+            self._swap_panes(to_detail=not self._hides_tree)
+        else:
+            self.focus_next()
 
     def action_sort(self) -> None:
         """Sort another way; the tree shows the figures that it is sorted by."""

@@ -16,6 +16,16 @@ from textual.widgets import Static
 
 from aprtui.theme import MARKS, PENDING, UNJUDGED, Paint
 
+# Signs of the figures, with what they say.
+LEGEND = (
+    ("M K", "the model and the kernel judgment: ✓ right on its own inputs, ✗ wrong, – not made"),
+    ("◀", "the judgment that a FAIL rests on"),
+    ("worst … at most", "the part of the output that stands out most: its error as a multiple of"
+     " the predicted rounding noise, then the largest multiple that passes"),
+    ("(1e-4)", "a bound for orientation: NOISE and INHERITED stages are not held to it"),
+    ("passes at", "the smallest budget (--budget) under which a failing stage would pass"),
+)  # fmt: skip
+
 
 class HelpScreen(ModalScreen[None]):
     """Every key and what it does, and what the verdicts mean."""
@@ -30,12 +40,16 @@ class HelpScreen(ModalScreen[None]):
         self._shown = [active.binding for active in bindings]
 
     def compose(self) -> ComposeResult:
-        """Keys, then verdicts."""
+        """Keys, verdicts, then the signs of the figures."""
         paint = Paint(self.app.theme_variables)
         with VerticalScroll(id="help") as pane:
             pane.border_title = "Help"
             pane.border_subtitle = "esc close"
-            yield Static(Group(self._keys(paint), Text(""), self._marks(paint)))
+            yield Static(
+                Group(
+                    self._keys(paint), Text(""), self._marks(paint), Text(""), self._legend(paint)
+                )
+            )
 
     def _keys(self, paint: Paint) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -56,4 +70,13 @@ class HelpScreen(ModalScreen[None]):
         for mark in (PENDING, *MARKS.values(), UNJUDGED):
             style = paint(mark.ink, bold=mark is not PENDING)
             table.add_row(Text(mark.glyph, style), Text(mark.word, style), Text(mark.meaning))
+        return table
+
+    @staticmethod
+    def _legend(paint: Paint) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for sign, meaning in LEGEND:
+            table.add_row(Text(sign, paint("ink-oracle", bold=True)), Text(meaning))
         return table

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from rich.cells import cell_len, set_cell_size
 from rich.style import Style
 from rich.text import Text
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprtui.formatting import format_ratio, format_short, format_value
+from aprtui.formatting import format_ratio, format_short, format_value, quoted
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ DEFAULT_TOP_K = 10
 SHORT_AXES = {"token": "tok", "head": "hd", "position": "pos", "token id": "id", "index": "at"}
 # Cells from which there is a rank and values have all their decimals.
 WIDE_CELLS = 56
+# A token's text takes what is left, if its heading fits, and no more than this.
+TEXT_HEADING, TEXT_CELLS = "text", 16
 
 
 class Column(NamedTuple):
@@ -46,6 +50,7 @@ class DivergenceTable(ScrollView):
         super().__init__(id=id)
         self._top: Ranking | None = None
         self._layout_of_stage: Layout | None = None
+        self._texts: Sequence[str] = ()
         self.row_count = 0
 
     def show(self, report: StageReport | None, top_k: int) -> None:
@@ -57,10 +62,23 @@ class DivergenceTable(ScrollView):
             self.row_count = 0
         else:
             self.row_count = min(top_k, len(self._top))
+        self._texts = self._texts_of(report)
         self.display = self.row_count > 0
         self.virtual_size = Size(self.size.width, self.row_count + 1)
         self.scroll_to(y=0, animate=False)
         self.refresh()
+
+    def _texts_of(self, report: StageReport | None) -> Sequence[str]:
+        """The text of every row's token, empty where it is not known; none for other stages."""
+        known = {} if report is None or report.logits is None else report.logits.texts
+        if self._top is None or self._layout_of_stage is None or not known:
+            return ()
+        if "token id" not in self._layout_of_stage.axes:
+            return ()
+        axis = self._layout_of_stage.axes.index("token id")
+        indices = self._top.indices[: self.row_count].tolist()
+        tokens = [self._layout_of_stage.position(index)[axis] for index in indices]
+        return [quoted(known[token]) if token in known else "" for token in tokens]
 
     def render_line(self, y: int) -> Strip:
         """The headings at the top, below them the rows that are scrolled to."""
@@ -87,6 +105,11 @@ class DivergenceTable(ScrollView):
             columns = self._columns_apart(layout, gap)
             if sum(column.cells for column in columns) <= self.size.width:
                 break
+        left = self.size.width - sum(column.cells for column in columns) - gap
+        longest = max(map(cell_len, self._texts), default=0)
+        if any(self._texts) and left >= len(TEXT_HEADING):
+            cells = min(left, max(longest, len(TEXT_HEADING)), TEXT_CELLS)
+            columns.insert(-3, Column(TEXT_HEADING, cells + gap, "ink-quiet"))
         return columns
 
     def _columns_apart(self, layout: Layout, gap: int) -> list[Column]:
@@ -114,12 +137,18 @@ class DivergenceTable(ScrollView):
         a, b = float(top.a[number]), float(top.b[number])
         texts = [str(number + 1)] if self._is_wide else []
         texts += [str(i) for i in layout.position(int(top.indices[number]))]
+        if len(columns) == len(texts) + 4:
+            texts.append(_clipped(self._texts[number], columns[-4].cells - 1))
         texts += [form(a), form(b), format_ratio(abs(a - b))]
         quiet = Paint(self.app.theme_variables)("ink-quiet")
         styles = [quiet if self._is_wide else Style.null(), *[Style.null()] * len(texts)]
         return Text.assemble(
             *(
-                (text.rjust(column.cells), style)
+                (" " * (column.cells - cell_len(text)) + text, style)
                 for text, column, style in zip(texts, columns, styles)
             )
         )
+
+
+def _clipped(text: str, cells: int) -> str:
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"

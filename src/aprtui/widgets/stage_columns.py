@@ -11,6 +11,7 @@ from rich.text import Text
 from aprtui.formatting import (
     COSINE_PLACES,
     NARROW_COSINE_PLACES,
+    figures_of,
     format_compact,
     format_cosine,
     format_ratio,
@@ -61,7 +62,11 @@ _RMS, _COUNT = Column("RMS", "RMS", SMALL_CELLS), Column("NaN/Inf", "NaN/Inf", S
 
 @lru_cache(maxsize=32)
 def columns_for(
-    measures: Sequence[Measure], shown: Measure, width: int, is_long: bool
+    measures: Sequence[Measure],
+    shown: Measure,
+    width: int,
+    is_long: bool,
+    by_error: bool = False,
 ) -> tuple[Column, ...]:
     """The columns for a line's width, the judgment that is shown first.
 
@@ -70,17 +75,21 @@ def columns_for(
         shown: The one whose figures come first.
         width: Cells of the whole line.
         is_long: Whether figures have all their decimals.
+        by_error: Whether the cumulative relative L2 comes before the cosine.
     """
     if not measures:
         cells = SMALL_CELLS if is_long else SHORT_CELLS
         return (_RMS._replace(cells=cells), *((_COUNT,) if width >= ONE_MORE_WIDTH else ()))
     if shown is Measure.CUMULATIVE:
         places = COSINE_PLACES if is_long else NARROW_COSINE_PLACES
-        first = Column("cosine", "cosine", places + 2, shown)
-        more: tuple[Column, ...] = (_CUMULATIVE,)
+        first, other = Column("cosine", "cosine", places + 2, shown), _CUMULATIVE
+        if by_error:
+            short = _CUMULATIVE._replace(heading="rel.L2", cells=SHORT_CELLS)
+            first, other = (_CUMULATIVE if is_long else short), first
+        more: tuple[Column, ...] = (other,)
         if len(measures) > 1:
             more = (_MODEL, _KERNEL)
-            more = (_CUMULATIVE, *more) if width >= THREE_MORE_WIDTH else more
+            more = (other, *more) if width >= THREE_MORE_WIDTH else more
     else:
         column = _MODEL if shown is Measure.MODEL else _KERNEL
         first = column if is_long else column._replace(heading=shown.value, cells=SHORT_CELLS)
@@ -120,11 +129,14 @@ class FigurePainter:
         found = report.comparison
         if found is None:
             return Text()
+        cosine, relative_l2 = figures_of(found)
         if column.name == "cosine":
             # A sign takes the place of a decimal: columns stay aligned.
-            places = column.cells - 2 - (found.cosine < 0)
-            return Text(format_cosine(found.cosine, places), self._paint(cosine_ink(found.cosine)))
-        return Text(format_ratio(found.relative_l2), self._paint("ink-quiet"))
+            places = column.cells - 2 - (cosine < 0)
+            return Text(format_cosine(cosine, places), self._paint(cosine_ink(cosine)))
+        is_short = column.cells < SMALL_CELLS
+        error = format_compact(relative_l2) if is_short else format_ratio(relative_l2)
+        return Text(error, self._paint("ink-quiet"))
 
     def marks(self, reports: Mapping[Measure, StageReport | None]) -> Text:
         """A glyph for the model and one for the kernel judgment."""

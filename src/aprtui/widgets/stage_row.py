@@ -61,7 +61,8 @@ class RowPainter:
     def columns(self) -> tuple[Column, ...]:
         """The columns of figures that there is room for."""
         width = self.width - (FLAT_CELLS if self._is_flat else 0)
-        return columns_for(self.state.measures, self.measure, width, self.is_long)
+        by_error = self.order is SortOrder.RELATIVE_L2
+        return columns_for(self.state.measures, self.measure, width, self.is_long, by_error)
 
     @property
     def _is_flat(self) -> bool:

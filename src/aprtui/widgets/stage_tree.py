@@ -55,7 +55,7 @@ class StageTree(ScrollView, can_focus=True):
         Binding("right", "unfold", "unfold", id="tree.unfold", group=FOLD,
                 tooltip="Unfold the layer, or go down into it"),
         Binding("enter,space", "toggle_layer", "fold or unfold", id="tree.toggle", show=False,
-                tooltip="Fold or unfold the layer"),
+                tooltip="Fold or unfold the layer; where only the tree fits, open the stage"),
         Binding("pageup", "page(-1)", "page up", id="tree.page-up", show=False,
                 tooltip="One page up"),
         Binding("pagedown", "page(1)", "page down", id="tree.page-down", show=False,
@@ -71,6 +71,9 @@ class StageTree(ScrollView, can_focus=True):
         """The cursor is on another row."""
 
         row: Row
+
+    class Opened(Message):
+        """The stage under the cursor was asked for."""
 
     def __init__(self, state: RunState, opening: str, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -177,16 +180,19 @@ class StageTree(ScrollView, can_focus=True):
             self._take(self._cursor + 1)
 
     def action_toggle_layer(self) -> None:
-        """Fold or unfold the layer under the cursor."""
+        """Fold or unfold the layer under the cursor, or open the stage."""
         if self.row.layer is not None:
             self._toggle(self.row.layer)
+        else:
+            self.post_message(self.Opened())
 
     def on_click(self, event: events.Click) -> None:
         """A click moves the cursor; on a layer it also folds or unfolds."""
         number = event.y + self.scroll_offset.y
         if number < len(self.rows):
             self._take(number)
-            self.action_toggle_layer()
+            if self.row.layer is not None:
+                self._toggle(self.row.layer)
 
     def on_resize(self) -> None:
         """Lines are as wide as the widget."""
