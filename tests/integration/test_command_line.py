@@ -148,10 +148,8 @@ class TestFiles:
         done = aprtui("bisect", root / "m.apr", "--oracle", root / oracle, "--json", *flags)
         assert_refused(done, *words)
 
-    def test_a_table_that_ends_in_an_error_has_its_first_rows(self, root: Path) -> None:
+    def test_a_damaged_stage_file_is_found_before_the_first_row(self, root: Path) -> None:
         done = aprtui("bisect", root / "m.apr", "--oracle", root / "truncated")
-        assert "layer-1/ffn_norm" in done.stdout
-        done.stdout = ""
         assert_refused(done, "layer-1/ffn_up.bin", "99 bytes")
 
     @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def _foreign_blocks(part: Part) -> Iterator[str]:
     """A block of a wrong row that is stored twice, next to where it belongs."""
     plain = part.scene.plain
     error = np.square(part.scene.observed.reshape(plain.value.shape) - plain.value).sum(axis=0)
-    worst = np.argsort(-error / plain.variance.sum(axis=0))[:MOST_ROWS]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a dead row has no noise at all
+        worst = np.argsort(-error / plain.variance.sum(axis=0))[:MOST_ROWS]
     for row in worst.tolist():
         rows = np.arange(max(0, row - 1), min(part.weight.shape[0], row + 2))
         blocks = raw_blocks(part.weight, rows)
