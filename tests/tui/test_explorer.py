@@ -127,12 +127,12 @@ class TestChoosing:
     def test_filter(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
-            assert "clear filter" not in footer_keys(pilot)
+            assert "all stages" not in footer_keys(pilot)
             await pilot.press("slash", *"layer 2 rope", "enter")
             names = [row.key.stage for row in tree.rows if row.key is not None]
             assert names == ["q_post_rope", "k_post_rope"]
             assert pilot.app.screen.focused is tree
-            assert "clear filter" in footer_keys(pilot)
+            assert "all stages" in footer_keys(pilot)
             await pilot.press("escape")
             assert len(tree.rows) > 10
             assert not pilot.app.screen.query("#filter")

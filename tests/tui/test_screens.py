@@ -80,6 +80,12 @@ class TestStates:
         app = ExplorerApp(failing_request, with_texts)
         assert snap_compare(app, terminal_size=(width, 30), run_before=then_press("end"))
 
+    def test_token_texts(
+        self, snap_compare: Compare, failing_request: Request, with_texts: Any
+    ) -> None:
+        app = ExplorerApp(failing_request, with_texts)
+        assert snap_compare(app, terminal_size=(120, 56), run_before=then_press("end"))
+
     def test_every_verdict(self, snap_compare: Compare, mixed_request: Request) -> None:
         keys = ["slash", *"layer", "enter"]
         app = ExplorerApp(mixed_request)
@@ -124,7 +130,9 @@ class TestStates:
 
 
 class TestOverlays:
-    @pytest.mark.parametrize("size", [(40, 10), (120, 40)], ids=["40x10", "120x40"])
+    @pytest.mark.parametrize(
+        "size", [(40, 10), (120, 40), (120, 60)], ids=["40x10", "120x40", "120x60"]
+    )
     def test_help(self, snap_compare: Compare, failing_request: Request, size: Any) -> None:
         app = ExplorerApp(failing_request)
         run_before = then_press("question_mark")

@@ -61,7 +61,7 @@ class ExplorerScreen(Screen[None]):
                 tooltip="Go to the previous divergence"),
         Binding("slash", "filter", "filter", id="explorer.filter", key_display="/",
                 tooltip="Show only stages with these words: a name, a layer, a verdict"),
-        Binding("escape", "clear_filter", "clear filter", id="explorer.clear-filter",
+        Binding("escape", "clear_filter", "all stages", id="explorer.clear-filter",
                 tooltip="Show all stages again; where only one pane fits, go back to them"),
         Binding("s", "sort", "sort", id="explorer.sort",
                 tooltip="Sort by computation, cosine, relative L2, model or kernel error"),
@@ -223,8 +223,6 @@ class ExplorerScreen(Screen[None]):
         needs_room = is_small and (self.tab is DetailTab.WHY or self._is_detail_open)
         if needs_room != self.has_class("-why"):
             self.set_class(needs_room, "-why")
-            # Once the class has taken effect the pane has another width.
-            self.call_after_refresh(self._show_detail)
 
     @on(TabStrip.Chosen)
     def _open_tab(self, event: TabStrip.Chosen) -> None:

@@ -75,7 +75,8 @@ class StageDetail(VerticalScroll):
     def __init__(self, state: RunState, id: str | None = None) -> None:
         super().__init__(id=id)
         self._state = state
-        self._shown: tuple[Row, DetailTab] | None = None
+        self._shown: tuple[Row, int, DetailTab] | None = None
+        self._width_shown = 0
 
     def compose(self) -> ComposeResult:
         """The verdict, the tabs, and what they show."""
@@ -108,9 +109,15 @@ class StageDetail(VerticalScroll):
         if table.display and not self._is_roomy:
             title = f"{title} · top {table.row_count}"
         self.border_title = title
-        if self._shown != (row, tab):
-            self._shown = (row, tab)
+        before, self._shown = self._shown, (row, top_k, tab)
+        self._width_shown = self.outer_size.width
+        if before is None or (before[0], before[2]) != (row, tab):
             self.scroll_to(y=0, animate=False)
+
+    def on_resize(self) -> None:
+        """Lines are made for one width, which a pane that was hidden did not have yet."""
+        if self._shown is not None and self.outer_size.width != self._width_shown:
+            self.show(*self._shown)
 
     @property
     def _is_roomy(self) -> bool:
