@@ -132,7 +132,7 @@ def _parts(
             # Errors of a weight repeat from token to token where the inputs look alike.
             dof = dof * min(1.0, token_dof / error.shape[token])
         ratio = _ratios(measured, expected)
-        factor = allowed_ratio(dof)
+        factor = np.broadcast_to(allowed_ratio(dof), ratio.shape)
         flat = int(np.argmax(ratio / factor))
         position = np.unravel_index(flat, ratio.shape) if kept else ()
         name = ", ".join(f"{axes[a]} {int(i)}" for a, i in zip(kept, position)) or "whole tensor"
@@ -142,7 +142,7 @@ def _parts(
 def _degrees(predicted: Float64, sums: Float64, summed: tuple[int, ...]) -> Float64:
     """How many errors of one size a sum of unequal ones is worth: (sum v)^2 / sum v^2."""
     if not summed:
-        return np.ones_like(sums)
+        return np.ones(())
     squares = np.square(predicted).sum(axis=summed)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(squares > 0, np.square(sums) / squares, 1.0)

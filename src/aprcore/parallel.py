@@ -8,6 +8,7 @@ the number of threads. numpy and file reads release the interpreter lock.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,20 +30,38 @@ def executor(threads: int) -> ThreadPoolExecutor:
 
 
 def for_each(function: Callable[[Item], None], items: Iterable[Item], threads: int) -> None:
-    """Call `function` on every item, on up to `threads` threads; the first error is raised."""
+    """Call `function` on every item, on up to `threads` threads; the first error is raised.
+
+    The calling thread takes its share. Threads draw the next item from one iterator (a list's is
+    safe to share), since handing each item over on its own costs as much as a small item.
+    """
     work = list(items)
-    if threads <= 1 or len(work) <= 1:
+    helpers = min(threads, len(work)) - 1
+    if helpers < 1:
         for item in work:
             function(item)
         return
+    pending = iter(work)
+    stopped = threading.Event()
+
+    def drain() -> None:
+        try:
+            for item in pending:
+                if stopped.is_set():
+                    return
+                function(item)
+        except BaseException:
+            stopped.set()
+            raise
+
     pool = executor(threads)
     futures: list[Future[None]] = []
     try:
-        for item in work:
-            futures.append(pool.submit(function, item))
-        for future in futures:
-            future.result()
+        for _ in range(helpers):
+            futures.append(pool.submit(drain))
+        drain()
     except KeyboardInterrupt:
+        stopped.set()
         # Ctrl-C inside `submit` can leave a thread that the pool does not know of; unless it is
         # told to end as well, the interpreter waits for it for ever.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -51,10 +70,11 @@ def for_each(function: Callable[[Item], None], items: Iterable[Item], threads: i
     finally:
         # After an error or Ctrl-C nothing may still write into the caller's buffers.
         for future in futures:
-            future.cancel()
-        for future in futures:
-            if not future.cancelled():
+            if not future.cancel():
                 future.exception()
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 @cache

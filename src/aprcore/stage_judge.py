@@ -285,8 +285,9 @@ class StageJudge:
         """Without other judgments, a permutation shows by the comparison of the sides alone."""
         bound = self._sides.bound_alone
         for name, ours, theirs in self._readings(key, a, b, layout):
-            if within(compare(ours, theirs), bound):
-                return ours, theirs, compare(ours, theirs, self._top_k), name
+            found = compare(ours, theirs, self._top_k)
+            if within(found, bound):
+                return ours, theirs, found, name
         a, b = (zero_above_diagonal(key, x, layout) for x in (a, b))
         return a, b, compare(a, b, self._top_k), None
 
