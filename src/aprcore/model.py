@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -115,18 +115,8 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """A fingerprint of the weights: SHA-256 over the first MiB, the last MiB and the size.
-
-        The size goes in as 8 bytes, little-endian. Of several files each is added in the order
-        of their names. Reading 40 GB to tell two models apart would take minutes.
-        """
-        digest = hashlib.sha256()
-        for file in sorted(self.files, key=lambda file: file.path.name):
-            piece = min(_MIB, file.size_bytes)
-            digest.update(file.read_bytes(0, piece))
-            digest.update(file.read_bytes(file.size_bytes - piece, piece))
-            digest.update(file.size_bytes.to_bytes(8, "little"))
-        return digest.hexdigest()
+        """The `fingerprint` of its files."""
+        return fingerprint(self.files)
 
     def close(self) -> None:
         """Close the files. Reading a weight is an error from then on."""
@@ -143,6 +133,21 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def fingerprint(files: Iterable[DataFile]) -> str:
+    """A fingerprint of weights: SHA-256 over the first MiB, the last MiB and the size.
+
+    The size goes in as 8 bytes, little-endian. Of several files each is added in the order of
+    their names. Reading 40 GB to tell two models apart would take minutes.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.path.name):
+        piece = min(_MIB, file.size_bytes)
+        digest.update(file.read_bytes(0, piece))
+        digest.update(file.read_bytes(file.size_bytes - piece, piece))
+        digest.update(file.size_bytes.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:

@@ -6,7 +6,6 @@ for the network: a model is a directory on this machine.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from aprcore.capture import (
 from aprcore.config import ARCHITECTURES
 from aprcore.errors import OracleError
 from aprcore.formats.huggingface import CONFIG_NAME, HuggingFaceFiles, read_huggingface
+from aprcore.model import fingerprint
 from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
 from aprcore.trace import TraceWriter
@@ -37,7 +37,6 @@ Progress = Callable[[int, int], None]  # tensors written, tensors in all
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 _INSTALL = "pip install 'aprtui[oracle]'"
-_MIB = 1024 * 1024
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -291,7 +290,7 @@ def _describe(
         positions=tuple(range(len(tokens))),
         model={
             "file": request.source.resolve().name,
-            "sha256": _fingerprint(held),
+            "sha256": fingerprint(held.files),
             "size_bytes": sum(file.size_bytes for file in held.files),
             "architecture": model.config.model_type,
             "num_layers": model.config.num_hidden_layers,
@@ -308,17 +307,6 @@ def _describe(
             "aprtui": _own_version(),
         },
     )
-
-
-def _fingerprint(held: HuggingFaceFiles) -> str:
-    """As `aprcore.model.Model.sha256`, for models that only transformers can run too."""
-    digest = hashlib.sha256()
-    for file in sorted(held.files, key=lambda file: file.path.name):
-        piece = min(_MIB, file.size_bytes)
-        digest.update(file.read_bytes(0, piece))
-        digest.update(file.read_bytes(file.size_bytes - piece, piece))
-        digest.update(file.size_bytes.to_bytes(8, "little"))
-    return digest.hexdigest()
 
 
 def _own_version() -> str:

@@ -147,6 +147,8 @@ def test_a_terminal_that_goes_away_ends_it(terminal) -> None:
     while one.process.ptyproc.isalive():
         assert time.monotonic() < end, "still running without a terminal"
         time.sleep(0.1)
+    # By the signal itself: leaving in order would write to what is gone, which may block for ever.
+    assert one.process.ptyproc.signalstatus == signal.SIGHUP
 
 
 def test_a_tiny_terminal(terminal) -> None:
