@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aprcore.stages import StageKey, computation_order, input_keys
+from aprcore.stages import StageKey, computation_order, input_keys, stage_keys
 from aprtui.run_state import RunState
 
 # Verdicts by word: the engine need not be imported to paint the first screen. What has one of these
@@ -47,6 +47,34 @@ def trace_upstream(state: RunState, key: StageKey) -> Lineage | None:
     while path[-1] != key:
         path.append(parents[path[-1]])
     return Lineage(tuple(reversed(path)), tuple(faults))
+
+
+def spoiled_by(state: RunState, key: StageKey) -> tuple[StageKey, ...]:
+    """The stages that read a stage and whose error may come from it, in the order of computation.
+
+    A reader that was not recorded is passed through: what reads it stands in its place.
+    """
+    header = state.header
+    if header is None or _word(state, key) not in CARRIES_ON:
+        return ()
+    features = _features(header.keys)
+    readers: dict[StageKey, list[StageKey]] = {}
+    for reader in stage_keys(header.num_layers, features | {"dense", "experts"}):
+        for source in input_keys(reader, header.num_layers, features):
+            readers.setdefault(source, []).append(reader)
+    found: set[StageKey] = set()
+    visited: set[StageKey] = set()
+    unseen = list(readers.get(key, ()))
+    while unseen:
+        reader = unseen.pop()
+        if reader in visited:
+            continue
+        visited.add(reader)
+        if reader not in state.reports:
+            unseen.extend(readers.get(reader, ()))
+        elif _word(state, reader) in CARRIES_ON:
+            found.add(reader)
+    return tuple(sorted(found, key=computation_order))
 
 
 def _ancestors(state: RunState, key: StageKey) -> dict[StageKey, StageKey]:

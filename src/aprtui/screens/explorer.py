@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.command import Provider
 from textual.containers import Horizontal
 from textual.reactive import reactive
-from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Input
 from textual.worker import Worker, get_current_worker
 
-from aprcore.stages import StageKey
-from aprtui.measures import Measure
+from aprtui.keys import EXPLORER_KEYS
+from aprtui.lineage import trace_upstream
 from aprtui.palette import ExplorerCommands
-from aprtui.rows import Filter, SortOrder, matching_keys, place_among
-from aprtui.run_state import RunState
 from aprtui.screens.error import ErrorScreen
 from aprtui.screens.help import HelpScreen
+from aprtui.screens.navigation import StageNavigation
+from aprtui.screens.profile import ProfileScreen
 from aprtui.session import RunFailed, RunFinished, RunOpened, StageJudged, stream_run
 from aprtui.text import visible
 from aprtui.widgets.divergence_table import DEFAULT_TOP_K, TOP_K_STEPS
+from aprtui.widgets.profile_strip import ProfileStrip
 from aprtui.widgets.run_title import RunTitle, base_name
 from aprtui.widgets.stage_detail import StageDetail
 from aprtui.widgets.stage_tree import StageHeadings, StagePane, StageTree
@@ -34,6 +35,7 @@ from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
     from aprcore.request import Request
+    from aprcore.stages import StageKey
     from aprtui.session import Engine
 
 # Stages can come every two milliseconds; the screen follows them this often.
@@ -42,11 +44,10 @@ REFRESH_S = 1 / 20
 DETAIL_DELAY_S = 0.05
 
 
-class ExplorerScreen(Screen[None]):
+class ExplorerScreen(StageNavigation):
     """The first screen. It owns the run's state; its message handlers are all that change it.
 
     Attributes:
-        state: What is known of the run.
         engine_worker: Runs the engine; None until the first screen is painted.
         top_k: How many of the largest differences are shown.
         tab: What the lower part of the detail pane shows.
@@ -54,48 +55,18 @@ class ExplorerScreen(Screen[None]):
 
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ExplorerCommands}
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("n", "next_divergence", "next", id="explorer.next",
-                tooltip="Go to the next divergence"),
-        Binding("p", "previous_divergence", "prev", id="explorer.previous",
-                tooltip="Go to the previous divergence"),
-        Binding("slash", "filter", "filter", id="explorer.filter", key_display="/",
-                tooltip="Show only stages with these words: a name, a layer, a verdict"),
-        Binding("escape", "clear_filter", "all stages", id="explorer.clear-filter",
-                tooltip="Show all stages again; where only one pane fits, go back to them"),
-        Binding("s", "sort", "sort", id="explorer.sort",
-                tooltip="Sort by computation, cosine, relative L2, model or kernel error"),
-        Binding("t", "measure", "figures", id="explorer.measure",
-                tooltip="Show the cumulative, the model or the kernel judgment in the tree"),
-        Binding("w", "why", "why", id="explorer.why",
-                tooltip="Why this stage has its verdict, and back"),
-        Binding("k", "top_k", "top-K", id="explorer.top-k",
-                tooltip="Show 5, 10, 20, 50, 100 or 200 of the largest differences"),
-        Binding("left_square_bracket", "tab(-1)", "previous tab", id="explorer.previous-tab",
-                key_display="[", show=False, tooltip="The previous tab of the detail pane"),
-        Binding("right_square_bracket", "tab(1)", "next tab", id="explorer.next-tab",
-                key_display="]", show=False, tooltip="The next tab of the detail pane"),
-        Binding("tab", "next_pane", "next pane", id="explorer.next-pane", show=False,
-                tooltip="Go to the next pane: stages, figures, differences"),
-        Binding("question_mark", "help", "help", id="explorer.help", key_display="?",
-                tooltip="Every key, and what the verdicts mean"),
-    ]  # fmt: skip
+    BINDINGS: ClassVar[list[BindingType]] = [*EXPLORER_KEYS]
 
     top_k = reactive(DEFAULT_TOP_K)
     # No key comes or goes with the tab: the footer would be made anew, which takes a whole frame.
     tab = reactive(DetailTab.TOP_K)
-    # What the footer offers depends on these; setting them draws it anew.
-    is_open = reactive(False, bindings=True)
-    is_filtered = reactive(False, bindings=True)
-    has_divergence = reactive(False, bindings=True)
 
     def __init__(self, request: Request, engine: Engine | None = None) -> None:
-        super().__init__()
+        opening = f"opening {_subject(request)}…"
+        super().__init__(opening)
         self._request = request
         self._engine = engine
-        self.state = RunState()
-        opening = f"opening {_subject(request)}…"
-        self.tree_of_stages = StageTree(self.state, opening, id="tree")
+        self.profile_strip = ProfileStrip(self.state, self.tree_of_stages, id="profile")
         self.title_line = RunTitle(self.state, opening, id="title")
         self.verdict_bar = VerdictBar(self.state, opening, id="verdict")
         self.detail = StageDetail(self.state, id="detail")
@@ -110,8 +81,9 @@ class ExplorerScreen(Screen[None]):
         """Title, finding, stages and detail side by side, keys."""
         yield self.title_line
         yield self.verdict_bar
+        yield self.breadcrumb
         with Horizontal(id="body"):
-            pane = StagePane(self.tree_of_stages, id="stages")
+            pane = StagePane(self.tree_of_stages, self.profile_strip, id="stages")
             pane.border_title = "Stages"
             yield pane
             yield self.detail
@@ -139,7 +111,7 @@ class ExplorerScreen(Screen[None]):
         if self.state.layers:
             self.tree_of_stages.expanded.add(self.state.layers[0])
         if self.state.measures:
-            self._choose(measure=self.state.measures[0])
+            self.choose(measure=self.state.measures[0])
         self.is_open = True
         self._show_all()
         if event.header.notes:
@@ -175,6 +147,9 @@ class ExplorerScreen(Screen[None]):
         self._refresh_timer = None
         self.tree_of_stages.rearrange()
         self.verdict_bar.refresh()
+        self.profile_strip.refresh()
+        if isinstance(self.app.screen, ProfileScreen):
+            self.app.screen.refresh_run()
         row = self.tree_of_stages.row
         if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
             self._show_detail()
@@ -191,6 +166,7 @@ class ExplorerScreen(Screen[None]):
 
     @on(StageTree.Highlighted)
     def _highlight(self) -> None:
+        self.breadcrumb.leave(self.tree_of_stages.row.key)
         if self._detail_timer is not None:
             self._detail_timer.stop()
         self._detail_timer = self.set_timer(DETAIL_DELAY_S, self._show_detail)
@@ -244,17 +220,6 @@ class ExplorerScreen(Screen[None]):
     def _hides_tree(self) -> bool:
         return self.has_class("-tiny") and self.has_class("-why")
 
-    def go_to(self, key: StageKey) -> None:
-        """Put the cursor on a stage because the user asked for it."""
-        tree = self.tree_of_stages
-        if not tree.filter.accepts(key, self.state.reports.get(key)):
-            # The tree drops a filter that hides the stage; its words must go with it.
-            self.query("#filter").remove()
-            self.is_filtered = False
-        tree.user_moved = True
-        tree.go_to(key)
-        tree.focus()
-
     # Actions
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -270,62 +235,18 @@ class ExplorerScreen(Screen[None]):
                 return self.is_open and bool(self.state.measures)
             case "measure":
                 return self.is_open and len(self.state.measures) > 1
-            case "why" | "tab":
+            case "why" | "tab" | "upstream" | "downstream" | "blame" | "profile":
                 return self.is_open
             case "clear_filter":
                 return self.is_filtered or self._hides_tree
         return True
 
-    def action_next_divergence(self) -> None:
-        """Go to the next divergence in the order shown."""
-        self._step(1)
-
-    def action_previous_divergence(self) -> None:
-        """Go to the previous divergence in the order shown."""
-        self._step(-1)
-
-    def _step(self, step: int) -> None:
-        tree = self.tree_of_stages
-        keys = matching_keys(self.state, tree.filter, tree.order)
-        diverging = set(self.state.divergences)
-        here = place_among(keys, tree.row)
-        if step < 0:
-            found = next((key for key in reversed(keys[: max(0, here)]) if key in diverging), None)
-        else:
-            found = next((key for key in keys[max(-1, here) + 1 :] if key in diverging), None)
-        if found is not None:
-            self.go_to(found)
-        elif not diverging:
-            self.notify("no divergence so far" if self.state.is_running else "no divergence")
-        else:
-            self.notify("no divergence after this row" if step > 0 else "none before this row")
-
-    async def action_filter(self) -> None:
-        """Ask for words."""
-        if not self.is_filtered:
-            self.is_filtered = True
-            words = Input(placeholder="words: q_post_rope, layer 3, fail", id="filter")
-            await self.query_one("#stages").mount(words, before=0)
-        # At once: `focus()` waits its turn, and the first letters would go to the tree.
-        self.set_focus(self.query_one("#filter", Input))
-
-    @on(Input.Changed, "#filter")
-    def _filter_rows(self, event: Input.Changed) -> None:
-        self.tree_of_stages.choose(filter=Filter.parse(event.value))
-
-    @on(Input.Submitted, "#filter")
-    def _leave_filter(self) -> None:
-        self.tree_of_stages.focus()
-
     async def action_clear_filter(self) -> None:
         """Show all stages again, or the tree before that."""
         if self._hides_tree:
             self._swap_panes(to_detail=False)
-            return
-        self.tree_of_stages.focus()
-        await self.query("#filter").remove()
-        self.is_filtered = False
-        self.tree_of_stages.choose(filter=Filter())
+        else:
+            await self.show_all_stages()
 
     def action_next_pane(self) -> None:
         """Go to the next pane, or show it where only one fits."""
@@ -334,32 +255,25 @@ class ExplorerScreen(Screen[None]):
         else:
             self.focus_next()
 
-    def action_sort(self) -> None:
-        """Sort another way; the tree shows the figures that it is sorted by."""
-        order = self.tree_of_stages.order.following(self.state.measures)
-        self._choose(order=order, measure=order.measure)
-
-    def action_measure(self) -> None:
-        """Show the figures of the next judgment; a sorted tree is sorted by them."""
-        tree, measures = self.tree_of_stages, self.state.measures
-        measure = measures[(measures.index(tree.measure) + 1) % len(measures)]
-        is_sorted = tree.order is not SortOrder.COMPUTATION
-        self._choose(order=SortOrder.by(measure) if is_sorted else None, measure=measure)
-
-    def _choose(self, *, order: SortOrder | None = None, measure: Measure | None = None) -> None:
-        tree = self.tree_of_stages
-        tree.choose(order=order, measure=measure)
-        told = ["Stages"]
-        if tree.measure not in (Measure.CUMULATIVE, tree.order.measure):
-            told.append(f"{tree.measure.value} judgment")
-        if tree.order is not SortOrder.COMPUTATION:
-            told.append(tree.order.value)
-        self.query_one("#stages").border_title = ", ".join(told)
-        self.query_one(StageHeadings).refresh()
-
     def action_why(self) -> None:
         """Show why, or what was shown before."""
         self.tab = DetailTab.TOP_K if self.tab is DetailTab.WHY else DetailTab.WHY
+
+    def action_blame(self) -> None:
+        """Go to the stage to blame for the one under the cursor, and show why."""
+        here = self.tree_of_stages.row.key
+        lineage = None if here is None else trace_upstream(self.state, here)
+        first = self.state.first_divergence
+        if lineage is not None:
+            for start, to in pairwise(lineage.path):
+                self.breadcrumb.walk(start, to)
+            self.go_to(lineage.origin)
+        elif here not in self.state.divergences and first is not None:
+            self.go_to(first.key)
+        elif first is None:
+            self.notify("no divergence so far" if self.state.is_running else "no divergence")
+            return
+        self.tab = DetailTab.WHY
 
     def action_tab(self, step: int) -> None:
         """Show another tab."""
@@ -370,6 +284,20 @@ class ExplorerScreen(Screen[None]):
         if self.tab is DetailTab.TOP_K:
             self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
         self.tab = DetailTab.TOP_K
+
+    def action_profile(self) -> None:
+        """Show the depth profile; it ends with the stage to go to."""
+        at = self.tree_of_stages.row
+        key = at.key or next(iter(self.state.keys_by_layer.get(at.layer, ())), None)
+        self.app.push_screen(ProfileScreen(self.state, key), self._leave_profile)
+
+    def _leave_profile(self, key: StageKey | None) -> None:
+        if key is not None:
+            self.go_to(key)
+
+    @on(ProfileStrip.Chosen)
+    def _open_layer(self, event: ProfileStrip.Chosen) -> None:
+        self.go_to(event.key)
 
     def action_help(self) -> None:
         """Show every key."""

@@ -280,13 +280,15 @@ class StageHeadings(Widget):
 
 
 class StagePane(Vertical):
-    """The tree under its headings."""
+    """The tree under its headings and the depth profile."""
 
-    def __init__(self, tree: StageTree, id: str | None = None) -> None:
+    def __init__(self, tree: StageTree, profile: Widget, id: str | None = None) -> None:
         super().__init__(id=id)
         self._tree = tree
+        self._profile = profile
 
     def compose(self) -> ComposeResult:
-        """The headings and the tree; a filter is mounted above them."""
+        """The profile, the headings and the tree; a filter is mounted above them."""
+        yield self._profile
         yield StageHeadings(self._tree)
         yield self._tree
