@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,18 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder of reference files (../shared) is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settings_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user of this machine likes, or has seen, changes no test."""
+    folder = tmp_path_factory.mktemp("home")
+    file = folder / "settings.toml"
+    file.write_text("hints = false\n", "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APRTUI_SETTINGS", str(file))
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        yield
 
 
 def pytest_configure() -> None:

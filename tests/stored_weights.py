@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.formats.storage import DataFile, StoredTensor
 from aprcore.quant import FORMATS, Layout, storage_size
 
@@ -70,3 +71,41 @@ def random_tensor(
 ) -> StoredTensor:
     """A random tensor in a file."""
     return stored_tensor(dtype, shape, random_bytes(dtype, shape, seed, wild=wild))
+
+
+def write_block_model(
+    path: Path, dtype: str, *, hidden: int = 256, ffn: int = 512, vocab: int = 64, heads: int = 8,
+    kv_heads: int = 2, head_dim: int = 32, num_layers: int = 1, rope_type: int = 2,
+) -> Path:  # fmt: skip
+    """Write a llama of random blocks: 2-D weights in one type and everything else float32."""
+    metadata = {
+        "architecture": "llama", "hidden_size": hidden, "num_layers": num_layers,
+        "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab,
+        "intermediate_size": ffn, "max_position_embeddings": 1 << 16, "rope_theta": 1e4,
+        "rope_type": rope_type, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    norms = ["model.norm.weight"]
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}self_attn.q_proj.weight": (heads * head_dim, hidden),
+            f"{prefix}self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
+            f"{prefix}self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, heads * head_dim),
+            f"{prefix}mlp.gate_proj.weight": (ffn, hidden),
+            f"{prefix}mlp.up_proj.weight": (ffn, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, ffn),
+        }
+        norms += [f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight"]
+    entries = [TensorEntry(name, dtype, shape) for name, shape in shapes.items()]
+    entries += [TensorEntry(name, "F32", (hidden,)) for name in norms]
+    gain = np.linspace(0.5, 1.5, hidden).astype(np.float32)
+    with AprWriter(path, metadata, entries) as writer:
+        for seed, entry in enumerate(writer.entries):
+            if entry.name in norms:
+                writer.write(entry.name, gain)
+            else:
+                raw = random_bytes(entry.dtype, shapes[entry.name], seed)
+                writer.write(entry.name, np.frombuffer(raw, np.uint8))
+    return path

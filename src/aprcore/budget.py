@@ -236,7 +236,9 @@ def settle(stage: StageReport, budget: float | None, *, strict: bool = False) ->
             reason = f"within your budget: {error:.3g} <= {budget:g} ({stage.reason})"
             return replace(stage, verdict=Verdict.NOISE, reason=reason, budget=budget)
         return replace(stage, budget=budget, passes_at=error)
-    if budget is None or error <= budget:
+    if budget is None:
+        return stage
+    if error <= budget:
         return replace(stage, budget=budget)
     beyond = f"noise beyond the budget: relative L2 {error:.3g} > {budget:g}"
     if strict:

@@ -172,8 +172,8 @@ def compare(a: Floats, b: Floats, k: int = 0) -> Comparison:
         raise ValueError(f"cannot compare {a.size} values with {b.size}")
     starts = range(0, a.size, CHUNK_VALUES)
     parts: list[_Part | None] = [None] * len(starts)
-    floor = _Floor(k)
-    threads = min(available_threads(), len(starts))
+    floor = _Floor(k, is_shared=len(starts) > 1)
+    threads = min(available_threads(), len(starts)) if len(starts) > 1 else 1
 
     def share(first: int) -> None:
         for number in range(first, len(starts), threads):
@@ -309,13 +309,16 @@ class _Floor:
     work and never a candidate.
     """
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, *, is_shared: bool = True) -> None:
         self.k = k
+        self._is_shared = is_shared  # a tensor of one chunk has nothing to learn from it
         self.value = 0.0
         self._best = np.empty(0)
         self._lock = threading.Lock()
 
     def offer(self, diffs: Float64) -> None:
+        if not self._is_shared:
+            return
         with self._lock:
             merged = np.sort(np.concatenate([self._best, diffs]))[-max(1, self.k) :]
             self._best = merged
@@ -394,7 +397,7 @@ def _candidates(diff: Float64, largest: float, floor: _Floor) -> NDArray[np.int6
         return first
     indices = np.flatnonzero(diff >= max(floor.value, _lower_bound(diff, k)))
     diffs = diff[indices]
-    if diffs.size > k:
+    if diffs.size > 2 * k:  # a few too many are cut off where they are put in order
         threshold = float(np.partition(diffs, diffs.size - k)[diffs.size - k])
         # Of ties at the threshold (zeros, say) the first k suffice.
         ties = np.flatnonzero(diffs == threshold)[:k]
@@ -425,9 +428,8 @@ def _ranking(indices: NDArray[np.int64], a: Floats, b: Floats, start: int) -> Ra
 
 
 def _merge(parts: list[_Part], k: int) -> Comparison:
-    aa, bb, ab, dd = (
-        math.fsum(getattr(p, name) for p in parts) for name in ("aa", "bb", "ab", "dd")
-    )
+    aa, bb = math.fsum([p.aa for p in parts]), math.fsum([p.bb for p in parts])
+    ab, dd = math.fsum([p.ab for p in parts]), math.fsum([p.dd for p in parts])
     finite_count = sum(part.count for part in parts)
     largest = max((part.largest for part in parts), default=0.0)
     max_index = -1
@@ -456,14 +458,20 @@ def _merge(parts: list[_Part], k: int) -> Comparison:
 def _top(parts: list[_Part], k: int) -> Ranking:
     leading = _join([part.leading for part in parts])
     ranked = _join([part.ranked for part in parts])
-    order = np.lexsort((ranked.indices, -np.abs(ranked.a - ranked.b)))
+    # Indices ascend within a part and from part to part: a stable sort puts ties in their order.
+    order = np.argsort(-np.abs(ranked.a - ranked.b), kind="stable")[: max(0, k - len(leading))]
     best = Ranking(ranked.indices[order], ranked.a[order], ranked.b[order])
     joined = _join([leading, best])
+    if len(joined) <= k:
+        return joined
     return Ranking(joined.indices[:k], joined.a[:k], joined.b[:k])
 
 
 def _join(rankings: list[Ranking]) -> Ranking:
-    columns = [[r.indices, r.a, r.b] for r in [_NO_RANKING, *rankings]]
+    present = [ranking for ranking in rankings if len(ranking)]
+    if len(present) < 2:
+        return present[0] if present else _NO_RANKING
+    columns = [[r.indices, r.a, r.b] for r in present]
     return Ranking(*(np.concatenate(column) for column in zip(*columns)))
 
 

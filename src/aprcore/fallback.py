@@ -15,7 +15,7 @@ from aprcore.forward import Wants
 from aprcore.generate import Decoder, Outcome, StepSource, nothing
 from aprcore.parity import DEFAULT_STEPS, compare_step
 from aprcore.parity_report import GATE
-from aprcore.parity_stages import find_fault
+from aprcore.parity_walk import find_fault
 
 if TYPE_CHECKING:
     from aprcore.model import Model

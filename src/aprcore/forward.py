@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.base import Array, Backend, KeyValueCache, Site
+from aprcore.backends.base import Array, Backend, KeyValueCache, QueuedBackend, Site
+from aprcore.backends.expectation import product_weights
 from aprcore.config import ModelConfig
 from aprcore.errors import ConfigError
 from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
 from aprcore.weights import Weight
+
+Floats = NDArray[np.floating[Any]]
+
+# Tensors that a device may be ahead of the host: enough that it has work while the host compares,
+# few enough that a long prompt's scores do not add up.
+AHEAD = 4
 
 
 def check_length(config: ModelConfig, num_tokens: int) -> None:
@@ -38,13 +46,20 @@ def everything(key: StageKey) -> bool:
     return True
 
 
-def needed_keys(config: ModelConfig, wants: Wants) -> list[StageKey]:
-    """The stages that must be computed, in order: the wanted ones and all that they read."""
+def needed_keys(
+    config: ModelConfig, wants: Wants, given: Container[StageKey] = ()
+) -> list[StageKey]:
+    """The stages that must be at hand, in order: the wanted ones and all that they read.
+
+    What only `given` ones read is not among them.
+    """
     order = list(stage_keys(config.num_layers, config.features))
     needed: set[StageKey] = set()
     for key in reversed(order):
         if key in needed or wants(key):
             needed.add(key)
+            if key in given:
+                continue
             needed.update(input_keys(key, config.num_layers, config.features))
     return [key for key in order if key in needed]
 
@@ -56,13 +71,49 @@ def trace(
     tokens: Sequence[int],
     wants: Wants = everything,
     cache: KeyValueCache | None = None,
-) -> Iterator[tuple[StageKey, NDArray[np.floating[Any]]]]:
-    """As `forward`, with each tensor on the host in the shape of the table."""
+    ahead: int = AHEAD,
+) -> Iterator[tuple[StageKey, Floats]]:
+    """As `forward`, with each tensor on the host in the shape of the table.
+
+    Args:
+        config, weights, backend, tokens, wants, cache: As for `forward`.
+        ahead: How many tensors a backend that queues its work may be ahead of what is yielded;
+            with 0 nothing is computed between one tensor and the next.
+    """
     past = 0 if cache is None else cache.num_positions
     sizes = config.sizes(len(tokens), past + len(tokens))
-    for key, tensor in forward(config, weights, backend, tokens, wants, cache):
-        shape = resolve_shape(BY_NAME[key.stage].shape, sizes)
-        yield key, backend.to_host(tensor).reshape(shape)
+    stream = forward(config, weights, backend, tokens, wants, cache)
+    for key, tensor in _fetch(stream, backend, ahead):
+        yield key, tensor.reshape(resolve_shape(BY_NAME[key.stage].shape, sizes))
+
+
+def _fetch(
+    stream: Iterator[tuple[StageKey, Array]], backend: Backend, ahead: int
+) -> Iterator[tuple[StageKey, Floats]]:
+    """Each tensor on the host, in order. An error comes after the tensors made before it."""
+    if not isinstance(backend, QueuedBackend):
+        for key, tensor in stream:
+            yield key, backend.to_host(tensor)
+        return
+    coming: deque[tuple[StageKey, Callable[[], Floats]]] = deque()
+    failure: Exception | None = None
+    while failure is None:
+        try:
+            key, tensor = next(stream)
+        except StopIteration:
+            break
+        except Exception as error:
+            failure = error
+        else:
+            coming.append((key, backend.fetch(tensor)))
+            del tensor  # the device may use its memory again
+        while len(coming) > ahead:
+            done, wait = coming.popleft()
+            yield done, wait()
+    for key, wait in coming:
+        yield key, wait()
+    if failure is not None:
+        raise failure
 
 
 def forward(
@@ -72,6 +123,7 @@ def forward(
     tokens: Sequence[int],
     wants: Wants = everything,
     cache: KeyValueCache | None = None,
+    given: Mapping[StageKey, Floats] | None = None,
 ) -> Iterator[tuple[StageKey, Array]]:
     """Run a pass and yield each wanted tensor as soon as it is made.
 
@@ -87,6 +139,8 @@ def forward(
         cache: Makes `tokens` the continuation of those that filled it, and keeps their keys and
             values as well: those of every layer only where `lm_head` is wanted. None for a full
             pass.
+        given: Tensors on the host, in canonical layout, that are taken as they are and not
+            computed: a pass can begin at a layer's input.
 
     Yields:
         The key and the backend's array, in the order of computation: canonical layout, with a
@@ -100,19 +154,28 @@ def forward(
     so_far = KeyValueCache() if cache is None else cache
     check_length(config, so_far.num_positions + len(tokens))
     positions = so_far.claim(len(tokens))
-    keys = needed_keys(config, wants)
-    reads = {key: input_keys(key, config.num_layers, config.features) for key in keys}
+    given = {} if given is None else given
+    keys = needed_keys(config, wants, given)
+    reads = {
+        key: () if key in given else input_keys(key, config.num_layers, config.features)
+        for key in keys
+    }
     last_reader = {source: key for key in keys for source in reads[key]}
     ids = np.asarray(tokens, dtype=np.int64)
+    if isinstance(backend, QueuedBackend):
+        backend.expect(product_weights(config, weights, keys))
     alive: dict[StageKey, Array] = {}
     for key in keys:
-        operation = BY_NAME[key.stage].operation
-        assert operation is not None, f"{key.stage} is read from dumps, never computed"
-        site = Site(config, ids, positions, key.layer, weights, cache)
-        inputs = [alive[source] for source in reads[key]]
-        if BY_NAME[key.stage].last_token:
-            inputs = [backend.rows(x, ids.size - 1, ids.size) for x in inputs]
-        tensor = operation(backend, site, *inputs)
+        if key in given:
+            tensor = backend.from_host(given[key])
+        else:
+            operation = BY_NAME[key.stage].operation
+            assert operation is not None, f"{key.stage} is read from dumps, never computed"
+            site = Site(config, ids, positions, key.layer, weights, cache)
+            inputs = [alive[source] for source in reads[key]]
+            if BY_NAME[key.stage].last_token:
+                inputs = [backend.rows(x, ids.size - 1, ids.size) for x in inputs]
+            tensor = operation(backend, site, *inputs)
         if key in last_reader:
             alive[key] = tensor
         for source in reads[key]:

@@ -19,7 +19,7 @@ from aprcore.backends.base import KeyValueCache
 from aprcore.backends.engine import Engine
 from aprcore.config import ModelConfig
 from aprcore.errors import TokenizerError
-from aprcore.forward import Wants, everything, trace
+from aprcore.forward import AHEAD, Wants, everything, trace
 from aprcore.stages import StageKey
 from aprcore.tokenizer import Tokenizer, check_token_ids
 from aprcore.weights import Weight
@@ -118,17 +118,20 @@ class Decoder:
         return Outcome(logits, kept)
 
     def stages(self, tokens: Sequence[int]) -> Iterator[tuple[StageKey, Floats]]:
-        """Every stage of the pass that `feed` would run, without advancing."""
-        return self._pass(tokens, everything, self._cache.copy())
+        """Every stage of the pass that `feed` would run, without advancing.
+
+        Each is computed when it is asked for, so that callers can tell what it takes.
+        """
+        return self._pass(tokens, everything, self._cache.copy(), ahead=0)
 
     def past(self) -> KeyValueCache:
         """The cached keys and values on the host."""
         return self._cache.converted(self.engine.backend.to_host)
 
     def _pass(
-        self, tokens: Sequence[int], wants: Wants, cache: KeyValueCache
+        self, tokens: Sequence[int], wants: Wants, cache: KeyValueCache, ahead: int = AHEAD
     ) -> Iterator[tuple[StageKey, Floats]]:
-        return trace(self.config, self.weights, self.engine.backend, tokens, wants, cache)
+        return trace(self.config, self.weights, self.engine.backend, tokens, wants, cache, ahead)
 
 
 class Ending(Enum):

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.agreement import Dumps, agree_on_tokens
 from aprcore.dump_names import Dialect
 from aprcore.dumps import is_tensor_file, open_dump
-from aprcore.errors import OracleError, PlanError, TokenizerError
+from aprcore.errors import OracleError, PlanError
 from aprcore.judge import cumulative_bound
 from aprcore.layouts import infer_sizes
 from aprcore.name_map import read_name_map
@@ -53,8 +53,8 @@ def open_sides(request: Request) -> Iterator[Sides]:
             model = stack.enter_context(open_model(request.model))
             if request.reference_weights is not None:
                 reference = stack.enter_context(open_reference(request.reference_weights, model))
-        trace, oracle = _open_dumps(request, model)
-        yield replace(_match(request, model, trace, oracle), reference=reference)
+        dumps = _open_dumps(request, model)
+        yield replace(_match(request, model, dumps), reference=reference)
 
 
 def _check_options(request: Request) -> None:
@@ -65,7 +65,14 @@ def _check_options(request: Request) -> None:
     """
     if request.model is None and request.trace is None:
         raise PlanError("nothing to run", hint="name a model, or a directory with --trace")
-    given = [path for path in (request.trace, request.oracle) if path is not None]
+    if request.uses_device and request.model is None:
+        raise PlanError("--gpu needs a model to run", hint="name one")
+    if request.uses_device and request.trace is not None:
+        raise PlanError("--gpu runs the model, and --trace is another engine's run",
+                        hint="leave one out; --against is for two dumps")  # fmt: skip
+    if request.against is not None and request.trace is None:
+        raise PlanError("--against is for two dumps", hint="name the one under test with --trace")
+    given = [path for path in _paths(request) if path is not None]
     if request.names is not None and not any(map(is_tensor_file, given)):
         raise PlanError("--names is for dumps in one file; directories hold files of fixed names")
     if request.reference_weights is None:
@@ -75,20 +82,21 @@ def _check_options(request: Request) -> None:
                         hint="the reference weights are run on the oracle's inputs")  # fmt: skip
 
 
-def _open_dumps(
-    request: Request, model: Model | None
-) -> tuple[StageSource | None, StageSource | None]:
-    """The trace and the oracle, as far as a request names them."""
+def _paths(request: Request) -> tuple[Path | None, Path | None, Path | None]:
+    """Where the dumps are, in the order of `Dumps`."""
+    return request.trace, request.oracle, request.against
+
+
+def _open_dumps(request: Request, model: Model | None) -> Dumps:
+    """The dumps that a request names."""
     names = None if request.names is None else read_name_map(request.names)
     has_bias = model is not None and "qkv_bias" in model.config.features
-    paths = [path for path in (request.oracle, request.trace) if path is not None]
-    opened: dict[Path, StageSource] = {}
-    for path in sorted(paths, key=is_tensor_file):
+    opened: dict[Path | None, StageSource] = {}
+    for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
         opened[path] = _open_full_pass(path, names, has_bias)
         if model is None:  # directories come first: they tell whether projections have a bias
             has_bias = has_bias or any(key.stage == "qkv_bias" for key in opened[path].keys())
-    trace, oracle = request.trace, request.oracle
-    return None if trace is None else opened[trace], None if oracle is None else opened[oracle]
+    return Dumps(*(opened.get(path) for path in _paths(request)))
 
 
 def _open_full_pass(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
@@ -106,33 +114,30 @@ def _open_full_pass(path: Path, names: Dialect | None, has_bias: bool) -> StageS
     return directory
 
 
-def _match(
-    request: Request, model: Model | None, trace: StageSource | None,
-    oracle: StageSource | None,
-) -> Sides:  # fmt: skip
-    tokens, notes = _agree_on_tokens(request, model, trace, oracle)
-    num_layers, features = _depth(model, trace, oracle)
+def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
+    trace, oracle, against = dumps
+    tokens, notes = agree_on_tokens(request, model, dumps)
+    num_layers, features = _depth(model, dumps)
     if request.plan is not None:
         check_layers(request.plan.layers, num_layers)
-    keys = _rows(request.plan, model, trace, oracle)
+    keys = _rows(request.plan, model, dumps)
     if not keys:
         raise PlanError("the plan selects no stage of this run", hint="widen --stages or --layers")
     dtypes = set()
-    for directory, name in ((trace, "trace"), (oracle, "oracle")):
-        if directory is None:
-            continue
-        dtypes.add(directory.sidecar.dtype or "float32")
+    for name, directory in dumps.named:
+        if directory is not against:
+            dtypes.add(directory.sidecar.dtype or "float32")
         if directory.sidecar.dtype is None:
-            notes.append(f"the {name} does not record its dtype; float32 is assumed")
+            notes.append(f"{name} does not record its dtype; float32 is assumed")
         if directory.ignored:
             names = ", ".join(directory.ignored[:3])
             more = f" and {len(directory.ignored) - 3} more" if len(directory.ignored) > 3 else ""
-            notes.append(f"parts of the {name} that name no stage are left out: {names}{more}")
+            notes.append(f"parts of {name} that name no stage are left out: {names}{more}")
     types = dtypes if model is None else dtypes | model.weight_types
     prompt = request.prompt
-    for directory in (oracle, trace):
-        if prompt is None and request.tokens is None and directory is not None:
-            prompt = directory.sidecar.prompt
+    for dump in (oracle, trace, against):
+        if prompt is None and request.tokens is None and dump is not None:
+            prompt = dump.sidecar.prompt
     is_silent = oracle is None or oracle.sidecar.tokens is None
     if model is not None and trace is None and is_silent and request.tokens is None:
         prompt = DEFAULT_PROMPT if prompt is None else prompt
@@ -150,6 +155,8 @@ def _match(
         backend="numpy" if trace is None else None,
         judged=model is not None and not request.cumulative_only,
         notes=(),
+        tested=_tested_side(request, model, trace),
+        trusted=_trusted_side(request, model, against),
     )
     missing = frozenset(k for k in keys if oracle is not None and k not in oracle)
     sides = Sides(
@@ -157,17 +164,26 @@ def _match(
         model=model,
         trace=trace,
         oracle=oracle,
-        sizes=_sizes(model, trace, oracle, tokens),
+        sizes=_sizes(model, dumps, tokens),
         features=features,
         not_computed=missing if trace is None else frozenset(),
-        arithmetic=_arithmetic(request, trace),
+        arithmetic=_arithmetic(request.arithmetic, trace),
         bound_alone=cumulative_bound(types),
         cumulative_only=request.cumulative_only,
         threads=request.threads,
     )
-    if _must_detect(request, sides):
-        sides, note = _detect(sides)
+    if _must_detect(request.arithmetic, sides):
+        sides, note = _detect(sides, "the trace")
         notes.append(note)
+    if against is not None:
+        # What --arithmetic says is said of the trace.
+        other = replace(
+            sides, trace=against, oracle=None, arithmetic=_arithmetic(None, against)
+        )  # fmt: skip
+        if _must_detect(None, other):
+            other, note = _detect(other, "the dump it is held against")
+            notes.append(note)
+        sides = replace(sides, other=other)
     texts = None
     if tokens is not None and model is not None:
         found = token_texts(model, tokens)
@@ -177,25 +193,25 @@ def _match(
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
 
 
-def _arithmetic(request: Request, trace: StageSource | None) -> Arithmetic:
-    """What the engine behind the trace computes in, as stated or recorded."""
+def _arithmetic(stated: str | None, trace: StageSource | None) -> Arithmetic:
+    """What the engine behind a trace computes in, as stated or recorded."""
     if trace is None:
         return ARITHMETICS["f32"]  # the CPU path
-    stated = request.arithmetic or trace.sidecar.arithmetic
+    stated = stated or trace.sidecar.arithmetic
     if stated in ARITHMETICS:
         return ARITHMETICS[stated]
     return arithmetic_of_dtype(trace.sidecar.dtype)
 
 
-def _must_detect(request: Request, sides: Sides) -> bool:
+def _must_detect(stated: str | None, sides: Sides) -> bool:
     """Whether the arithmetic of a dump matters and nobody says what it is."""
-    if sides.trace is None or sides.model is None or request.cumulative_only:
+    if sides.trace is None or sides.model is None or sides.cumulative_only:
         return False
-    stated = request.arithmetic or sides.trace.sidecar.arithmetic
+    stated = stated or sides.trace.sidecar.arithmetic
     return stated not in ARITHMETICS and "T" in sides.sizes
 
 
-def _detect(sides: Sides) -> tuple[Sides, str]:
+def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
     """Sides with the arithmetic that explains the dump, and a note that says so."""
     from aprcore.detection import detect_arithmetic
 
@@ -205,114 +221,20 @@ def _detect(sides: Sides) -> tuple[Sides, str]:
         sides.trace.keys(), sides.features, sides.reader(sides.trace),
     )  # fmt: skip
     if not explained:
-        note = "the trace does not record its arithmetic, and none explains it; see --arithmetic"
+        note = f"{name} does not record its arithmetic, and none explains it; see --arithmetic"
         return sides, note
     note = (
-        f"the trace does not record its arithmetic; {arithmetic.name} explains {explained} of"
+        f"{name} does not record its arithmetic; {arithmetic.name} explains {explained} of"
         f" {judged} stages of one layer"
     )
     return replace(sides, arithmetic=arithmetic), note
 
 
-def _agree_on_tokens(
-    request: Request, model: Model | None, trace: StageSource | None,
-    oracle: StageSource | None,
-) -> tuple[tuple[int, ...] | None, list[str]]:  # fmt: skip
-    """The token ids of both sides.
-
-    Raises:
-        OracleError: Two sides recorded different ids.
-        TokenizerError: An id is outside the model's vocabulary.
-    """
-    from aprcore.tokenizer import check_token_ids
-
-    notes: list[str] = []
-    claims: list[tuple[str, tuple[int, ...], Path | None]] = []
-    if request.tokens is not None:
-        claims.append(("--tokens", request.tokens, None))
-    elif request.prompt is not None:
-        claims.append(("--prompt", _encode(model, request.prompt), None))
-    for name, directory in (("the trace", trace), ("the oracle", oracle)):
-        if directory is not None and directory.sidecar.tokens is not None:
-            claims.append((name, directory.sidecar.tokens, directory.path))
-    for (first, a, _), (second, b, path) in pairwise(claims):
-        if a != b:
-            raise OracleError(
-                f"ran token ids {list(b)} ({second}), but {first} gives {list(a)}",
-                where=path,
-                hint="both sides must run the same tokens; capture one of them again",
-            )
-    directories = [d for d in (trace, oracle) if d is not None]
-    silent = directories and all(d.sidecar.tokens is None for d in directories)
-    if claims:
-        tokens = claims[0][1]
-        if silent:
-            notes.append("the directories do not record their token ids; yours are taken on trust")
-    elif trace is not None or model is None:
-        notes.append(
-            "neither side recorded token ids: nothing shows that both ran the same tokens"
-            if oracle is not None
-            else "the trace does not record its token ids"
-        )
-        return None, notes
-    else:
-        recorded = None if oracle is None else oracle.sidecar.prompt
-        prompt, whose = (DEFAULT_PROMPT, "default") if recorded is None else (recorded, "recorded")
-        tokens = _encode(model, prompt)
-        if oracle is not None:
-            notes.append(
-                f"the oracle does not record its token ids; the {whose} prompt {prompt!r}"
-                " is assumed (give --tokens or --prompt)"
-            )
-    if model is not None:
-        try:
-            check_token_ids(tokens, model.config.vocab_size)
-        except TokenizerError as error:
-            source = claims[0][2] if claims else None
-            hint = None if source is None else f"was it captured from {model.path.name}?"
-            raise TokenizerError(error.what, where=source, hint=hint) from None
-        for directory in directories:
-            _check_length(directory, model, len(tokens))
-    return tokens, notes
-
-
-def _check_length(directory: StageSource, model: Model, num_tokens: int) -> None:
-    """Hold the number of tokens against a directory that does not record its ids.
-
-    Raises:
-        OracleError: It holds another number of tokens (one alone may be the last of them).
-    """
-    if directory.sidecar.tokens is not None:
-        return
-    width = model.config.hidden_size
-    for key, count in directory.counts.items():
-        if BY_NAME[key.stage].shape == "T,E" and count % width == 0:
-            found = count // width
-            if found not in (1, num_tokens):
-                raise OracleError(
-                    f"holds {found} tokens, and {num_tokens} would be run",
-                    where=directory.path,
-                    hint="give the token ids that it was made from with --tokens",
-                )
-            return
-
-
-def _encode(model: Model | None, prompt: str) -> tuple[int, ...]:
-    if model is None:
-        raise PlanError("a prompt needs a model's tokenizer", hint="give --tokens instead")
-    tokens = tuple(model.tokenizer().encode(prompt))
-    if not tokens:
-        raise TokenizerError(f"the prompt {prompt!r} is empty", hint="give at least one token")
-    return tokens
-
-
-def _depth(
-    model: Model | None, trace: StageSource | None, oracle: StageSource | None
-) -> tuple[int, frozenset[str]]:
+def _depth(model: Model | None, dumps: Dumps) -> tuple[int, frozenset[str]]:
     """Layers and features of the model, or those that the directories show."""
     if model is not None:
         return model.config.num_layers, model.config.features
-    directories = [d for d in (trace, oracle) if d is not None]
+    directories = dumps.present
     stages = {key.stage for directory in directories for key in directory.keys()}
     features = {"dense"} if "moe_ffn_out" not in stages else {"experts"}
     if "qkv_bias" in stages:
@@ -320,10 +242,7 @@ def _depth(
     return max(directory.num_layers for directory in directories), frozenset(features)
 
 
-def _rows(
-    plan: Plan | None, model: Model | None, trace: StageSource | None,
-    oracle: StageSource | None,
-) -> tuple[StageKey, ...]:  # fmt: skip
+def _rows(plan: Plan | None, model: Model | None, dumps: Dumps) -> tuple[StageKey, ...]:
     """Every tensor to report, in the order of computation.
 
     A plan asks for its stages whoever has them. Without one those are reported that the oracle
@@ -333,8 +252,8 @@ def _rows(
     own: set[StageKey] = set()
     if model is not None:
         own = set(stage_keys(model.config.num_layers, model.config.features))
-    recorded = [_recorded(d) for d in (trace, oracle) if d is not None]
-    both = own.union(*recorded)
+    trace, oracle, against = dumps
+    both = own.union(*map(_recorded, dumps.present))
     if plan is not None:
         both = {key for key in both if plan.wants(key)}
     elif oracle is not None and model is not None and _saw_all_layers(oracle, model):
@@ -343,7 +262,7 @@ def _rows(
         stages = {key.stage for key in _recorded(oracle)}
         both = {key for key in both if key.stage in stages}
     elif trace is not None:
-        both = _recorded(trace)
+        both = _recorded(trace) | (set() if against is None else _recorded(against))
     return tuple(sorted(both, key=computation_order))
 
 
@@ -358,13 +277,10 @@ def _recorded(directory: StageSource) -> set[StageKey]:
     return {*directory.keys(), *(key for key in listed if key is not None)}
 
 
-def _sizes(
-    model: Model | None, trace: StageSource | None, oracle: StageSource | None,
-    tokens: Sequence[int] | None,
-) -> Mapping[str, int]:  # fmt: skip
+def _sizes(model: Model | None, dumps: Dumps, tokens: Sequence[int] | None) -> Mapping[str, int]:
     if model is not None and tokens is not None:
         return model.config.sizes(len(tokens))
-    directories = [directory for directory in (oracle, trace) if directory is not None]
+    directories = [d for d in (dumps.oracle, dumps.trace, dumps.against) if d is not None]
     # The longer tensor has the canonical size: the other may hold the last token only.
     counts: dict[StageKey, int] = {}
     for directory in directories:
@@ -387,8 +303,28 @@ def _trace_side(model: Model | None, trace: StageSource | None) -> Side:
     if trace is not None:
         return _directory_side(trace)
     assert model is not None
+    return _model_side(model, "numpy float32")
+
+
+def _model_side(model: Model, engine: str) -> Side:
     types = "+".join(sorted(model.weight_types))
-    return Side(str(model.path), f"{types} {model.format}, numpy float32", "float32")
+    return Side(str(model.path), f"{types} {model.format}, {engine}", "float32")
+
+
+def _tested_side(request: Request, model: Model | None, trace: StageSource | None) -> Side | None:
+    """What is held against another side stage by stage, if that is asked for."""
+    if trace is not None:
+        return None if request.against is None else _directory_side(trace)
+    return _model_side(model, "opencl") if request.uses_device and model is not None else None
+
+
+def _trusted_side(
+    request: Request, model: Model | None, against: StageSource | None
+) -> Side | None:
+    """What the tested side is held against."""
+    if against is not None:
+        return _directory_side(against)
+    return _trace_side(model, None) if request.uses_device else None
 
 
 def _directory_side(directory: StageSource) -> Side:

@@ -31,13 +31,8 @@ from aprcore.parity_report import (
     ParityReport,
     StepParity,
 )
-from aprcore.parity_stages import (
-    StageFault,
-    StageParity,
-    compare_stages,
-    find_cache_fault,
-    find_fault,
-)
+from aprcore.parity_stages import StageFault, StageParity
+from aprcore.parity_walk import compare_stages, find_cache_fault, find_fault
 from aprcore.plan import DEFAULT_PROMPT
 
 if TYPE_CHECKING:

@@ -188,13 +188,14 @@ def _fault(fault: StageFault) -> dict[str, Any]:
 
 
 def _stage(stage: StageParity) -> dict[str, Any]:
-    kernel = stage.kernel
+    kernel = stage.tested.kernel
+    assert stage.comparison is not None and stage.layout is not None
     return _figures(stage.step, stage.key, stage.comparison, stage.layout) | {
         "kernel_relative_l2": None if kernel is None else kernel.relative_l2,
         "kernel_explained": None if kernel is None else kernel.passed,
         "fault": stage.fault,
-        "cpu_s": stage.cpu_s,
-        "gpu_s": stage.tested_s,
+        "cpu_s": stage.trusted.elapsed_s,
+        "gpu_s": stage.tested.elapsed_s,
     }
 
 

@@ -1,7 +1,8 @@
 """Stored types: how many bytes a tensor takes, where its values lie, and what they are as float32.
 
-`FORMATS` is the table: a type is a row. Types of ggml are expanded by the `gguf` package, which is
-imported only when such a tensor is read; the types of .apr are expanded here.
+`FORMATS` is the table: a type is a row. The types of .apr are expanded here, ggml's super-blocks in
+`aprcore.super_blocks`, and its other types by the `gguf` package, which is imported only when such
+a tensor is read.
 
 Source: FORMATS.md, "APR v2 model file"; ggml's block structures as in `gguf.GGML_QUANT_SIZES`.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.errors import UnsupportedError
+from aprcore.super_blocks import EXPANSIONS
 
 Bytes = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -241,12 +243,23 @@ def _expand_apr_q4(raw: Bytes) -> Float32:
 
 def _expand_ggml(row: BlockFormat, raw: Bytes, out: Float32, row_length: int) -> None:
     """Rows of ggml blocks -> float32, the filling at the end of each row dropped."""
+    if not out.size:
+        return
+    expansion = EXPANSIONS.get(row.name)
+    if expansion is not None:
+        blocks = raw.reshape(-1, row.block_bytes)
+        if row_length % row.block_values == 0:
+            expansion(blocks, out.reshape(-1))
+            return
+        filled = np.empty(len(blocks) * row.block_values, np.float32)
+        expansion(blocks, filled)
+        whole_rows = filled.reshape(out.size // row_length, -1)
+        out.reshape(-1, row_length)[:] = whole_rows[:, :row_length]
+        return
     # Half a second to import: only those who open such a file pay it.
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as expand
 
-    if not out.size:
-        return
     rows = raw.reshape(out.size // row_length, -1)
     values = expand(rows, GGMLQuantizationType[row.name])
     out.reshape(-1, row_length)[:] = values.reshape(len(rows), -1)[:, :row_length]

@@ -12,6 +12,7 @@ from aprcore.causes.records import Explanation
 from aprcore.compare import Comparison, LogitsComparison, Statistics
 from aprcore.judge import Judgment, Verdict
 from aprcore.layouts import Layout
+from aprcore.parity_stages import SideJudgment, StageParity
 from aprcore.reference_weights import Quantisation
 from aprcore.stages import StageKey
 
@@ -51,6 +52,9 @@ class RunHeader:
         backend: What computes the trace: "numpy", or None for a dump.
         judged: Whether stages are replayed for the model and kernel judgments.
         notes: Sentences that the user should read.
+        tested, trusted: The two sides that are held against each other stage by stage, where that
+            is asked for: a device and the CPU, or a dump and another one. The tested side's label
+            does not say which device before `DeviceOpened`.
     """
 
     trace: Side
@@ -66,6 +70,37 @@ class RunHeader:
     backend: str | None
     judged: bool = False
     notes: tuple[str, ...] = ()
+    tested: Side | None = None
+    trusted: Side | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOpened:
+    """The device that the tested side runs on is open; its kernels are built as they are needed.
+
+    Attributes:
+        label: What computes, and on what: the driver's text, which may hold anything.
+        driver: The version of its driver.
+    """
+
+    label: str
+    driver: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PathRejected:
+    """The device's path is given up: no more of it comes, and the CPU carries on.
+
+    Attributes:
+        line_reason: Why, for the line that every rejection prints.
+        key: The stage at which it failed, or the first that the gate blames; None if the device
+            could not be opened.
+        by_gate: Whether it ran to its end and says something else than the CPU.
+    """
+
+    line_reason: str
+    key: StageKey | None = None
+    by_gate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +135,8 @@ class StageReport:
         budget: The largest own error that the user tolerates here, if stated.
         passes_at: For a stage that fails: the smallest budget under which it would pass.
         elapsed_s: Seconds to compute or read, and compare, this stage.
+        permuted: Other layouts in which sides were read, each with its side ("heads before tokens
+            in the trace"), joined by "; "; empty where both were as they should be.
     """
 
     key: StageKey
@@ -117,6 +154,7 @@ class StageReport:
     budget: float | None = None
     passes_at: float | None = None
     elapsed_s: float = 0.0
+    permuted: str = ""
 
     @property
     def blamed(self) -> str | None:
@@ -134,16 +172,33 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A finished run."""
+    """A finished run.
+
+    Attributes:
+        header: What was judged.
+        stages: Every stage, in the order of computation.
+        elapsed_s: Time in all.
+        parity: The stages that both of two sides have, or should have.
+        device: What the tested side ran on, if it was opened.
+        rejected: Why the device's path was given up, if it was.
+    """
 
     header: RunHeader
     stages: tuple[StageReport, ...]
     elapsed_s: float
+    parity: tuple[StageParity, ...] = ()
+    device: DeviceOpened | None = None
+    rejected: PathRejected | None = None
 
     @property
     def first_divergence(self) -> StageReport | None:
         """The first diverging stage in the order of computation."""
         return next((s for s in self.stages if s.verdict and s.verdict.is_divergence), None)
+
+    @property
+    def first_parity_fault(self) -> StageParity | None:
+        """The first stage that diverges between the tested and the trusted side."""
+        return next((s for s in self.parity if s.verdict.is_divergence), None)
 
     @property
     def counts(self) -> dict[Verdict, int]:
@@ -152,13 +207,39 @@ class Report:
         return {verdict: found.count(verdict) for verdict in Verdict if verdict in found}
 
     def diverges(self, *, strict: bool = False) -> bool:
-        """Whether the run ends with exit code 1; `strict` counts missing stages too."""
-        if self.first_divergence is not None:
+        """Whether the run ends with exit code 1; `strict` counts missing stages too.
+
+        A device that could not be used at all is none: then the CPU's verdict counts.
+        """
+        if self.first_divergence is not None or self.first_parity_fault is not None:
             return True
-        return strict and Verdict.MISSING in self.counts
+        if self.rejected is not None and self.rejected.by_gate:
+            return True
+        is_missing = any(stage.verdict is Verdict.MISSING for stage in self.parity)
+        return strict and (is_missing or Verdict.MISSING in self.counts)
 
     def summary(self) -> str:
         """The finding in one sentence."""
+        found = self._summary_of_first_side()
+        return found if self.header.tested is None else f"{found}; {self.parity_summary()}"
+
+    def parity_summary(self) -> str:
+        """What the tested side, held against the trusted one, comes to; in a clause."""
+        sides = "GPU against CPU" if self.header.backend is not None else "against the other dump"
+        first, rejected = self.first_parity_fault, self.rejected
+        if first is not None:
+            found = f"first fault at {first.key} {first.verdict.value}: {first.reason}"
+        elif rejected is not None:
+            found = f"rejected: {rejected.line_reason}"
+        else:
+            compared = [s.comparison for s in self.parity if s.comparison is not None]
+            worst = max((c.relative_l2 for c in compared), default=0.0)
+            found = f"no fault in {len(compared)} stages, relative L2 {worst:.2g} at most"
+            missing = len(self.parity) - len(compared)
+            found += f" ({missing} MISSING)" if missing else ""
+        return f"{sides}: {found}"
+
+    def _summary_of_first_side(self) -> str:
         first = self.first_divergence
         counts = ", ".join(f"{n} {verdict.value}" for verdict, n in self.counts.items())
         if first is not None:
@@ -173,10 +254,15 @@ class Report:
         return f"no divergence in {len(self.stages)} stages ({counts})"
 
 
+RunEvent = RunHeader | DeviceOpened | StageReport | StageParity | PathRejected | Report
+"""What a run streams, in that order: see `aprcore.bisect.bisect`."""
+
+
 def to_json(report: Report, *, top_k: int = 10, strict: bool = False) -> dict[str, Any]:
     """A report as JSON-ready values, with `schema`; non-finite numbers become strings."""
     header = report.header
     first = report.first_divergence
+    parity = {stage.key: stage for stage in report.parity}
     data = {
         "schema": REPORT_SCHEMA,
         "summary": report.summary(),
@@ -195,14 +281,21 @@ def to_json(report: Report, *, top_k: int = 10, strict: bool = False) -> dict[st
         "bound_relative_l2": header.bound,
         "notes": header.notes,
         "elapsed_s": report.elapsed_s,
-        "stages": [stage_to_json(stage, top_k=top_k) for stage in report.stages],
+        "stages": [
+            stage_to_json(stage, top_k=top_k, parity=parity.get(stage.key))
+            for stage in report.stages
+        ],
     }
+    if header.tested is not None and header.trusted is not None:
+        data["parity"] = _parity_of_run(report, header.tested, header.trusted)
     cleaned: dict[str, Any] = json_ready(data)
     return cleaned
 
 
-def stage_to_json(stage: StageReport, *, top_k: int = 10) -> dict[str, Any]:
-    """One stage as JSON-ready values."""
+def stage_to_json(
+    stage: StageReport, *, top_k: int = 10, parity: StageParity | None = None
+) -> dict[str, Any]:
+    """One stage as JSON-ready values, with what holding two sides against each other shows."""
     data: dict[str, Any] = {
         "path": stage.key.path,
         "layer": stage.key.layer,
@@ -234,6 +327,8 @@ def stage_to_json(stage: StageReport, *, top_k: int = 10) -> dict[str, Any]:
         data["symptom"] = stage.explanation.symptom
     if stage.logits is not None:
         data["logits"] = _logits(stage.logits)
+    if parity is not None:
+        data["parity"] = _parity(parity, top_k)
     cleaned: dict[str, Any] = json_ready(data)
     return cleaned
 
@@ -253,7 +348,57 @@ def _side(side: Side) -> dict[str, Any]:
     return {"path": side.path, "label": side.label, "dtype": side.dtype}
 
 
-def _comparison(comparison: Comparison, layout: Layout, top_k: int) -> dict[str, Any]:
+def _parity_of_run(report: Report, tested: Side, trusted: Side) -> dict[str, Any]:
+    first, rejected, device = report.first_parity_fault, report.rejected, report.device
+    return {
+        "summary": report.parity_summary(),
+        "tested": _side(tested),
+        "trusted": _side(trusted),
+        "device": None if device is None else dataclasses.asdict(device),
+        "first_fault": None if first is None else first.key.path,
+        "rejected": None
+        if rejected is None
+        else {
+            "reason": rejected.line_reason,
+            "path": None if rejected.key is None else rejected.key.path,
+            "by_gate": rejected.by_gate,
+        },
+    }
+
+
+def _parity(stage: StageParity, top_k: int) -> dict[str, Any]:
+    found = None
+    if stage.comparison is not None and stage.layout is not None:
+        found = _comparison(stage.comparison, stage.layout, top_k, ("tested", "trusted"))
+        found["unequal_nonfinite"] = stage.comparison.unequal_nonfinite
+    return {
+        "verdict": stage.verdict.value,
+        "reason": stage.reason,
+        "differs": stage.differs,
+        "bound_relative_l2": stage.bound,
+        "comparison": found,
+        "tested": _side_judgment(stage.tested),
+        "trusted": _side_judgment(stage.trusted),
+    }
+
+
+def _side_judgment(side: SideJudgment) -> dict[str, Any]:
+    oracle = None
+    if side.oracle is not None:
+        oracle = {"cosine": side.oracle.cosine, "relative_l2": side.oracle.relative_l2}
+    return {
+        "kernel": None if side.kernel is None else _judgment(side.kernel),
+        "fault": side.fault,
+        "cumulative": oracle,
+        "elapsed_s": side.elapsed_s,
+    }
+
+
+def _comparison(
+    comparison: Comparison, layout: Layout, top_k: int,
+    sides: tuple[str, str] = ("trace", "oracle"),
+) -> dict[str, Any]:  # fmt: skip
+    a, b = sides
     return {
         "count": comparison.count,
         "finite_count": comparison.finite_count,
@@ -263,17 +408,17 @@ def _comparison(comparison: Comparison, layout: Layout, top_k: int) -> dict[str,
         "max_abs_diff": comparison.max_abs_diff,
         "max_abs_diff_index": comparison.max_index,
         "max_abs_diff_position": _position(layout, comparison.max_index),
-        "rms_trace": comparison.rms_a,
-        "rms_oracle": comparison.rms_b,
+        f"rms_{a}": comparison.rms_a,
+        f"rms_{b}": comparison.rms_b,
         "rms_diff": comparison.rms_diff,
-        "nonfinite_trace": comparison.nonfinite_a,
-        "nonfinite_oracle": comparison.nonfinite_b,
+        f"nonfinite_{a}": comparison.nonfinite_a,
+        f"nonfinite_{b}": comparison.nonfinite_b,
         "top_diffs": [
             {
                 "index": d.index,
                 "position": _position(layout, d.index),
-                "trace": d.a,
-                "oracle": d.b,
+                a: d.a,
+                b: d.b,
                 "abs_diff": d.abs_diff,
             }
             for d in _first(comparison.top, top_k)

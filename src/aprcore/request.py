@@ -11,6 +11,9 @@ from aprcore.plan import Plan
 if TYPE_CHECKING:
     from aprcore.budget import Budgets
 
+# What a saved run is called: see `aprcore.saved_run`.
+SUFFIX = ".aprx"
+
 # How many of the largest differences a report keeps; the screen shows up to as many.
 TOP_K = 200
 
@@ -20,6 +23,7 @@ class Request:
     """What to run and what to hold it against.
 
     Attributes:
+        saved: A run that was saved; nothing is run then, and nothing else is named.
         model: A .apr or .gguf file or a Hugging Face directory.
         oracle: The reference: a directory of stage files, or one .safetensors, .npz or .pt file.
         trace: Another engine's dump, judged in place of a trace of `model`.
@@ -36,6 +40,11 @@ class Request:
         cumulative_only: Compare both sides and leave the model and kernel judgments out; about
             three times faster.
         top_k: How many of the largest differences to keep per stage.
+        gpu: Whether `model` runs on an OpenCL device as well, held against the CPU stage by stage.
+        require_gpu: Whether the run ends where the CPU would carry on without the device.
+        device: The name or index of the device; None for the best.
+        against: A second dump, to hold `trace` against stage by stage.
+        notes: What the user should read of how it came to be.
     """
 
     model: Path | None = None
@@ -52,3 +61,19 @@ class Request:
     strict: bool = False
     cumulative_only: bool = False
     top_k: int = TOP_K
+    saved: Path | None = None
+    gpu: bool = False
+    require_gpu: bool = False
+    device: str | None = None
+    against: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether anything asks for an OpenCL device."""
+        return self.gpu or self.require_gpu or self.device is not None
+
+
+def is_saved_run(path: Path) -> bool:
+    """Whether a path is meant to be a saved run."""
+    return path.suffix == SUFFIX

@@ -19,6 +19,7 @@ from aprcore.stages import StageKey, computation_order, stage_keys
 from aprcore.trace import StageSource
 
 if TYPE_CHECKING:
+    from aprcore.backends.base import Backend
     from aprcore.model import Model
 
 Floats = NDArray[np.floating[Any]]
@@ -41,6 +42,7 @@ class Sides:
         cumulative_only: Whether neither other judgment is asked for.
         threads: Threads of the CPU path.
         reference: A float model that the quantised one was made of, if it is at hand.
+        other: A second dump that the trace is held against, as if it were under test itself.
     """
 
     header: RunHeader
@@ -55,6 +57,7 @@ class Sides:
     cumulative_only: bool
     threads: int | None
     reference: Model | None = None
+    other: Sides | None = None
 
     def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
         """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
@@ -90,10 +93,15 @@ class Sides:
 
         return read
 
-    def tensors(self) -> Iterator[tuple[StageKey, Floats | None]]:
+    def tensors(self, backend: Backend | None = None) -> Iterator[tuple[StageKey, Floats | None]]:
         """Every row of the header in order, with the tensor under test (None: it lacks it).
 
         Tensors that rows read, but that are no rows themselves, come along in their place.
+
+        Args:
+            backend: Where to compute, if there is no trace; None for the CPU path. What comes, and
+                in which order, does not depend on it. Each tensor is computed when it is asked for,
+                so that callers can tell what it takes.
         """
         if self.trace is not None:
             for key in self.header.keys:
@@ -108,8 +116,8 @@ class Sides:
         rows = {k for k in self.header.keys if k in own and k not in self.not_computed}
         wanted = set(needed_keys(config, rows.__contains__))
         stream = trace(
-            config, self.model.weights, NumpyBackend(self.threads), self.header.tokens,
-            wanted.__contains__,
+            config, self.model.weights, backend or NumpyBackend(self.threads),
+            self.header.tokens, wanted.__contains__, ahead=0,
         )  # fmt: skip
         for key in sorted(wanted.union(self.header.keys), key=computation_order):
             if key not in wanted:

@@ -36,7 +36,12 @@ _Judged = tuple[Floats | None, Judgment | None, Expectation | None]
 
 
 class StageJudge:
-    """Judges the stages of a run in the order of computation, remembering what later ones need."""
+    """Judges the stages of a run in the order of computation, remembering what later ones need.
+
+    Attributes:
+        tensors: Of the stage judged last: (trace, oracle), flat, in canonical layout as far as that
+            could be told; None where a side lacks it.
+    """
 
     def __init__(self, sides: Sides, top_k: int) -> None:
         self._sides = sides
@@ -45,6 +50,7 @@ class StageJudge:
         self._finite: dict[StageKey, bool] = {}
         self._oracle_finite: dict[StageKey, bool] = {}
         self._verdicts: dict[StageKey, Verdict | None] = {}
+        self.tensors: tuple[Floats | None, Floats | None] = (None, None)
 
     def record(self, key: StageKey, traced: Floats) -> None:
         """Keep a traced tensor that later stages read but nobody asked about.
@@ -91,10 +97,14 @@ class StageJudge:
 
     def _judge(self, key: StageKey, traced: Floats | None, oracle: Floats | None) -> StageReport:
         sizes = self._sides.sizes
+        self.tensors = traced, oracle
         present = [x for x in (oracle, traced) if x is not None]
         if not present:
-            is_asked_of_both = key not in self._sides.not_computed
-            reason = "both sides lack it" if is_asked_of_both else "the oracle lacks it"
+            reason = "both sides lack it"
+            if self._sides.oracle is None:
+                reason = "the trace lacks it"
+            elif key in self._sides.not_computed:
+                reason = "the oracle lacks it"
             return StageReport(key, None, Verdict.MISSING, reason)
         layout = layout_of(key, sizes, present[0].size)
         if traced is not None and oracle is not None and traced.size != oracle.size:
@@ -116,7 +126,7 @@ class StageJudge:
             if not within(found, evidence.bound_alone):
                 evidence = replace(evidence, layout=None)
             verdict, reason = decide(evidence)
-            return StageReport(key, layout, verdict, reason, found)
+            return StageReport(key, layout, verdict, reason, found, permuted=permuted or "")
         layout = layout_of(key, sizes, oracle.size)
         return StageReport(
             key, layout, Verdict.SHAPE,
@@ -147,6 +157,7 @@ class StageJudge:
                 self._oracle_finite[key] = comparison.nonfinite_b == 0
             else:
                 comparison = compare(traced, oracle, self._top_k)
+        self.tensors = traced, oracle
         evidence = self._evidence(key, comparison, layout=permuted, kernel=kernel, model=model)
         verdict, reason = decide(evidence)
         if comparison is None and (verdict is None or not verdict.is_divergence):
@@ -170,6 +181,7 @@ class StageJudge:
             trace=None if traced is None or comparison is not None else describe(traced),
             oracle=None if oracle is None or comparison is not None else describe(oracle),
             logits=logits,
+            permuted="; ".join(dict.fromkeys(filter(None, (permuted, moved)))),
         )  # fmt: skip
 
     def _explain(

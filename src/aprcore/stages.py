@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aprcore.errors import PlanError
@@ -245,6 +246,7 @@ def find_stage(name: str) -> Stage:
     return stage
 
 
+@lru_cache(maxsize=1 << 14)  # a directory and its sidecar name every stage several times
 def parse_path(path: str) -> StageKey | None:
     """The key of a path such as "layer-3/attn_norm" or "lm_head", or None if it names no stage.
 
@@ -313,6 +315,7 @@ def input_keys(key: StageKey, num_layers: int, features: Iterable[str]) -> tuple
     return tuple(keys)
 
 
+@cache
 def split_axes(shape: str) -> tuple[tuple[str, ...], ...]:
     """The factors of each axis: "T,(H+2K)·D" -> (("T",), ("(H+2K)", "D"))."""
     return tuple(tuple(axis.split("·")) for axis in shape.split(","))
@@ -336,6 +339,7 @@ AXIS_NAMES = {"T": "token", "S": "position", "H": "head", "K": "head", "(H+2K)":
               "D": "dim", "E": "dim", "F": "dim", "V": "token id", "k": "expert"}  # fmt: skip
 
 
+@cache
 def axis_names(shape: str) -> tuple[str, ...]:
     """What the factors of a shape count: "T,H·D" -> ("token", "head", "dim")."""
     return tuple(AXIS_NAMES[symbol] for axis in split_axes(shape) for symbol in axis)

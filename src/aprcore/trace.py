@@ -7,10 +7,10 @@ mapped file that shrinks under the reader kills the process.
 from __future__ import annotations
 
 import errno
-import io
 import math
 import os
 import shutil
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,11 +31,12 @@ from aprcore.stages import StageKey, computation_order, parse_path
 Float32 = NDArray[np.float32]
 
 MAGIC = b"APRT"
+SUFFIX = ".bin"
 WHOLE_MODEL = 0xFFFFFFFF
 HEADER = struct.Struct("<4sII")
 
 
-def read_stage_file(path: Path, key: StageKey | None = None) -> tuple[int | None, Float32]:
+def read_stage_file(path: Path | str, key: StageKey | None = None) -> tuple[int | None, Float32]:
     """The layer and the values of one `.bin` file.
 
     Args:
@@ -51,10 +52,13 @@ def read_stage_file(path: Path, key: StageKey | None = None) -> tuple[int | None
             another layer.
         TraceError: It cannot be read at all.
     """
-    with _opened(path) as file:
-        layer, count = _read_header(file, path, key)
+    with _opened(path) as (descriptor, size):
+        layer, count = _parse_header(os.read(descriptor, HEADER.size), size, path, key)
         values = np.empty(count, dtype="<f4")
-        got = file.readinto(values.data.cast("B")) if count else 0
+        memory = values.view(np.uint8)
+        got = 0
+        while got < 4 * count and (more := os.readv(descriptor, [memory[got:]])):
+            got += more  # one call reads 2 GiB at most
     if got != 4 * count:
         raise TruncatedError(
             f"ends {4 * count - got} bytes early", where=path, hint="was it still being written?"
@@ -63,22 +67,31 @@ def read_stage_file(path: Path, key: StageKey | None = None) -> tuple[int | None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
+def _opened(path: Path | str) -> Iterator[tuple[int, int]]:
+    """A descriptor of a regular file and its size.
+
+    Plain system calls: a directory holds thousands of files, and making a file object takes about
+    as long as reading one.
+    """
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for a writer
-            raise TraceError("is not a regular file", where=path)
-        with path.open("rb") as file:
-            yield file
+        # Without O_NONBLOCK a pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise TraceError("is not a regular file", where=path)
+            yield descriptor, status.st_size
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
 
 
-def _read_header(
-    file: io.BufferedReader, path: Path, key: StageKey | None
+def _parse_header(
+    header: bytes, size: int, path: Path | str, key: StageKey | None
 ) -> tuple[int | None, int]:
     """The layer and the number of values that follow; `key` is what the file's place says."""
-    size = os.fstat(file.fileno()).st_size
-    layer, count = _parse_header(file.read(HEADER.size), size, path)
+    layer, count = _parse_size(header, size, path)
     if key is not None and layer != key.layer:
         said, found = ("the whole model" if x is None else f"layer {x}" for x in (layer, key.layer))
         raise FormatError(
@@ -89,7 +102,7 @@ def _read_header(
     return layer, count
 
 
-def _parse_header(header: bytes, size: int, path: Path) -> tuple[int | None, int]:
+def _parse_size(header: bytes, size: int, path: Path | str) -> tuple[int | None, int]:
     if len(header) < HEADER.size:
         raise TruncatedError(
             f"is {size} bytes long, shorter than a stage file's header of {HEADER.size}", where=path
@@ -223,7 +236,7 @@ class TraceDirectory:
 
     def file(self, key: StageKey) -> Path:
         """The file of a tensor."""
-        return self._files[key][0]
+        return Path(self._files[key][0])
 
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.
@@ -231,7 +244,7 @@ class TraceDirectory:
         Raises:
             FormatError: As `read_stage_file`.
         """
-        return read_stage_file(self.file(key), self._place(key))[1]
+        return read_stage_file(self._files[key][0], self._place(key))[1]
 
     def check_headers(self) -> None:
         """Look at the header of every file, so that a damaged one is found before a run begins.
@@ -240,8 +253,8 @@ class TraceDirectory:
             FormatError: As `read_stage_file`.
         """
         for key, (path, _) in self._files.items():
-            with _opened(path) as file:
-                _read_header(file, path, self._place(key))
+            with _opened(path) as (descriptor, size):
+                _parse_header(os.read(descriptor, HEADER.size), size, path, self._place(key))
 
     def _place(self, key: StageKey) -> StageKey | None:
         """What a file's header must say; the embedding at the top level may say either."""
@@ -254,34 +267,42 @@ class TraceDirectory:
         return 1 + max((key.layer for key in self._files if key.layer is not None), default=-1)
 
 
-def _list_stage_files(root: Path) -> tuple[dict[StageKey, tuple[Path, int]], tuple[str, ...]]:
-    files: dict[StageKey, tuple[Path, int]] = {}
+def _list_stage_files(root: Path) -> tuple[dict[StageKey, tuple[str, int]], tuple[str, ...]]:
+    """Path and size of every stage file, and the names of those that are no stage.
+
+    Paths are text: to make a `Path` of each takes longer than to open the file.
+    """
+    files: dict[StageKey, tuple[str, int]] = {}
     ignored = []
     try:
-        for entry in _scan(root):
-            relative = Path(entry.path).relative_to(root).with_suffix("").as_posix()
+        for folder, entry in _scan(root):
+            relative = folder + entry.name.removesuffix(SUFFIX)
+            path = entry.path.removeprefix("./")
             key = parse_path(relative)
             if key is None:
                 ignored.append(relative)
             elif key not in files or relative == key.path:  # its own place beats other spellings
-                files[key] = (Path(entry.path), entry.stat().st_size)
+                files[key] = (path, entry.stat().st_size)
     except OSError as error:
         raise TraceError(f"cannot be read ({error.strerror})", where=error.filename) from error
     return files, tuple(sorted(ignored))
 
 
-def _scan(root: Path) -> Iterator[os.DirEntry[str]]:
+def _scan(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files that may be stages, each with the folder below the root: "" or "layer-3/"."""
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             if entry.is_dir() and entry.name.startswith("layer-"):
                 with os.scandir(entry.path) as inner:
-                    yield from (e for e in sorted(inner, key=lambda e: e.name) if _is_stage(e))
+                    for file in sorted(inner, key=lambda e: e.name):
+                        if _is_stage(file):
+                            yield f"{entry.name}/", file
             elif _is_stage(entry):
-                yield entry
+                yield "", entry
 
 
 def _is_stage(entry: os.DirEntry[str]) -> bool:
-    return entry.name.endswith(".bin") and entry.is_file()
+    return entry.name.endswith(SUFFIX) and entry.is_file()
 
 
 class TraceWriter:

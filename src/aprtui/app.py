@@ -11,12 +11,19 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.command import Provider
 
+from aprtui.keymap import check_keys, commands
 from aprtui.screens.explorer import ExplorerScreen
-from aprtui.theme import THEME, VARIABLES
+from aprtui.settings import Settings, is_first_use, remember_use
+from aprtui.theme import COSINE_VARIABLE, THEMES, VARIABLES
 
 if TYPE_CHECKING:
     from aprcore.request import Request
+    from aprtui.screen_options import ScreenOptions
     from aprtui.session import Engine
+
+# A first user is told these, by the keys that they have; long enough to be read twice.
+HINTED = {"explorer.help": "help", "explorer.next": "next divergence", "explorer.why": "why"}
+HINT_S = 12
 
 
 class ExplorerApp(App[None]):
@@ -25,6 +32,12 @@ class ExplorerApp(App[None]):
     Args:
         request: What to run.
         engine: Yields the run's events; default: `aprcore.bisect.bisect`.
+        settings: What the user has chosen; default: nothing.
+        options: What is asked of the screen rather than of the run.
+        is_new: Whether the user is told the first keys.
+
+    Raises:
+        SettingsError: The settings give a key to two actions, or to none that there is.
     """
 
     TITLE = "aprtui"
@@ -40,21 +53,58 @@ class ExplorerApp(App[None]):
                 tooltip="Leave; a run in progress is stopped"),
     ]  # fmt: skip
 
-    def __init__(self, request: Request, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        engine: Engine | None = None,
+        *,
+        settings: Settings | None = None,
+        options: ScreenOptions | None = None,
+        is_new: bool = False,
+    ) -> None:
+        self.settings = settings or Settings()
+        self._is_new = is_new
         super().__init__()
-        self.register_theme(THEME)
-        self.theme = THEME.name
-        self.explorer = ExplorerScreen(request, engine)
+        for theme in THEMES.values():
+            self.register_theme(theme)
+        self.theme = self.settings.theme
+        # Only what has our inks in readable shades is offered.
+        for name in self.available_themes.keys() - THEMES.keys():
+            self.unregister_theme(name)
+        self.explorer = ExplorerScreen(request, engine, options)
+        if self.settings.top_k is not None:
+            self.explorer.set_reactive(ExplorerScreen.top_k, self.settings.top_k)
+        check_keys(self.settings.keys, self.settings.path)
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
-        """The inks, for themes that do not define them."""
-        return dict(VARIABLES)
+        """The inks, for themes that do not define them, and the user's thresholds."""
+        variables = dict(VARIABLES)
+        if self.settings.cosine is not None:
+            variables[COSINE_VARIABLE] = " ".join(map(str, self.settings.cosine))
+        return variables
 
     def get_default_screen(self) -> ExplorerScreen:
         """The explorer."""
         return self.explorer
 
     def on_mount(self) -> None:
+        """Take over the user's keys, and greet who is new."""
+        self.set_keymap(self.settings.keys)
+        self._leave_on_signals()
+        if self._is_new:
+            self.call_after_refresh(self._show_hint)
+
+    def _show_hint(self) -> None:
+        hints = []
+        for name, what in HINTED.items():
+            binding = commands()[name].binding
+            if name in self.settings.keys:
+                chosen, *_ = Binding.make_bindings([Binding(self.settings.keys[name], "")])
+                binding = binding.with_key(chosen.key)
+            hints.append(f"{self.get_key_display(binding)} {what}")
+        self.notify(" · ".join(hints), timeout=HINT_S, markup=False)
+
+    def _leave_on_signals(self) -> None:
         """Leave in order when asked to from outside, too.
 
         SIGHUP keeps its default, the end: the terminal is gone, and writing to it would block.
@@ -74,8 +124,23 @@ class ExplorerApp(App[None]):
         return 2 if self.return_code else self.explorer.state.exit_code
 
 
-def run_explorer(request: Request) -> int:
-    """Open the explorer on a request; returns the exit code of the command."""
-    app = ExplorerApp(request)
+def run_explorer(
+    request: Request, settings: Settings | None = None, options: ScreenOptions | None = None
+) -> int:
+    """Open the explorer on a request; returns the exit code of the command.
+
+    Raises:
+        SettingsError: The settings' keys cannot be used.
+    """
+    settings = settings or Settings()
+    is_new = settings.hints and is_first_use()
+    app = ExplorerApp(request, settings=settings, options=options, is_new=is_new)
     app.run()
+    if not app.return_code:
+        remember_use()
+    rejected = app.explorer.state.rejected
+    if rejected is not None:  # the screen with its banner is gone; a log shall have the line
+        from aprtui.rejection import announce
+
+        announce(rejected.line_reason)
     return app.exit_code

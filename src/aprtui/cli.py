@@ -25,6 +25,8 @@ from aprtui.commands import (
     oracle,
     parity,
     run,
+    serve,
+    sweep,
     trace,
 )
 
@@ -48,6 +50,8 @@ COMMANDS = {
     "run": run,
     "parity": parity,
     "devices": devices,
+    "serve": serve,
+    "sweep": sweep,
 }
 
 DESCRIPTION = """\
@@ -59,6 +63,7 @@ main use:
   aprtui MODEL --oracle DIR         explore MODEL (.apr, .gguf or a Hugging Face directory)
   aprtui --trace DIR --oracle DIR   explore another engine's stage files
 
+settings: $APRTUI_SETTINGS, else ~/.config/aprtui/settings.toml (docs/settings.md)
 exit codes: 0 nothing wrong found, 1 a divergence was found, 2 the arguments or a file are unusable
 """
 
@@ -101,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "explore")
     try:
-        args = build_parser().parse_args(arguments)
+        args = build_parser().parse_args(arguments, argparse.Namespace(argv=arguments))
         code = int(args.run(args))
         sys.stdout.flush()
     except AprError as error:

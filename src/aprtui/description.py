@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.stages import BY_NAME
+from aprcore.wording import REASON_LIMIT, finding_of, token_name
 from aprtui.formatting import (
     figures_of,
     format_cosine,
@@ -22,7 +23,7 @@ from aprtui.formatting import (
     format_tolerance,
     quoted,
 )
-from aprtui.judgments import judgment_lines
+from aprtui.judgments import judgment_lines, parity_lines
 from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import summarise_layer
 from aprtui.run_state import RunState
@@ -31,13 +32,10 @@ from aprtui.theme import (
     PENDING,
     Mark,
     Paint,
-    cosine_ink,
     judgment_mark,
     mark_of,
     mark_of_verdict,
 )
-from aprtui.why import REASON_LIMIT, finding_of
-from aprtui.widgets.verdict_bar import token_name
 
 if TYPE_CHECKING:
     from aprcore.compare import Comparison, Statistics
@@ -85,7 +83,7 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
     lowest = summary.lowest
     if lowest is not None and lowest.comparison is not None:
         cosine, _ = figures_of(lowest.comparison)
-        shown = (format_cosine(cosine), paint(cosine_ink(cosine)))
+        shown = (format_cosine(cosine), paint.cosine(cosine))
         text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
         facts.append(("lowest cosine", text))
     for measure in JUDGMENTS:
@@ -133,10 +131,15 @@ def describe_shortly(report: StageReport, paint: Paint) -> RenderableType:
 
 
 def describe_judgments(
-    report: StageReport, header: RunHeader, paint: Paint, width: int
+    report: StageReport, state: RunState, paint: Paint, width: int
 ) -> RenderableType:
-    """The three judgments, for `width` cells."""
-    return Padding(Group(*judgment_lines(report, header, paint, width)), (1, 0, 0, 0))
+    """The three judgments, and what a second side makes of the stage, for `width` cells."""
+    assert state.header is not None
+    lines = [*judgment_lines(report, state.header, paint, width)]
+    parity = state.parity.get(report.key)
+    if parity is not None:
+        lines += parity_lines(parity, state.side_names, paint, width)
+    return Padding(Group(*lines), (1, 0, 0, 0))
 
 
 def describe_figures(report: StageReport, header: RunHeader, paint: Paint) -> RenderableType:

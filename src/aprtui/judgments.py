@@ -11,14 +11,24 @@ from aprtui.formatting import (
     figures_of,
     format_compact,
     format_cosine,
+    format_position,
     format_ratio,
     format_times,
 )
 from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
-from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of
+from aprtui.theme import (
+    MARKS,
+    UNJUDGED,
+    Mark,
+    Paint,
+    judgment_mark,
+    mark_of,
+    mark_of_verdict,
+)
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
+    from aprcore.parity_stages import StageParity
     from aprcore.report import RunHeader, StageReport
 
 # Cells from which the table has all its columns, and from which the worst part stands in them.
@@ -66,6 +76,48 @@ def judgment_lines(
         if judgment is not None and is_told and width < WIDEST_CELLS:
             yield Text.assemble((f"  {measure.value} ", quiet), _worst(judgment, paint))
     yield from _spans(report, paint)
+
+
+def parity_lines(
+    parity: StageParity, names: tuple[str, str], paint: Paint, width: int
+) -> Iterator[Text]:
+    """Both sides against each other, then the tested side's own judgment and the times.
+
+    Args:
+        parity: The stage on both sides.
+        names: What the tested and the trusted side are called.
+        paint: Styles of the theme.
+        width: Cells of a line.
+    """
+    is_wide = width >= WIDE_CELLS
+    quiet, found = paint("ink-quiet"), parity.comparison
+    mark = mark_of_verdict(parity.verdict)
+    line = Text.assemble((f"{mark.glyph} ", paint(mark.ink, bold=True)))
+    line.append(f"{names[1]} vs {names[0]}".ljust(LABEL_CELLS - 2), quiet)
+    ink = "" if mark.word == "PASS" else paint(mark.ink)
+    if found is None:
+        line.append(f" {mark.word}", ink)
+    else:
+        cosine, relative_l2 = figures_of(found)
+        figures = [format_ratio(relative_l2), format_ratio(parity.bound), _cosine(cosine, is_wide)]
+        line.append(_cells(figures, is_wide), ink)
+        if is_wide:
+            line.append(f"{'':>9}  {'pass' if mark.word == 'PASS' else mark.word}", ink)
+    line.no_wrap = True
+    yield line
+    kernel = parity.tested.kernel
+    if kernel is not None:
+        line = Text.assemble((f"{judgment_mark(kernel).glyph} ", paint(judgment_mark(kernel).ink)))
+        line.append(f"{names[0]} kernel".ljust(LABEL_CELLS - 2), quiet)
+        line.append_text(_figures(kernel, paint, is_wide))
+        line.no_wrap = True
+        yield line
+    if found is not None and found.max_index >= 0 and parity.layout is not None:
+        position = format_position(parity.layout.axes, parity.layout.position(found.max_index))
+        said = f"max|diff| {format_ratio(found.max_abs_diff)} at {position}"
+        yield Text(f"  {said}", quiet)
+    times = (f"{1e3 * side.elapsed_s:.2f} ms" for side in (parity.tested, parity.trusted))
+    yield Text("  " + ", ".join(f"{n} {t}" for n, t in zip(names, times)), quiet)
 
 
 def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: bool) -> Text:

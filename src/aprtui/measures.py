@@ -12,6 +12,7 @@ from aprtui.formatting import figures_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
+    from aprcore.parity_stages import StageParity
     from aprcore.report import RunHeader, StageReport
 
 
@@ -21,7 +22,12 @@ class Measure(Enum):
     CUMULATIVE = "cumulative"
     MODEL = "model"
     KERNEL = "kernel"
+    PARITY = "CPU vs GPU"
+    TESTED = "GPU kernel"
 
+
+# Measures of a second side, each with the one whose figures it has.
+BASIS = {Measure.PARITY: Measure.CUMULATIVE, Measure.TESTED: Measure.KERNEL}
 
 JUDGMENTS = (Measure.MODEL, Measure.KERNEL)
 
@@ -31,8 +37,33 @@ def measures_of(header: RunHeader | None) -> tuple[Measure, ...]:
     if header is None:
         return ()
     if not header.judged:
-        return () if header.oracle is None else (Measure.CUMULATIVE,)
-    return (Measure.KERNEL,) if header.oracle is None else tuple(Measure)
+        own: tuple[Measure, ...] = () if header.oracle is None else (Measure.CUMULATIVE,)
+    else:
+        own = (Measure.KERNEL,)
+        if header.oracle is not None:
+            own = (Measure.CUMULATIVE, Measure.MODEL, Measure.KERNEL)
+    if header.tested is None:
+        return own
+    return (*own, *([Measure.PARITY, Measure.TESTED] if header.model else [Measure.PARITY]))
+
+
+def view_of(parity: StageParity, measure: Measure) -> StageReport:
+    """What a measure of the second side shows of a stage, in the form of the first side's.
+
+    PARITY compares both sides and has their verdict; TESTED has the kernel judgment of the tested
+    side alone.
+    """
+    from aprcore.report import StageReport
+
+    if measure is Measure.TESTED:
+        side = parity.tested
+        return StageReport(
+            parity.key, parity.layout, side.verdict, side.fault, side.oracle, kernel=side.kernel
+        )
+    return StageReport(
+        parity.key, parity.layout, parity.verdict, parity.reason, parity.comparison,
+        kernel=parity.tested.kernel,
+    )  # fmt: skip
 
 
 def judgment_of(report: StageReport, measure: Measure) -> Judgment | None:
@@ -46,6 +77,7 @@ def error_of(report: StageReport | None, measure: Measure) -> tuple[bool, float]
     """For sorting, worst last: whether the judgment failed, and its relative L2; -1 without one."""
     if report is None:
         return False, -1.0
+    measure = BASIS.get(measure, measure)
     if measure is Measure.CUMULATIVE:
         found = report.comparison
         # A NaN compares as neither more nor less, and would leave a list unsorted.

@@ -35,6 +35,8 @@ CURVE_OF = {
     Measure.CUMULATIVE: Curve.CUMULATIVE,
     Measure.MODEL: Curve.MODEL,
     Measure.KERNEL: Curve.KERNEL,
+    Measure.PARITY: Curve.CUMULATIVE,
+    Measure.TESTED: Curve.KERNEL,
 }
 
 # Rounding of float32 shows from about 1e-8 relative to a tensor; 10 is nonsense. Both are decades.
@@ -91,32 +93,31 @@ def gather(state: RunState, points: Sequence[Point], columns: int) -> list[Point
     return [_worst(state, points[a:b]) for a, b in pairwise(edges)]
 
 
-def by_layer(state: RunState) -> list[Point]:
-    """A point per layer, the stages of the whole model at either end."""
+def by_layer(state: RunState, measure: Measure = Measure.CUMULATIVE) -> list[Point]:
+    """A point per layer, the stages of the whole model at either end, seen by a measure."""
+    reports = state.reports_of(measure)
     found: list[Point] = []
     for keys in state.keys_by_layer.values():
-        group = [
-            Point(key, (key,), errors_of(state.reports.get(key)), key in state.reports)
-            for key in keys
-        ]
-        found.append(_worst(state, group))
+        group = [Point(key, (key,), errors_of(reports.get(key)), key in reports) for key in keys]
+        found.append(_worst(state, group, measure))
     return found
 
 
-def _worst(state: RunState, points: Sequence[Point]) -> Point:
+def _worst(
+    state: RunState, points: Sequence[Point], measure: Measure = Measure.CUMULATIVE
+) -> Point:
     if len(points) == 1:
         return points[0]
     errors: dict[Curve, float] = {}
     for point in points:
         for curve, error in point.errors.items():
             errors[curve] = max(error, errors.get(curve, 0.0))
-    first = state.first_divergence
+    reports, first = state.reports_of(measure), state.faults_of(measure)[:1]
 
     def gravity(point: Point) -> tuple[bool, int, float]:
-        word = mark_of(state.reports.get(point.key)).word
+        word = mark_of(reports.get(point.key)).word
         severity = SEVERITY.index(word) if word in SEVERITY else -1
-        is_first = first is not None and point.key == first.key
-        return is_first, severity, point.errors.get(Curve.CUMULATIVE, 0.0)
+        return point.key in first, severity, point.errors.get(Curve.CUMULATIVE, 0.0)
 
     keys = tuple(key for point in points for key in point.keys)
     judged = any(point.is_judged for point in points)

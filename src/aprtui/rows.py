@@ -52,6 +52,8 @@ class SortOrder(Enum):
     RELATIVE_L2 = "largest relative L2 first"
     MODEL = "model failures, then errors"
     KERNEL = "kernel failures, then errors"
+    PARITY = "largest difference from the CPU first"
+    TESTED = "GPU kernel failures, then errors"
 
     @property
     def measure(self) -> Measure | None:
@@ -75,6 +77,8 @@ _MEASURES = {
     SortOrder.RELATIVE_L2: Measure.CUMULATIVE,
     SortOrder.MODEL: Measure.MODEL,
     SortOrder.KERNEL: Measure.KERNEL,
+    SortOrder.PARITY: Measure.PARITY,
+    SortOrder.TESTED: Measure.TESTED,
 }
 
 
@@ -130,10 +134,12 @@ class LayerSummary:
     nonfinite: int
 
 
-def summarise_layer(state: RunState, layer: int) -> LayerSummary:
-    """What the row of a layer says."""
-    keys = state.keys_by_layer.get(layer, ())
-    reports = [state.reports[key] for key in keys if key in state.reports]
+def summarise_layer(
+    state: RunState, layer: int, measure: Measure = Measure.CUMULATIVE
+) -> LayerSummary:
+    """What the row of a layer says when the tree shows a measure."""
+    keys, known = state.keys_by_layer.get(layer, ()), state.reports_of(measure)
+    reports = [known[key] for key in keys if key in known]
     verdicts = [report.verdict for report in reports if report.verdict is not None]
     compared = [report for report in reports if report.comparison is not None]
     return LayerSummary(
@@ -176,11 +182,12 @@ def matching_keys(state: RunState, filter: Filter, order: SortOrder) -> list[Sta
     """The stages that pass the filter, folded away or not, in the order shown."""
     keys = [key for key in state.keys if filter.accepts(key, state.reports.get(key))]
     measure = order.measure
+    reports = state.reports_of(measure)
     if order is SortOrder.COSINE:
         keys.sort(key=lambda key: cosine_of(state.reports.get(key)))
     elif measure is not None:
         # Equal ones stay in the order of computation, also when reversed.
-        keys.sort(key=lambda key: error_of(state.reports.get(key), measure), reverse=True)
+        keys.sort(key=lambda key: error_of(reports.get(key), measure), reverse=True)
     return keys
 
 

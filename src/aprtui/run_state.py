@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aprcore.stages import StageKey
-from aprtui.measures import Measure, measures_of
+from aprtui.measures import BASIS, Measure, measures_of, view_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Verdict
-    from aprcore.report import LogitsReport, Report, RunHeader, StageReport
+    from aprcore.parity_stages import StageParity
+    from aprcore.report import (
+        DeviceOpened,
+        LogitsReport,
+        PathRejected,
+        Report,
+        RunHeader,
+        StageReport,
+    )
 
 
 @dataclass(eq=False)
@@ -22,21 +30,45 @@ class RunState:
         header: What will be judged; None until the files are open.
         reports: Stages judged so far, in the order of computation.
         report: The finished run.
+        previous: The run that finished before this one was started.
+        number: How many runs were opened.
         error: What ended the run early.
         keys_by_layer: Every tensor, by its layer (None: the whole model), in order.
         divergences: Stages that diverge, in the order of computation.
+        parity: Stages of the second side so far: a device against the CPU, or one dump against
+            another.
+        parity_faults: Those of them that diverge, in the order of computation.
+        views: The same in the form of `reports`, per measure of a second side.
+        device: What the second side runs on, once it is open.
+        rejected: Why the device's path was given up, if it was.
     """
 
     header: RunHeader | None = None
     reports: dict[StageKey, StageReport] = field(default_factory=dict)
     report: Report | None = None
+    previous: Report | None = None
+    number: int = 0
     error: Exception | None = None
     keys_by_layer: dict[int | None, tuple[StageKey, ...]] = field(default_factory=dict)
     divergences: list[StageKey] = field(default_factory=list)
+    parity: dict[StageKey, StageParity] = field(default_factory=dict)
+    parity_faults: list[StageKey] = field(default_factory=list)
+    views: dict[Measure, dict[StageKey, StageReport]] = field(default_factory=dict)
+    device: DeviceOpened | None = None
+    rejected: PathRejected | None = None
 
     def open(self, header: RunHeader) -> None:
-        """The files are open and every row is known."""
-        self.header = header
+        """The files are open and every row is known; what a run before this one said is over."""
+        if self.report is not None:
+            self.previous = self.report
+        self.number += 1
+        self.header, self.report, self.error = header, None, None
+        self.reports.clear()
+        self.divergences.clear()
+        self.parity.clear()
+        self.parity_faults.clear()
+        self.views = {measure: {} for measure in BASIS}
+        self.device = self.rejected = None
         grouped: dict[int | None, list[StageKey]] = {}
         for key in header.keys:
             grouped.setdefault(key.layer, []).append(key)
@@ -47,6 +79,40 @@ class RunState:
         self.reports[report.key] = report
         if report.verdict is not None and report.verdict.is_divergence:
             self.divergences.append(report.key)
+
+    def add_parity(self, parity: StageParity) -> None:
+        """A stage of the second side has been judged."""
+        self.parity[parity.key] = parity
+        for measure, reports in self.views.items():
+            reports[parity.key] = view_of(parity, measure)
+        if parity.verdict.is_divergence:
+            self.parity_faults.append(parity.key)
+
+    def reports_of(self, measure: Measure | None) -> Mapping[StageKey, StageReport]:
+        """What is known of each stage, seen by a measure."""
+        return self.reports if measure not in BASIS else self.views.get(measure, {})
+
+    def faults_of(self, measure: Measure) -> list[StageKey]:
+        """Stages that diverge, seen by a measure, in the order of computation."""
+        return self.parity_faults if measure in BASIS else self.divergences
+
+    def title_of(self, measure: Measure) -> str:
+        """What the screen calls a measure."""
+        tested, trusted = self.side_names
+        if measure is Measure.PARITY:
+            return f"{trusted} vs {tested}"
+        return f"{tested} kernel" if measure is Measure.TESTED else f"{measure.value} judgment"
+
+    @property
+    def has_second_side(self) -> bool:
+        """Whether two sides are held against each other stage by stage."""
+        return self.header is not None and self.header.tested is not None
+
+    @property
+    def side_names(self) -> tuple[str, str]:
+        """What the tested and the trusted side are called in a column."""
+        is_device = self.header is not None and self.header.backend is not None
+        return ("GPU", "CPU") if is_device else ("trace", "other")
 
     @property
     def keys(self) -> tuple[StageKey, ...]:
@@ -108,4 +174,6 @@ class RunState:
         """0 nothing wrong found, 1 a divergence was found (so far), 2 the run failed."""
         if self.error is not None:
             return 2
-        return int(bool(self.divergences))
+        if self.report is not None:
+            return int(self.report.diverges())
+        return int(bool(self.divergences or self.parity_faults))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from textual.message import Message
@@ -15,19 +17,33 @@ from textual.message import Message
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from aprcore.report import Report, RunHeader, StageReport
+    from aprcore.parity_stages import StageParity
+    from aprcore.report import (
+        DeviceOpened,
+        PathRejected,
+        Report,
+        RunEvent,
+        RunHeader,
+        StageReport,
+    )
     from aprcore.request import Request
+    from aprcore.tensor_source import TensorSource
 
-    Event = RunHeader | StageReport | Report
-    Engine = Callable[[Request], Iterator[Event]]
+    Engine = Callable[[Request], Iterator[RunEvent]]
     Post = Callable[[Message], Any]
 
 
 @dataclass
 class RunOpened(Message):
-    """The files are open: every row is known and pending."""
+    """The files are open: every row is known and pending.
+
+    Attributes:
+        header: What will be judged.
+        tensors: Gives the tensors of its stages; whoever takes the message closes it.
+    """
 
     header: RunHeader
+    tensors: TensorSource
 
 
 @dataclass
@@ -35,6 +51,27 @@ class StageJudged(Message):
     """A stage has its figures."""
 
     report: StageReport
+
+
+@dataclass
+class ParityJudged(Message):
+    """A stage of the second side has its figures."""
+
+    parity: StageParity
+
+
+@dataclass
+class DeviceFound(Message):
+    """The device that the second side runs on is open."""
+
+    device: DeviceOpened
+
+
+@dataclass
+class PathGivenUp(Message):
+    """The device's path was rejected, and the CPU carries on."""
+
+    rejected: PathRejected
 
 
 @dataclass
@@ -49,6 +86,19 @@ class RunFailed(Message):
     """The run ended early: something given is unusable, or the engine has a bug."""
 
     error: Exception
+
+
+@dataclass
+class FilesChanged(Message):
+    """Files of the run are other than they were when it began."""
+
+
+@dataclass
+class ExportFinished(Message):
+    """A run was written to a file, or could not be."""
+
+    path: Path
+    error: Exception | None
 
 
 def stream_run(
@@ -67,22 +117,31 @@ def stream_run(
     """
     try:
         # The engine's own imports (numpy) happen here, after the first screen is painted.
-        from aprcore.report import Report, RunHeader, StageReport
+        from aprcore.parity_stages import StageParity
+        from aprcore.report import DeviceOpened, PathRejected, Report, RunHeader, StageReport
+        from aprcore.tensors import LayerInputs, open_tensors
 
+        kept = LayerInputs()
         if engine is None:
             from aprcore.bisect import bisect
 
-            engine = bisect
+            engine = partial(bisect, kept=kept)
         # Closing the generator ends the run: files are closed and nothing half written remains.
-        with closing(cast("Generator[Event]", engine(request))) as events:
+        with closing(cast("Generator[RunEvent]", engine(request))) as events:
             for event in events:
                 if is_cancelled():
                     return
                 match event:
                     case RunHeader():
-                        post(RunOpened(event))
+                        post(RunOpened(event, open_tensors(request, kept)))
                     case StageReport():
                         post(StageJudged(event))
+                    case StageParity():
+                        post(ParityJudged(event))
+                    case DeviceOpened():
+                        post(DeviceFound(event))
+                    case PathRejected():
+                        post(PathGivenUp(event))
                     case Report():
                         post(RunFinished(event))
     # Anything that escapes would take the terminal down and the partial result with it.

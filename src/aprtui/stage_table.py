@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from aprcore.judge import Judgment, Verdict
-from aprcore.report import Report, RunHeader, StageReport
+from aprcore.parity_stages import StageParity
+from aprcore.report import Report, RunEvent, RunHeader, StageReport
 from aprcore.stages import StageKey
 from aprtui.formatting import figures_of, format_tolerance
 from aprtui.text import visible
@@ -35,6 +36,32 @@ class StageTable:
         self._console = console or _Stdout(highlight=False, markup=False, emoji=False)
         self._missing: list[StageReport] = []
         self._judged = self._replayed = True
+        self._has_second = self._on_device = False
+        self._waiting: StageReport | None = None
+
+    def take(self, event: RunEvent) -> None:
+        """Print what an event of `aprcore.bisect.bisect` says."""
+        match event:
+            case RunHeader():
+                self.open(event)
+            case StageReport():
+                self._flush_waiting()
+                if self._has_second:
+                    self._waiting = event
+                else:
+                    self.add(event)
+            case StageParity() if self._waiting is not None:
+                stage, self._waiting = self._waiting, None
+                self.add(stage, event)
+            case Report():
+                self._flush_waiting()
+                self.close(event)
+
+    def _flush_waiting(self) -> None:
+        """Print a stage that the second side has nothing to say to."""
+        stage, self._waiting = self._waiting, None
+        if stage is not None:
+            self.add(stage)
 
     def open(self, header: RunHeader) -> None:
         """Print what is compared."""
@@ -42,6 +69,8 @@ class StageTable:
         self._line(f"trace   {header.trace.path} ({header.trace.label})")
         label = "" if header.oracle is None else f" ({header.oracle.label})"
         self._line(f"oracle  {against}{label}")
+        if header.trusted is not None and header.backend is None:
+            self._line(f"against {header.trusted.path} ({header.trusted.label})")
         if header.tokens is not None:
             self._line(f"tokens  {_tokens(header)}")
         for note in header.notes:
@@ -52,18 +81,26 @@ class StageTable:
         judgments = ["kernel L2/bound"] if self._replayed else []
         if self._replayed and self._judged:
             judgments.insert(0, "model L2/bound")
+        self._has_second = header.tested is not None
+        self._on_device = header.backend is not None
+        second = []
+        if self._has_second:
+            second = ["GPU cosine", "GPU L2"] if self._on_device else ["pair cosine", "pair L2"]
+            if self._replayed:
+                second.append("GPU kernel" if self._on_device else "other's kernel")
         self._line("")
-        self._line(_row("stage", "shape", names, judgments, "verdict"))
+        self._line(_row("stage", "shape", names, judgments, "verdict", second))
 
-    def add(self, stage: StageReport) -> None:
-        """Print one stage."""
-        if stage.verdict is Verdict.MISSING:
+    def add(self, stage: StageReport, parity: StageParity | None = None) -> None:
+        """Print one stage, with what the second side shows of it."""
+        is_lost = parity is None or parity.verdict is Verdict.MISSING
+        if stage.verdict is Verdict.MISSING and is_lost:
             if self._missing and self._missing[-1].reason != stage.reason:
                 self._flush_missing()
             self._missing.append(stage)
             return
         self._flush_missing()
-        self._print_row(stage)
+        self._print_row(stage, parity)
 
     def close(self, report: Report) -> None:
         """Print the finding."""
@@ -78,9 +115,11 @@ class StageTable:
             tie = f", {'a' if found.near_tie else 'not a'} near-tie (gap {found.gap:.3f})"
             verdict = "the same" if found.agree else f"the oracle says {theirs}{tie}"
             self._line(f"next token: {ours}, {verdict}; KL {found.kl:.3g}")
+        if report.device is not None:
+            self._line(f"device {report.device.label}, driver {report.device.driver}")
         self._line(report.summary())
 
-    def _print_row(self, stage: StageReport) -> None:
+    def _print_row(self, stage: StageReport, parity: StageParity | None = None) -> None:
         shape = "-" if stage.layout is None else "x".join(map(str, stage.layout.shape))
         lone = stage.trace or stage.oracle
         figures = ["-", "-"] if self._judged else ["-", "-", "-"]
@@ -91,7 +130,8 @@ class StageTable:
             figures = [f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum)]
         made = [stage.model, stage.kernel] if self._judged else [stage.kernel]
         judgments = [_judgment(judgment) for judgment in made] if self._replayed else []
-        line = Text(_row(stage.key.path, shape, figures, judgments, ""))
+        second = self._second(parity) if self._has_second else []
+        line = Text(_row(stage.key.path, shape, figures, judgments, "", second))
         if stage.verdict is None:
             if lone is not None and lone.nonfinite:
                 line.append(f"{lone.nonfinite} non-finite")
@@ -101,7 +141,22 @@ class StageTable:
                 line.append(f"  {visible(stage.reason)}")
             if stage.passes_at is not None:
                 line.append(f"; passes at {format_tolerance(stage.passes_at)}")
+        if parity is not None and parity.verdict is not Verdict.PASS:
+            line.append("; GPU " if self._on_device else "; pair ")
+            line.append_text(_verdict(parity.verdict))
+            line.append(f"  {visible(parity.reason)}")
         self._console.print(line, soft_wrap=True)
+
+    def _second(self, parity: StageParity | None) -> list[str]:
+        """The columns of the second side: a pair's figures, and the side's own kernel."""
+        cells = ["-", "-", "-"]
+        if parity is not None:
+            if parity.comparison is not None:
+                cosine, relative_l2 = figures_of(parity.comparison)
+                cells[:2] = [f"{cosine:.7f}", f"{relative_l2:.3e}"]
+            side = parity.tested if self._on_device else parity.trusted
+            cells[2] = _judgment(side.kernel)
+        return cells if self._replayed else cells[:2]
 
     def _flush_missing(self) -> None:
         rows, self._missing = self._missing, []
@@ -124,10 +179,13 @@ def _span(first: StageKey, last: StageKey) -> str:
 
 
 def _row(
-    path: str, shape: str, figures: Sequence[str], judgments: Sequence[str], verdict: str
-) -> str:
+    path: str, shape: str, figures: Sequence[str], judgments: Sequence[str], verdict: str,
+    second: Sequence[str] = (),
+) -> str:  # fmt: skip
     columns = [f"{figure:>{FIGURE_WIDTH}}" for figure in figures]
     columns += [f"{judgment:>{JUDGMENT_WIDTH}}" for judgment in judgments]
+    columns += [f"{figure:>{FIGURE_WIDTH}}" for figure in second[:2]]
+    columns += [f"{judgment:>{JUDGMENT_WIDTH}}" for judgment in second[2:]]
     return f"{path:<{PATH_WIDTH}} {shape:<{SHAPE_WIDTH}} {' '.join(columns)}  {verdict}"
 
 

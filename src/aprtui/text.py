@@ -6,18 +6,9 @@ direction mark that makes the line read otherwise.
 
 from __future__ import annotations
 
-LINE_LIMIT = 300
+from aprcore.wording import visible
 
-
-def visible(text: str, limit: int = LINE_LIMIT) -> str:
-    r"""`text` on one line with everything that does not print spelled out ("\x1b", "\u202e").
-
-    Longer text ends in an ellipsis.
-    """
-    shown = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    if shown.isprintable():
-        return shown
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+__all__ = ("byte_count", "visible", "visible_lines")
 
 
 def visible_lines(text: str) -> str:

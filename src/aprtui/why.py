@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.stages import BY_NAME, StageKey
+from aprcore.wording import MEANINGS, REASON_LIMIT, TWO_DUMPS, finding_of
 from aprtui.formatting import format_cosine, format_position, format_ratio, format_times, plural
 from aprtui.lineage import Lineage, trace_upstream
 from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 STEPS_NAMED = 6
 # Faults of a run that are listed: while it runs, the list is drawn anew with every stage.
 FAULTS_LISTED = 12
-# Characters of a reason of the engine, which may list stages.
-REASON_LIMIT = 1000
-MEANINGS = {
-    "kernel": "The engine computes this stage wrongly: on the very inputs that it dumped, the"
-    " operation gives another output.",
-    "model": "The model file is wrong here: its weights or configuration, run on the oracle's"
-    " inputs, do not give the oracle's output.",
-    "cumulative": "The output differs from the oracle's.",
-}
 
 
 def explain_stage(
@@ -93,18 +85,6 @@ def explain_run(state: RunState, layer: int | None, paint: Paint) -> RenderableT
     return Group(Text(f"{count} {verb} to blame; each was judged on its own inputs:"), table)
 
 
-def finding_of(report: StageReport) -> str:
-    """The verdict, the judgment it rests on and the cause, for one line."""
-    mark, said = mark_of(report), visible(report.reason, REASON_LIMIT)
-    if report.blamed is None:
-        return f"{mark.word}: {said}"
-    judgment = "" if report.blamed == "cumulative" else f"{report.blamed} "
-    if report.explanation is not None:
-        said = report.explanation.clause()
-    said = said.removeprefix(f"{report.blamed}: ")
-    return f"{judgment}{mark.word}: {said}"
-
-
 def _failure(report: StageReport, state: RunState, paint: Paint) -> Iterator[RenderableType]:
     blamed = report.blamed or "cumulative"
     is_beyond_budget = report.explanation is None and report.budget is not None
@@ -129,8 +109,7 @@ def _is_alone(report: StageReport) -> bool:
 def _no_own_judgment(report: StageReport, state: RunState) -> str:
     """Why a FAIL by the comparison alone may be inherited."""
     if state.header is None or state.header.model is None:
-        return " Whether it is this stage or one before cannot be told from two dumps alone: name"\
-            " the model as well, and every stage is judged on its own inputs."  # fmt: skip
+        return TWO_DUMPS
     return f" It could not be judged on its own inputs: {_absences(report, state)}."
 
 

@@ -108,9 +108,9 @@ def prepare() -> None:
 class Side:
     """A process that has the model open and runs it on demand."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, script: str = __file__) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--side", name],
+            [sys.executable, script, "--side", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -123,6 +123,10 @@ class Side:
     def peak_bytes(self) -> int:
         """The most anonymous memory that any pass needed, the interpreter included."""
         return int(self._ask("peak"))
+
+    def peak_resident_bytes(self) -> int:
+        """The same with the pages of mapped files: libraries, and weights that are mapped."""
+        return int(self._ask("resident"))
 
     def close(self) -> None:
         """End the process."""
@@ -142,23 +146,27 @@ class Side:
 
 def serve(run: Callable[[], float]) -> int:
     """Answer the questions of `Side` on stdin."""
-    peak = 0
+    peak = resident = 0
     for line in sys.stdin:
-        if line.strip() == "run":
-            with PeakMemory() as memory:
-                seconds = run()
-            peak = max(peak, memory.peak_bytes)
-            print(json.dumps(seconds), flush=True)
-        else:
-            print(json.dumps(peak), flush=True)
+        match line.strip():
+            case "run":
+                with PeakMemory() as memory:
+                    seconds = run()
+                peak = max(peak, memory.peak_bytes)
+                resident = max(resident, memory.peak_resident_bytes)
+                print(json.dumps(seconds), flush=True)
+            case "resident":
+                print(json.dumps(resident), flush=True)
+            case _:
+                print(json.dumps(peak), flush=True)
     return 0
 
 
 class PeakMemory:
-    """Samples the anonymous resident memory of this process."""
+    """Samples the resident memory of this process: anonymous, and with mapped files."""
 
     def __enter__(self) -> PeakMemory:
-        self.peak_bytes = anonymous_bytes()
+        self.peak_bytes, self.peak_resident_bytes = resident_bytes()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -170,15 +178,19 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._over.wait(SAMPLING_S):
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+            anonymous, resident = resident_bytes()
+            self.peak_bytes = max(self.peak_bytes, anonymous)
+            self.peak_resident_bytes = max(self.peak_resident_bytes, resident)
 
 
-def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this system does not say how much anonymous memory a process has")
+def resident_bytes() -> tuple[int, int]:
+    """RssAnon and VmRSS of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    if "RssAnon" not in fields:
+        raise SystemExit("this system does not say how much anonymous memory a process has")
+    anonymous, resident = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))
+    return anonymous, resident
 
 
 def compared() -> Callable[[], float]:

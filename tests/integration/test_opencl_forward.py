@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aprcore.backends.expectation import product_weights
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.expectation import product_weights
-from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.forward import everything, needed_keys, trace
 from aprcore.model import Model, open_model
 from aprcore.stages import StageKey
@@ -19,7 +18,7 @@ from aprtui.demo import demo_path
 from closeness import relative_l2
 from models import ARCHITECTURES, build, random_config, save, write_apr
 from opencl_device import backend, require_device
-from stored_weights import random_bytes
+from stored_weights import write_block_model
 
 require_device()
 
@@ -102,7 +101,7 @@ def test_the_pass_repeats_bit_for_bit_streamed_or_kept() -> None:
 @pytest.mark.parametrize("rope_type", [0, 2])
 @pytest.mark.parametrize("dtype", ["Q4_K", "Q6_K", "AprQ4", "AprQ8", "BF16"])
 def test_a_quantised_model(dtype: str, rope_type: int, tmp_path: Path) -> None:
-    path = write_quantised(tmp_path / "model.apr", dtype, rope_type)
+    path = write_block_model(tmp_path / "model.apr", dtype, rope_type=rope_type)
     with open_model(path) as model:
         assert_paths_agree(model, backend(), (1, 2, 3, 4, 5, 6, 7))
         with OpenCLBackend(backend().device, piece_bytes=10_000) as op:
@@ -124,39 +123,3 @@ def test_the_weights_that_are_expected_are_those_that_come() -> None:
         trace_all(model, Listening(), (1, 2))
     assert [weight.name for weight in expected] == [weight.name for weight in heard]
     assert len(expected) == 7 * model.config.num_layers + 1
-
-
-def write_quantised(path: Path, dtype: str, rope_type: int) -> Path:
-    """A model of random blocks, 2-D weights in one type and everything else float32."""
-    hidden, ffn, vocab, heads, kv_heads, head_dim = 256, 512, 64, 8, 2, 32
-    metadata = {
-        "architecture": "llama", "hidden_size": hidden, "num_layers": 1, "num_heads": heads,
-        "num_kv_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocab,
-        "intermediate_size": ffn, "max_position_embeddings": 64, "rope_theta": 1e4,
-        "rope_type": rope_type, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-    }  # fmt: skip
-    layer = "model.layers.0."
-    shapes = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        f"{layer}self_attn.q_proj.weight": (heads * head_dim, hidden),
-        f"{layer}self_attn.k_proj.weight": (kv_heads * head_dim, hidden),
-        f"{layer}self_attn.v_proj.weight": (kv_heads * head_dim, hidden),
-        f"{layer}self_attn.o_proj.weight": (hidden, heads * head_dim),
-        f"{layer}mlp.gate_proj.weight": (ffn, hidden),
-        f"{layer}mlp.up_proj.weight": (ffn, hidden),
-        f"{layer}mlp.down_proj.weight": (hidden, ffn),
-        "lm_head.weight": (vocab, hidden),
-    }
-    norms = ["model.norm.weight", f"{layer}input_layernorm.weight",
-             f"{layer}post_attention_layernorm.weight"]  # fmt: skip
-    entries = [TensorEntry(name, dtype, shape) for name, shape in shapes.items()]
-    entries += [TensorEntry(name, "F32", (hidden,)) for name in norms]
-    gain = np.linspace(0.5, 1.5, hidden).astype(np.float32)
-    with AprWriter(path, metadata, entries) as writer:
-        for seed, entry in enumerate(writer.entries):
-            if entry.dtype == "F32":
-                writer.write(entry.name, gain)
-            else:
-                raw = random_bytes(entry.dtype, shapes[entry.name], seed)
-                writer.write(entry.name, np.frombuffer(raw, np.uint8))
-    return path

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from aprcore.backends.numpy import NumpyBackend
 from aprcore.backends.opencl.backend import OpenCLBackend
 from aprcore.backends.opencl.device import (
     DeviceInfo,
@@ -27,10 +29,12 @@ from aprcore.backends.opencl.errors import (
     translate_status,
 )
 from aprcore.backends.opencl.program import Programs, read_source
+from aprcore.backends.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS
 from aprcore.errors import BackendError, TruncatedError
+from aprcore.quant import SCALE_BYTES, storage_size
 from aprtui.cli import main
 from opencl_device import backend, obstacle
-from stored_weights import random_tensor
+from stored_weights import fitting_width, random_tensor
 
 needs_device = pytest.mark.skipif(bool(obstacle()), reason=f"no OpenCL device: {obstacle()}")
 
@@ -75,7 +79,7 @@ def test_a_device_is_found_by_index_or_name() -> None:
 
 
 def test_no_device_that_can_be_used_is_an_error() -> None:
-    with pytest.raises(DeviceUnavailableError, match="no platform has a device"):
+    with pytest.raises(DeviceUnavailableError, match="no OpenCL platform has a device"):
         choose_device([])
     with pytest.raises(DeviceUnavailableError, match="its driver has no compiler"):
         choose_device([BROKEN])
@@ -274,6 +278,70 @@ def test_expecting_other_weights_than_come_is_harmless() -> None:
             for w in asked:
                 found = other.to_host(other.linear(other.from_host(x), [w]))
                 np.testing.assert_array_equal(found, expected[w])
+
+
+@needs_device
+def test_what_is_forgotten_does_not_overwrite_what_a_kernel_still_reads() -> None:
+    a, b, c = (random_tensor("F32", (480, 2048), seed) for seed in range(3))
+    x = np.random.default_rng(0).standard_normal((400, 2048)).astype(np.float32)
+    # Eight pieces through three buffers, each of which a slow kernel reads.
+    with OpenCLBackend(backend().device, piece_bytes=60 * 2048 * 4, budget_bytes=0) as op:
+        there = op.from_host(x)
+        expected = op.to_host(op.linear(there, [a]))
+        for _ in range(4):
+            queued = op.linear(there, [a])
+            op.expect([b])
+            op.linear(there, [c])
+            np.testing.assert_array_equal(op.to_host(queued), expected)
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", [*FLOAT_FORMATS, *BLOCK_FORMATS])
+def test_weights_are_kept_as_they_are_stored(dtype: str) -> None:
+    tensor = random_tensor(dtype, (61, fitting_width(dtype, 512)), 0)
+    with OpenCLBackend(backend().device) as op:
+        x = op.from_host(np.ones((2, 512)))
+        for _ in range(3):
+            op.linear(x, [tensor])
+        (entry,) = op.weights._entries.values()
+        assert entry.kept is not None
+        header = SCALE_BYTES if dtype == "AprQ8" else 0
+        stored = storage_size(dtype, tensor.shape) - header
+        assert op.weights.kept_bytes == sum(piece.buffer.size for piece in entry.kept) == stored
+
+
+@needs_device
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("dtype", ["F32", "Q4_K", "AprQ8"])
+def test_what_exceeds_the_largest_allocation_is_split_by_rows(
+    dtype: str, budget_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyopencl as cl
+
+    limit = 5000  # four rows of F32, with room for the input and the output
+    opened = backend().device
+    small = replace(opened, info=replace(opened.info, largest_allocation_bytes=limit))
+    tensor = random_tensor(dtype, (200, 256), 0)
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    expected = backend().to_host(backend().linear(backend().from_host(x), [tensor]))
+    sizes: list[int] = []
+    make = cl.Buffer
+
+    def counted(context: Any, flags: int, size: int = 0, hostbuf: Any = None) -> Any:
+        sizes.append(size)
+        return make(context, flags, size, hostbuf)
+
+    monkeypatch.setattr(cl, "Buffer", counted)
+    with OpenCLBackend(small, budget_bytes=budget_bytes) as op:
+        for _ in range(3):
+            found = op.to_host(op.linear(op.from_host(x), [tensor]))
+            np.testing.assert_array_equal(found, expected)
+        ids = np.array([199, 0, 7])
+        np.testing.assert_array_equal(
+            op.to_host(op.embed(ids, tensor)), NumpyBackend(1).embed(ids, tensor)
+        )
+    assert len(sizes) >= 3
+    assert max(sizes) <= limit
 
 
 @needs_device

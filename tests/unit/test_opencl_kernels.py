@@ -400,6 +400,27 @@ def test_every_operation_repeats_bit_for_bit(lanes: int | None) -> None:
             np.testing.assert_array_equal(op.to_host(operation(op.from_host(x))), first)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "Q4_K", "AprQ8"])
+def test_work_groups_of_every_size_agree(dtype: str) -> None:
+    """Only the order of additions differs, so any two are within twice the bound of a product."""
+    tensor = random_tensor(dtype, (33, fitting_width(dtype, 700)), 0)
+    x = draw(0, 7, tensor.shape[1])
+    dense = read_all(tensor).astype(np.float64)
+    size = np.linalg.norm(np.abs(x) @ np.abs(dense).T)
+    gain, rows = weight(0, tensor.shape[1]), x.shape[1]
+    alone = backend(1)
+    product, norm = run(alone, "linear", [x], [tensor]), run(alone, "rms_norm", [x], gain, 1e-5)
+    for lanes in (2, 4, 16, 32, 128, 256):
+        op = backend(lanes)
+        assert op.device.tuning.lanes == lanes
+        difference = np.linalg.norm(run(op, "linear", [x], [tensor]).astype(np.float64) - product)
+        assert difference <= 2 * PRODUCT_BOUND * size, lanes
+        assert_close(run(op, "rms_norm", [x], gain, 1e-5), norm, (rows + 16) * U)
+        scores = run(op, "attention_scores", [x[:, :280], x[:, :280]], 7, 7)
+        softmax = run(op, "causal_softmax", [scores])
+        assert_close(softmax, run(alone, "causal_softmax", [scores]), (7 + 16) * U)
+
+
 def test_inputs_are_not_written_into() -> None:
     op = backend()
     x = draw(0, 5, 40)

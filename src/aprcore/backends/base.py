@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,4 +167,20 @@ class Backend(Protocol):
 
     def append_rows(self, x: Array, y: Array) -> Array:
         """The rows of x [S, C], then those of y [T, C] -> [S + T, C]."""
+        ...
+
+
+@runtime_checkable
+class QueuedBackend(Backend, Protocol):
+    """A backend whose operations return before they are done, in the order of the calls."""
+
+    def expect(self, weights: Iterable[Weight]) -> None:
+        """Say which weights the next products take, in order, so that loading runs ahead.
+
+        A hint: asking for others instead is right, and what was expected before is forgotten.
+        """
+        ...
+
+    def fetch(self, x: Array) -> Callable[[], NDArray[np.floating[Any]]]:
+        """Begin to bring an array to the host; what is returned waits for it, as `to_host`."""
         ...

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aprtui.commands.run_options import add_run_options, make_request
+from aprtui.commands.run_options import add_run_options, add_save_option, make_request
+from aprtui.rejection import announce
 
 if TYPE_CHECKING:
+    from aprcore.report import Report
     from aprcore.request import Request
+    from aprcore.tensors import LayerInputs
+    from aprtui.stage_table import StageTable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,42 +34,74 @@ def add_parser(subparsers: Any) -> None:
         "--strict", action="store_true",
         help="let a MISSING stage, and noise beyond its --budget, fail the run too",
     )  # fmt: skip
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="write the run to a .html, .md or .json file to hand on",
+    )  # fmt: skip
+    add_save_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table or the JSON report.
+    """Print the table or the JSON report, and write the files that were asked for.
 
     Raises:
         AprError: The arguments or a file are unusable.
     """
-    return print_run(make_request(args), as_json=args.json, strict=args.strict)
+    request = make_request(args)
+    files = [path for path in (args.report, args.save) if path is not None]
+    return print_run(request, as_json=args.json, strict=args.strict, files=files)
 
 
-def print_run(request: Request, *, as_json: bool = False, strict: bool = False) -> int:
-    """Run a request, print what it finds and return the exit code."""
-    if as_json:
-        import json
+def print_run(
+    request: Request, *, as_json: bool = False, strict: bool = False, files: Sequence[Path] = ()
+) -> int:
+    """Run a request, print what it finds and return the exit code.
 
-        from aprcore.bisect import run as run_to_end
-        from aprcore.report import to_json
-
-        report = run_to_end(request)
-        print(json.dumps(to_json(report, strict=strict), indent=1, allow_nan=False))
-        return int(report.diverges(strict=strict))
-
+    Args:
+        request: What to run.
+        as_json: Print the report as JSON instead of the table.
+        strict: As `Report.diverges`.
+        files: Where to write the run, too; their suffixes say as what.
+    """
     from aprcore.bisect import bisect
-    from aprcore.report import RunHeader, StageReport
+    from aprcore.report import PathRejected, Report, to_json
+    from aprcore.tensors import LayerInputs
+    from aprtui.exporting import check_export_path
+
+    for path in files:
+        check_export_path(path)
+    table = None if as_json else _open_table()
+    kept = LayerInputs() if files else None
+    for event in bisect(request, kept):
+        if table is not None:
+            table.take(event)
+        if isinstance(event, PathRejected):
+            announce(event.line_reason)
+        elif isinstance(event, Report):
+            if as_json:
+                print(json.dumps(to_json(event, strict=strict), indent=1, allow_nan=False))
+            _write_files(files, event, request, kept)
+            return int(event.diverges(strict=strict))
+    raise AssertionError("a run ends with its report")
+
+
+def _write_files(
+    files: Sequence[Path], report: Report, request: Request, kept: LayerInputs | None
+) -> None:
+    from aprcore.tensors import open_tensors
+    from aprtui.exporting import export
+    from aprtui.text import visible
+
+    if not files:
+        return
+    with closing(open_tensors(request, kept)) as tensors:
+        for path in files:
+            export(path, report, tensors, sys.argv, picture=None)
+            print(f"wrote {visible(str(path))}", file=sys.stderr)
+
+
+def _open_table() -> StageTable:
     from aprtui.stage_table import StageTable
 
-    table = StageTable()
-    for event in bisect(request):
-        match event:
-            case RunHeader():
-                table.open(event)
-            case StageReport():
-                table.add(event)
-            case _:
-                table.close(event)
-                return int(event.diverges(strict=strict))
-    raise AssertionError("a run ends with its report")
+    return StageTable()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from aprtui.commands.explore import add_theme_option, choose_settings, open_explorer
+
 if TYPE_CHECKING:
     from aprcore.request import Request
+    from aprtui.settings import Settings
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--no-screen", action="store_true", help="print the table of `aprtui bisect` instead"
     )
+    add_theme_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,20 +48,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     names = list(faults)[:1] if args.fault is None else args.fault.split(",")
     requests = [_request(name.strip()) for name in names]
+    settings = None if args.no_screen else choose_settings(args)
     code = 0
     for request in requests:
-        code = max(code, _show(request, screen=not args.no_screen))
+        code = max(code, _show(request, settings))
     return code
 
 
-def _show(request: Request, *, screen: bool) -> int:
-    if not screen:
+def _show(request: Request, settings: Settings | None) -> int:
+    if settings is None:
         from aprtui.commands.bisect import print_run
 
         return print_run(request)
-    from aprtui.commands.explore import open_explorer
-
-    return open_explorer(request)
+    return open_explorer(request, settings)
 
 
 def _request(name: str) -> Request:

@@ -64,11 +64,12 @@ def _print(devices: Sequence[DeviceInfo], choice: Choice) -> None:
     from rich.console import Console, Group
     from rich.text import Text
 
+    from aprtui.device_list import device_fields, device_name
     from aprtui.text import visible
 
     parts: list[RenderableType] = []
     for device in devices:
-        parts += [Text(f"{device.index}  {visible(device.name)}", style="bold"), _fields(device)]
+        parts += [device_name(device), device_fields(device)]
     parts.append(Text(f"\nwould use {choice.device.index}: {visible(choice.reason)}"))
     console = Console(highlight=False)
     if console.is_terminal:
@@ -79,30 +80,3 @@ def _print(devices: Sequence[DeviceInfo], choice: Choice) -> None:
     with wide.capture() as captured:
         wide.print(Group(*parts))
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _fields(device: DeviceInfo) -> RenderableType:
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    from aprtui.text import byte_count, visible
-
-    shared = ", the host's" if device.shares_host_memory else ""
-    fields = {
-        "platform": device.platform,
-        "version": f"{device.version}, driver {device.driver}",
-        "kind": f"{device.kind}, {device.compute_units} compute units,"
-        f" work-groups of up to {device.max_group}",
-        "memory": f"{byte_count(device.memory_bytes)}{shared},"
-        f" {byte_count(device.largest_allocation_bytes)} at most in one piece",
-        "extensions": ", ".join(device.notable_extensions) or "none that matter",
-    }
-    if device.obstacle:
-        fields["unusable"] = device.obstacle
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in fields.items():
-        table.add_row(Text(name), Text(visible(value)))
-    return Padding(table, (0, 0, 0, 3))

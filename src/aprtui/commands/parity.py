@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aprtui.commands.run_options import add_device_option, add_thread_option, add_token_options
+from aprtui.rejection import announce
 
 if TYPE_CHECKING:
     from aprcore.parity import ParityRequest
@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
         report = _stream(request, as_json=args.json)
     except BackendError as error:
         # Nothing was compared: neither agreement nor divergence.
-        _announce(request.against, str(error))
+        announce(str(error), request.against)
         return UNUSABLE
     if report.diverges:
-        _announce(request.against, report.reason)
+        announce(report.reason, request.against)
     return int(report.diverges)
 
 
@@ -139,13 +139,15 @@ def _print_header(header: ParityHeader) -> None:
 def _print_stage(stage: StageParity) -> None:
     from aprtui.formatting import format_cosine, format_ratio
 
-    found, kernel = stage.comparison, stage.kernel
+    found, kernel = stage.comparison, stage.tested.kernel
+    assert found is not None
     own = "-" if kernel is None else format_ratio(kernel.relative_l2)
     word = f"FAIL  {stage.fault}" if stage.fault else "PASS"
     print(
         f"  {stage.key!s:<28} {format_cosine(found.cosine):>10}"
         f" {format_ratio(found.relative_l2):>11} {format_ratio(found.max_abs_diff):>9}"
-        f"  kernel {own:>7} {1e3 * stage.cpu_s:>8.2f} ms {1e3 * stage.tested_s:>8.2f} ms  {word}",
+        f"  kernel {own:>7} {1e3 * stage.trusted.elapsed_s:>8.2f} ms"
+        f" {1e3 * stage.tested.elapsed_s:>8.2f} ms  {word}",
         flush=True,
     )
 
@@ -185,14 +187,6 @@ def _print_verdict(report: ParityReport) -> None:
         print(f"\nsame: {len(report.steps)} steps agree, and so do decoding and the full pass")
         return
     print(f"\ndifferent: {visible(report.reason, limit=2000)}")
-
-
-def _announce(backend: str, reason: str) -> None:
-    from aprcore.fallback import rejection_line
-    from aprtui.cli import LINE_LIMIT
-    from aprtui.text import visible
-
-    print(visible(rejection_line(backend, reason), limit=LINE_LIMIT), file=sys.stderr)
 
 
 def _steps(text: str) -> int:

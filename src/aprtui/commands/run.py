@@ -13,6 +13,7 @@ from aprtui.commands.run_options import (
     add_token_options,
     uses_gpu,
 )
+from aprtui.rejection import announce
 
 if TYPE_CHECKING:
     from aprcore.generate import StepTraced
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from aprcore.generate import prompt_tokens
     from aprcore.model import open_model
 
-    reject = _refuse if args.require_gpu else _announce
+    reject = _refuse if args.require_gpu else announce
     with open_model(args.model) as model:
         ids = prompt_tokens(model, prompt, tokens)
         opened = open_decoder(
@@ -139,14 +140,6 @@ def _write_step(
     count = write_step(directory, model, traced, prompt)
     told = f"{count} tensors of step {traced.step} in {visible(str(directory))}"
     print(told, file=sys.stderr)
-
-
-def _announce(reason: str) -> None:
-    from aprcore.fallback import rejection_line
-    from aprtui.cli import LINE_LIMIT
-    from aprtui.text import visible
-
-    print(visible(rejection_line("opencl", reason), limit=LINE_LIMIT), file=sys.stderr, flush=True)
 
 
 def _refuse(reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ def add_gpu_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--gpu", action="store_true",
-        help="run on an OpenCL device, as long as it agrees with the CPU; else the CPU carries on",
+        help="run on an OpenCL device, held against the CPU; where it fails, the CPU carries on",
     )  # fmt: skip
     group.add_argument(
         "--no-gpu", action="store_true", help="run on the CPU and look for no device (the default)"
@@ -65,7 +66,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Everything that makes a `Request`."""
     parser.add_argument(
         "model", nargs="?", type=Path, metavar="MODEL",
-        help="a .apr or .gguf file or a Hugging Face directory",
+        help="a .apr or .gguf file, a Hugging Face directory, or a run that was saved as .aprx",
     )  # fmt: skip
     parser.add_argument(
         "--oracle", type=Path, metavar="DIR",
@@ -76,6 +77,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--trace", type=Path, metavar="DIR",
         help="judge these stage files of another engine, or its .safetensors, .npz or .pt file,"
         " instead of tracing MODEL",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR",
+        help="hold --trace against these stage files too, stage by stage: a GPU's against a CPU's",
     )  # fmt: skip
     parser.add_argument(
         "--names", type=Path, metavar="MAP.toml",
@@ -89,6 +94,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stages", metavar="A,B", help="stages, or all (default: the oracle's)")
     add_thread_option(parser)
+    add_gpu_options(parser)
     parser.add_argument(
         "--arithmetic", choices=("f32", "f16", "bf16", "q8_0", "q8_1", "q8_k", "auto"),
         default="auto",
@@ -99,6 +105,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="only compare with the oracle; no model and kernel judgments, about 3 times faster",
     )  # fmt: skip
     add_tolerance_options(parser)
+
+
+def add_save_option(parser: argparse.ArgumentParser) -> None:
+    """`--save`."""
+    parser.add_argument(
+        "--save", type=Path, metavar="RUN.aprx",
+        help="write the run itself, which `aprtui RUN.aprx` opens again without model and oracle",
+    )  # fmt: skip
 
 
 def add_tolerance_options(parser: argparse.ArgumentParser) -> None:
@@ -126,14 +140,16 @@ def make_request(args: argparse.Namespace) -> Request:
     from aprcore.budget import parse_budgets
     from aprcore.errors import PlanError
     from aprcore.plan import Plan, check_prompt, parse_layers, parse_stages, parse_tokens
-    from aprcore.request import Request
+    from aprcore.request import SUFFIX, Request, is_saved_run
 
     if args.model is None and args.trace is None:
         raise PlanError("no model given", hint="name one, or a directory with --trace; see --help")
+    if getattr(args, "save", None) is not None and not is_saved_run(args.save):
+        raise PlanError(f"{args.save} is no name for a saved run", hint=f"end it in {SUFFIX}")
     plan = None
     if args.layers is not None or args.stages is not None:
         plan = Plan(parse_stages(args.stages or "all"), parse_layers(args.layers or "all"))
-    return Request(
+    request = Request(
         model=args.model,
         oracle=args.oracle,
         trace=args.trace,
@@ -147,7 +163,31 @@ def make_request(args: argparse.Namespace) -> Request:
         budgets=parse_budgets(args.budget, args.tolerances),
         strict=getattr(args, "strict", False),
         cumulative_only=args.cumulative_only,
+        gpu=uses_gpu(args),
+        require_gpu=args.require_gpu,
+        device=args.device,
+        against=args.against,
     )
+    return _saved(request) if is_saved_run(args.model or Path()) else request
+
+
+def _saved(request: Request) -> Request:
+    """A request whose model is a saved run; what else it names would be ignored.
+
+    Raises:
+        PlanError: It names something else.
+    """
+    from aprcore.budget import parse_budgets
+    from aprcore.errors import PlanError
+    from aprcore.request import Request
+
+    alone = Request(saved=request.model, budgets=parse_budgets([], None), strict=request.strict)
+    if replace(request, model=None, saved=request.model) != alone:
+        raise PlanError(
+            f"{request.model} is a whole run: options that say what to run do not go with it",
+            hint="leave them out, or name the model",
+        )
+    return alone
 
 
 def _positive(text: str) -> int:

@@ -18,12 +18,17 @@ from aprtui.text import visible
 from aprtui.theme import Paint
 
 
-class ErrorScreen(ModalScreen[None]):
-    """The error that ended the run. What was judged before it stays readable behind."""
+class ErrorScreen(ModalScreen[bool]):
+    """The error that ended the run. What was judged before it stays readable behind.
+
+    Ends with whether to run again.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "see what was judged", id="error.close",
                 tooltip="Close this and look at what was judged"),
+        Binding("r", "again", "try again", id="error.again",
+                tooltip="Read the files again, once they are mended"),
         Binding("q,enter", "app.quit", "quit", id="error.quit", tooltip="Leave with exit code 2"),
     ]  # fmt: skip
 
@@ -42,6 +47,10 @@ class ErrorScreen(ModalScreen[None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """There is nothing behind this screen unless a run was opened."""
         return self._has_rows or action != "dismiss"
+
+    def action_again(self) -> None:
+        """Close this and run again."""
+        self.dismiss(True)
 
     def _message(self) -> RenderableType:
         paint = Paint(self.app.theme_variables)

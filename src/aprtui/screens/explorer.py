@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.command import Provider
@@ -14,19 +14,21 @@ from textual.containers import Horizontal
 from textual.reactive import reactive
 from textual.timer import Timer
 from textual.widgets import Footer, Input
-from textual.worker import Worker, get_current_worker
 
 from aprtui.keys import EXPLORER_KEYS
 from aprtui.lineage import trace_upstream
 from aprtui.palette import ExplorerCommands
-from aprtui.screens.error import ErrorScreen
+from aprtui.screen_options import ScreenOptions
 from aprtui.screens.help import HelpScreen
-from aprtui.screens.navigation import StageNavigation
+from aprtui.screens.parity import ParityScreen
 from aprtui.screens.profile import ProfileScreen
-from aprtui.session import RunFailed, RunFinished, RunOpened, StageJudged, stream_run
+from aprtui.screens.running import RunningScreen
+from aprtui.session import StageJudged
 from aprtui.text import visible
 from aprtui.widgets.divergence_table import DEFAULT_TOP_K, TOP_K_STEPS
+from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.profile_strip import ProfileStrip
+from aprtui.widgets.rejection import Rejection
 from aprtui.widgets.run_title import RunTitle, base_name
 from aprtui.widgets.stage_detail import StageDetail
 from aprtui.widgets.stage_tree import StageHeadings, StagePane, StageTree
@@ -34,6 +36,7 @@ from aprtui.widgets.tab_strip import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
+    from aprcore.report import RunHeader
     from aprcore.request import Request
     from aprcore.stages import StageKey
     from aprtui.session import Engine
@@ -44,11 +47,10 @@ REFRESH_S = 1 / 20
 DETAIL_DELAY_S = 0.05
 
 
-class ExplorerScreen(StageNavigation):
+class ExplorerScreen(RunningScreen):
     """The first screen. It owns the run's state; its message handlers are all that change it.
 
     Attributes:
-        engine_worker: Runs the engine; None until the first screen is painted.
         top_k: How many of the largest differences are shown.
         tab: What the lower part of the detail pane shows.
     """
@@ -61,16 +63,16 @@ class ExplorerScreen(StageNavigation):
     # No key comes or goes with the tab: the footer would be made anew, which takes a whole frame.
     tab = reactive(DetailTab.TOP_K)
 
-    def __init__(self, request: Request, engine: Engine | None = None) -> None:
+    def __init__(
+        self, request: Request, engine: Engine | None = None, options: ScreenOptions | None = None
+    ) -> None:
         opening = f"opening {_subject(request)}…"
-        super().__init__(opening)
-        self._request = request
-        self._engine = engine
+        super().__init__(request, engine, options or ScreenOptions(), opening)
         self.profile_strip = ProfileStrip(self.state, self.tree_of_stages, id="profile")
         self.title_line = RunTitle(self.state, opening, id="title")
         self.verdict_bar = VerdictBar(self.state, opening, id="verdict")
+        self.rejection = Rejection(self.state, id="rejection")
         self.detail = StageDetail(self.state, id="detail")
-        self.engine_worker: Worker[None] | None = None
         self._refresh_timer: Timer | None = None
         self._detail_timer: Timer | None = None
         self._is_detail_judged = False
@@ -81,6 +83,7 @@ class ExplorerScreen(StageNavigation):
         """Title, finding, stages and detail side by side, keys."""
         yield self.title_line
         yield self.verdict_bar
+        yield self.rejection
         yield self.breadcrumb
         with Horizontal(id="body"):
             pane = StagePane(self.tree_of_stages, self.profile_strip, id="stages")
@@ -92,31 +95,27 @@ class ExplorerScreen(StageNavigation):
     def on_mount(self) -> None:
         """Paint first, then run."""
         self.tree_of_stages.focus()
-        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_all())
-        self.call_after_refresh(self._start_run)
-
-    def _start_run(self) -> None:
-        self.engine_worker = self._run_engine()
-
-    @work(thread=True, exclusive=True, exit_on_error=False, group="run")
-    def _run_engine(self) -> None:
-        worker = get_current_worker()
-        stream_run(self._request, self.post_message, lambda: worker.is_cancelled, self._engine)
+        self.app.theme_changed_signal.subscribe(self, lambda _: self.show_all())
+        self.call_after_refresh(self.start_run)
 
     # The run
 
-    @on(RunOpened)
-    def _open_run(self, event: RunOpened) -> None:
-        self.state.open(event.header)
-        if self.state.layers:
+    def show_opened(self, header: RunHeader) -> None:
+        """Unfold the first layer, choose what to show, and say what the user should read."""
+        if not self.is_open and self.state.layers:
             self.tree_of_stages.expanded.add(self.state.layers[0])
-        if self.state.measures:
-            self.choose(measure=self.state.measures[0])
-        self.is_open = True
-        self._show_all()
-        if event.header.notes:
-            notes = "\n".join(visible(note) for note in event.header.notes)
+        if self.tree_of_stages.measure not in self.state.measures or not self.is_open:
+            for measure in self.state.measures[:1]:
+                self.choose(measure=measure)
+        was_open, self.is_open = self.is_open, True
+        if self.tensors is not None:
+            self.detail.pictures.use(self.tensors)
+        self.show_all()
+        if header.notes:
+            notes = "\n".join(visible(note) for note in header.notes)
             self.notify(notes, severity="warning", timeout=8, markup=False)
+        if self.request.against is not None and not was_open:
+            self.action_parity()  # it is what two dumps were named for
 
     @on(StageJudged)
     def _add_stage(self, event: StageJudged) -> None:
@@ -126,21 +125,18 @@ class ExplorerScreen(StageNavigation):
             layer = self.state.divergences[0].layer
             if layer is not None and not self.tree_of_stages.user_moved:
                 self.tree_of_stages.expanded = {layer}
+        self.show_soon()
+
+    def show_soon(self) -> None:
+        """Draw what has changed, together with what changes in a moment."""
         if self._refresh_timer is None:
             self._refresh_timer = self.set_timer(REFRESH_S, self._show_progress)
 
-    @on(RunFinished)
-    def _finish_run(self, event: RunFinished) -> None:
-        self.state.report = event.report
+    def show_finished(self) -> None:
+        """Go to the first divergence, unless the user has taken the cursor."""
         if self.state.divergences and not self.tree_of_stages.user_moved:
             self.tree_of_stages.go_to(self.state.divergences[0])
-        self._show_all()
-
-    @on(RunFailed)
-    def _fail_run(self, event: RunFailed) -> None:
-        self.state.error = event.error
-        self._show_all()
-        self.app.push_screen(ErrorScreen(event.error, has_rows=self.state.header is not None))
+        self.show_all()
 
     def _show_progress(self) -> None:
         """Draw what changes while stages come in; a stage's own figures change but once."""
@@ -148,17 +144,18 @@ class ExplorerScreen(StageNavigation):
         self.tree_of_stages.rearrange()
         self.verdict_bar.refresh()
         self.profile_strip.refresh()
-        if isinstance(self.app.screen, ProfileScreen):
+        if isinstance(self.app.screen, ProfileScreen | ParityScreen):
             self.app.screen.refresh_run()
         row = self.tree_of_stages.row
         if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
             self._show_detail()
 
-    def _show_all(self) -> None:
+    def show_all(self) -> None:
         """Draw everything from the state."""
         self._make_room()
         self.query_one(StageHeadings).refresh()
         self.title_line.refresh()
+        self.rejection.refresh_run()
         self._show_detail()
         self._show_progress()
 
@@ -179,7 +176,7 @@ class ExplorerScreen(StageNavigation):
 
     def on_resize(self) -> None:
         """Columns depend on the width."""
-        self.call_after_refresh(self._show_all)
+        self.call_after_refresh(self.show_all)
 
     def watch_top_k(self) -> None:
         """Fill the table anew."""
@@ -187,16 +184,22 @@ class ExplorerScreen(StageNavigation):
             self._show_detail()
 
     def watch_tab(self) -> None:
-        """Show the other tab; on a tiny screen Why takes the place of the tree."""
+        """Show the other tab; on a tiny screen it takes the place of the tree."""
         if self.is_mounted:
             self._make_room()
             self._show_detail()
+            if self._hides_tree and self.tab.is_picture:
+                self.call_after_refresh(self.detail.focus_inside)
+            elif isinstance(self.focused, PictureView) and not self.tab.is_picture:
+                self.tree_of_stages.focus()
+            elif isinstance(self.focused, PictureView):
+                self.detail.focus_inside()
 
     def _make_room(self) -> None:
         """Give the detail pane the screen, or take it back."""
         # Elsewhere the class would mean nothing, and to set it costs what a whole key may.
         is_small = self.has_class("-tiny") or self.has_class("-short")
-        needs_room = is_small and (self.tab is DetailTab.WHY or self._is_detail_open)
+        needs_room = is_small and (self.tab is not DetailTab.TOP_K or self._is_detail_open)
         if needs_room != self.has_class("-why"):
             self.set_class(needs_room, "-why")
 
@@ -208,13 +211,23 @@ class ExplorerScreen(StageNavigation):
     def _open_stage(self) -> None:
         if self.has_class("-tiny"):
             self._swap_panes(to_detail=True)
+        elif self.tab.is_picture:
+            self.detail.focus_inside()
+
+    @on(PictureView.Left)
+    def _leave_picture(self) -> None:
+        if self._hides_tree:
+            self._swap_panes(to_detail=False)
+        else:
+            self.tree_of_stages.focus()
 
     def _swap_panes(self, to_detail: bool) -> None:
         self._is_detail_open = to_detail
         if not to_detail:
             self.tab = DetailTab.TOP_K
         self._make_room()
-        self.call_after_refresh((self.detail if to_detail else self.tree_of_stages).focus)
+        focus = self.detail.focus_inside if to_detail else self.tree_of_stages.focus
+        self.call_after_refresh(focus)
 
     @property
     def _hides_tree(self) -> bool:
@@ -235,15 +248,26 @@ class ExplorerScreen(StageNavigation):
                 return self.is_open and bool(self.state.measures)
             case "measure":
                 return self.is_open and len(self.state.measures) > 1
-            case "why" | "tab" | "upstream" | "downstream" | "blame" | "profile":
+            case "export" | "copy" | "rerun" | "changes":
                 return self.is_open
+            case "parity":
+                return self.state.has_second_side
+            case "why" | "tab" | "open_tab" | "upstream" | "downstream" | "blame" | "profile":
+                return self.is_open
+            case "picture":
+                return self.is_open and self.detail.pictures.can(str(parameters[0]))
+            case "place":
+                return self.is_open and self.tab.is_picture
             case "clear_filter":
-                return self.is_filtered or self._hides_tree
+                is_asking = self.detail.pictures.is_asking
+                return self.is_filtered or self._hides_tree or is_asking
         return True
 
     async def action_clear_filter(self) -> None:
         """Show all stages again, or the tree before that."""
-        if self._hides_tree:
+        if self.detail.pictures.is_asking:
+            await self.detail.pictures.leave_place()
+        elif self._hides_tree:
             self._swap_panes(to_detail=False)
         else:
             await self.show_all_stages()
@@ -279,6 +303,18 @@ class ExplorerScreen(StageNavigation):
         """Show another tab."""
         self.tab = self.tab.step(step)
 
+    def action_open_tab(self, number: int) -> None:
+        """Show a tab by its number."""
+        self.tab = list(DetailTab)[number]
+
+    def action_picture(self, command: str) -> None:
+        """Do something to the open picture."""
+        self.detail.pictures.do(command)
+
+    async def action_place(self) -> None:
+        """Ask for a place in the open picture."""
+        await self.detail.pictures.ask_place()
+
     def action_top_k(self) -> None:
         """Open the table; in it, show more of the largest differences, then few again."""
         if self.tab is DetailTab.TOP_K:
@@ -289,11 +325,19 @@ class ExplorerScreen(StageNavigation):
         """Show the depth profile; it ends with the stage to go to."""
         at = self.tree_of_stages.row
         key = at.key or next(iter(self.state.keys_by_layer.get(at.layer, ())), None)
-        self.app.push_screen(ProfileScreen(self.state, key), self._leave_profile)
+        self.app.push_screen(ProfileScreen(self.state, key), self._go_if_chosen)
 
-    def _leave_profile(self, key: StageKey | None) -> None:
+    def _go_if_chosen(self, key: StageKey | None) -> None:
         if key is not None:
             self.go_to(key)
+
+    def action_parity(self) -> None:
+        """Show two sides, stage by stage; it ends with the stage to go to."""
+        if not self.state.has_second_side:
+            self.notify("no second side: give --gpu, or --trace with --against")
+            return
+        at = self.tree_of_stages.row.key
+        self.app.push_screen(ParityScreen(self.state, at), self._go_if_chosen)
 
     @on(ProfileStrip.Chosen)
     def _open_layer(self, event: ProfileStrip.Chosen) -> None:

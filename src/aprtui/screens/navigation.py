@@ -148,7 +148,7 @@ class StageNavigation(Screen[None]):
         tree.choose(order=order, measure=measure)
         told = ["Stages"]
         if tree.measure not in (Measure.CUMULATIVE, tree.order.measure):
-            told.append(f"{tree.measure.value} judgment")
+            told.append(self.state.title_of(tree.measure))
         if tree.order is not SortOrder.COMPUTATION:
             told.append(tree.order.value)
         self.query_one("#stages").border_title = ", ".join(told)

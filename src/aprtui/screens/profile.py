@@ -57,7 +57,7 @@ class ProfilePlot(Widget):
     def points(self) -> list[Point]:
         """What there is room for."""
         state = self._state
-        shown = (self._room, self.stage, state.header, len(state.reports))
+        shown = (self._room, self.stage, state.number, len(state.reports))
         if shown != self._gathered_for:
             self._gathered = gather(state, points_of(state, self.stage), self._room)
             self._gathered_for = shown

@@ -44,7 +44,7 @@ class ProfileStrip(Widget):
         if not points:
             return line
         line.append("depth ", paint("ink-quiet"))
-        curve = CURVE_OF.get(self._tree.measure, Curve.CUMULATIVE)
+        curve = CURVE_OF[self._tree.measure]
         for point in points:
             line.append_text(self._bar(point, curve, paint, cells))
         return line
@@ -52,21 +52,22 @@ class ProfileStrip(Widget):
     def _points(self) -> tuple[list[Point], int]:
         """What there is room for, and the cells of each bar."""
         room = max(1, self.size.width - len("depth ") - 1)
-        points = gather(self._state, by_layer(self._state), room)
+        points = gather(self._state, by_layer(self._state, self._tree.measure), room)
         return points, max(1, min(3, room // max(1, len(points))))
 
     def _bar(self, point: Point, curve: Curve, paint: Paint, cells: int) -> Text:
-        mark = mark_of(self._state.reports.get(point.key))
+        measure = self._tree.measure
+        mark = mark_of(self._state.reports_of(measure).get(point.key))
         error = point.errors.get(curve)
-        diverges = point.key in self._state.divergences
+        faults = self._state.faults_of(measure)
+        diverges = point.key in faults
         if error is None:
             glyph = mark.glyph if diverges else ABSENT
         else:
             glyph = BARS[max(0, height_of(error, len(BARS)) - 1)]
         # Without colours the fault must stand out by its height and weight.
-        style = paint(mark.ink, bold=diverges)
-        first = self._state.first_divergence
-        if first is not None and first.key == point.key:
+        style = paint.shape(mark.ink, bold=diverges)
+        if point.key in faults[:1]:
             glyph = mark.glyph
         return Text(glyph * max(1, cells - (cells > 1)) + " " * (cells > 1), style)
 

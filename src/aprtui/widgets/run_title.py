@@ -53,10 +53,18 @@ class RunTitle(Widget):
         text = Text.assemble((base_name(side.path), paint(ink, bold=True)))
         return text.append(f" ({visible(side.label)})" if side.label else "", paint("ink-quiet"))
 
-    @staticmethod
-    def _facts(header: RunHeader) -> str:
+    def _backend(self, header: RunHeader) -> str | None:
+        """What computes: "numpy", or with a device "cpu | gpu: pocl"."""
+        if header.tested is None or not header.backend:
+            return visible(header.backend) if header.backend else None
+        device, rejected = self._state.device, self._state.rejected
+        if rejected is not None:
+            return "cpu | gpu: rejected"
+        return "cpu | gpu: " + ("opening…" if device is None else visible(device.label, 32))
+
+    def _facts(self, header: RunHeader) -> str:
         facts = [visible(header.architecture) if header.architecture else None]
         facts.append(plural(header.num_layers, "layer"))
         facts.append(None if header.tokens is None else plural(len(header.tokens), "token"))
-        facts.append(visible(header.backend) if header.backend else None)
+        facts.append(self._backend(header))
         return "   ".join(fact for fact in facts if fact)

@@ -18,8 +18,8 @@ from aprtui.formatting import (
     format_short,
     format_times,
 )
-from aprtui.measures import JUDGMENTS, Measure, judgment_of
-from aprtui.theme import Paint, cosine_ink, judgment_mark
+from aprtui.measures import BASIS, JUDGMENTS, Measure, judgment_of
+from aprtui.theme import Paint, judgment_mark
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
@@ -77,6 +77,10 @@ def columns_for(
         is_long: Whether figures have all their decimals.
         by_error: Whether the cumulative relative L2 comes before the cosine.
     """
+    is_second = shown in BASIS
+    if is_second:
+        measures, shown = (BASIS[shown],), BASIS[shown]
+    measures = [measure for measure in measures if measure not in BASIS]
     if not measures:
         cells = SMALL_CELLS if is_long else SHORT_CELLS
         return (_RMS._replace(cells=cells), *((_COUNT,) if width >= ONE_MORE_WIDTH else ()))
@@ -94,7 +98,7 @@ def columns_for(
         column = _MODEL if shown is Measure.MODEL else _KERNEL
         first = column if is_long else column._replace(heading=shown.value, cells=SHORT_CELLS)
         more = tuple(Column(name, name, SMALL_CELLS, shown) for name in ("bound", "noise"))
-        if len(measures) == 1:
+        if len(measures) == 1 and not is_second:
             more = (_RMS, _COUNT)
     needed = ONE_MORE_WIDTH if len(more) == 1 else TWO_MORE_WIDTH
     if width >= needed:
@@ -133,7 +137,7 @@ class FigurePainter:
         if column.name == "cosine":
             # A sign takes the place of a decimal: columns stay aligned.
             places = column.cells - 2 - (cosine < 0)
-            return Text(format_cosine(cosine, places), self._paint(cosine_ink(cosine)))
+            return Text(format_cosine(cosine, places), self._paint.cosine(cosine))
         is_short = column.cells < SMALL_CELLS
         error = format_compact(relative_l2) if is_short else format_ratio(relative_l2)
         return Text(error, self._paint("ink-quiet"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.css.scalar import Scalar
@@ -26,6 +27,7 @@ from aprtui.run_state import RunState
 from aprtui.theme import Paint
 from aprtui.why import explain_run, explain_stage
 from aprtui.widgets.divergence_table import DivergenceTable
+from aprtui.widgets.picture_pane import PicturePane
 from aprtui.widgets.tab_strip import DetailTab, TabStrip
 
 if TYPE_CHECKING:
@@ -70,11 +72,16 @@ class Figures(Widget):
 
 
 class StageDetail(VerticalScroll):
-    """The verdict and the judgments above, below them one tab."""
+    """The verdict and the judgments above, below them one tab.
+
+    Attributes:
+        pictures: The pictures of the stage's tensor.
+    """
 
     def __init__(self, state: RunState, id: str | None = None) -> None:
         super().__init__(id=id)
         self._state = state
+        self.pictures = PicturePane(id="pictures")
         self._shown: tuple[Row, int, DetailTab] | None = None
         self._width_shown = 0
 
@@ -85,6 +92,7 @@ class StageDetail(VerticalScroll):
         yield Figures(id="figures")
         yield Static(id="top-title")
         yield DivergenceTable(id="differences")
+        yield self.pictures
 
     def show(self, row: Row, top_k: int, tab: DetailTab) -> None:
         """Describe a row."""
@@ -105,10 +113,14 @@ class StageDetail(VerticalScroll):
         heading = self.query_one("#top-title", Static)
         heading.display = table.display and self._is_roomy
         heading.update(f"{table.row_count} largest differences", layout=False)
+        self.can_focus = not tab.is_picture  # the picture scrolls, not the pane
+        self.pictures.show(report, self._state.header, tab, _unpictured(row))
         title = _title(row)
         if table.display and not self._is_roomy:
             title = f"{title} · top {table.row_count}"
         self.border_title = title
+        picture = self.pictures.open_view
+        self.border_subtitle = "" if picture is None else picture.HINT
         before, self._shown = self._shown, (row, top_k, tab)
         self._width_shown = self.outer_size.width
         if before is None or (before[0], before[2]) != (row, tab):
@@ -118,6 +130,11 @@ class StageDetail(VerticalScroll):
         """Lines are made for one width, which a pane that was hidden did not have yet."""
         if self._shown is not None and self.outer_size.width != self._width_shown:
             self.show(*self._shown)
+
+    def focus_inside(self) -> None:
+        """Focus the open picture, or the pane."""
+        picture = self.pictures.open_view
+        (self if picture is None else picture).focus()
 
     @property
     def _is_roomy(self) -> bool:
@@ -129,6 +146,8 @@ class StageDetail(VerticalScroll):
         """What the pane says above the tabs and below them."""
         state, paint = self._state, Paint(self.app.theme_variables)
         is_why = tab is DetailTab.WHY
+        if row.key is None and tab.is_picture:
+            return Text(_title(row), "bold"), None
         if row.key is None:
             why = explain_run(state, row.layer, paint) if is_why and state.header else None
             if row.layer is not None:
@@ -137,13 +156,21 @@ class StageDetail(VerticalScroll):
         if report is None or state.header is None:
             return describe_pending(row.key.stage, paint), None
         above = [describe_verdict(report, paint)]
-        if self._is_roomy or not is_why:
-            above.append(describe_judgments(report, state.header, paint, width))
-        if is_why:
-            why = explain_stage(report, state, paint, figures=not self._is_roomy)
-            is_short = self.size.height < SHORT_LINES
+        needs_room = is_why or tab.is_picture
+        if self._is_roomy or not needs_room:
+            above.append(describe_judgments(report, state, paint, width))
+        if needs_room:
+            why = explain_stage(report, state, paint, figures=not self._is_roomy) if is_why else None
+            is_short = self.size.height < (SHORT_LINES if is_why else ROOMY_LINES)
             return (describe_shortly(report, paint) if is_short else Group(*above)), why
         return Group(*above), describe_figures(report, state.header, paint)
+
+
+def _unpictured(row: Row) -> str:
+    """What is said where a row has no picture."""
+    if row.key is None:
+        return "choose a stage to see its tensor"
+    return "not judged yet: its tensor is shown as soon as it is"
 
 
 def _title(row: Row) -> str:

@@ -94,16 +94,16 @@ class RowPainter:
 
     def _run(self) -> Text:
         name = Text("◆ run", self.paint("ink-oracle", bold=True))
-        first = self.state.first_divergence
-        if first is not None:
-            return self._line(name, [], self._verdict(mark_of(first)))
+        reports = self.state.reports_of(self.measure)
+        for first in self.state.faults_of(self.measure)[:1]:
+            return self._line(name, [], self._verdict(mark_of(reports[first])))
         if self.state.is_running:
             return self._line(name, [], self._verdict(PENDING))
-        worst = worst_of(self.state.counts)
+        worst = worst_of(report.verdict for report in reports.values() if report.verdict)
         return self._line(name, [], self._verdict(mark_of_verdict(worst)) if worst else Text())
 
     def _layer(self, layer: int) -> Text:
-        summary = summarise_layer(self.state, layer)
+        summary = summarise_layer(self.state, layer, self.measure)
         name = Text.assemble((f"{'▾' if layer in self.expanded else '▸'} layer {layer}", "bold"))
         if summary.done < summary.total:
             name.append(f"  {summary.done}/{summary.total}", self.paint("ink-quiet"))
@@ -126,7 +126,7 @@ class RowPainter:
         return self._line(name, columns, self._last(summary.worst, nonfinite))
 
     def _stage(self, key: StageKey) -> Text:
-        report = self.state.reports.get(key)
+        report = self.state.reports_of(self.measure).get(key)
         name = self._stage_name(key)
         if report is None:
             name.stylize(self.paint("ink-quiet"))
@@ -146,9 +146,9 @@ class RowPainter:
     def _stage_name(self, key: StageKey) -> Text:
         """The name below its layer, or with its layer in a sorted list; the first fault marked."""
         is_flat = self._is_flat or key.layer is None
-        first = self.state.first_divergence
-        if first is not None and first.key == key:
-            name = Text.assemble(("▶ ", self.paint(mark_of(first).ink, bold=True)))
+        if key in self.state.faults_of(self.measure)[:1]:
+            mark = mark_of(self.state.reports_of(self.measure).get(key))
+            name = Text.assemble(("▶ ", self.paint(mark.ink, bold=True)))
         else:
             name = Text("  ")
         if not is_flat and self.is_long:

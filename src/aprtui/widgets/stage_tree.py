@@ -104,7 +104,9 @@ class StageTree(ScrollView, can_focus=True):
     def painter(self) -> RowPainter:
         """Draws rows for the present width, theme and choices."""
         everything = frozenset(self.state.layers) if self.filter else frozenset(self.expanded)
-        chosen = (self.line_width, everything, self.order, self.measure, self.app.theme)
+        chosen = (
+            self.line_width, everything, self.order, self.measure, self.app.theme, self.state.number
+        )  # fmt: skip
         if self._painter is None or chosen != self._chosen:
             paint = Paint(self.app.theme_variables)
             self._painter = RowPainter(
@@ -211,9 +213,9 @@ class StageTree(ScrollView, can_focus=True):
 
     def _draw(self, row: Row) -> Strip:
         """A row's line, drawn once where it can be kept."""
-        painter, first = self.painter(), self.state.first_divergence
+        painter, faults = self.painter(), self.state.faults_of(self.measure)
         # The mark of the first fault is yet to come while there is none.
-        if row.key not in self.state.reports or first is None:
+        if row.key not in self.state.reports_of(self.measure) or not faults:
             return self._strip(painter.row(row), self.rich_style)
         if row not in self._drawn:
             self._drawn[row] = self._strip(painter.row(row), self.rich_style)

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from textual.widget import Widget
 
-from aprtui.formatting import quoted
+from aprcore.wording import finding_of, token_name
 from aprtui.run_state import RunState
 from aprtui.theme import MARKS, SEVERITY, Paint, mark_of
-from aprtui.why import finding_of
 
 if TYPE_CHECKING:
     from aprcore.report import LogitsReport
@@ -120,9 +119,3 @@ def next_token_line(logits: LogitsReport, paint: Paint) -> Text:
         (token_name(logits, found.argmax_b), paint("ink-oracle", bold=True)),
         (" (near-tie)" if found.near_tie else "", quiet),
     )
-
-
-def token_name(logits: LogitsReport, token: int) -> str:
-    """A token by its text, or by its id where no tokenizer is at hand."""
-    text = logits.texts.get(token)
-    return f"id {token}" if text is None else quoted(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -77,10 +77,14 @@ class OpenCLBackend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if kind is KeyboardInterrupt:  # a kernel may take minutes, and nobody wants what it makes
+            self.weights.abandon()
+            self._launcher.abandon()
+        else:
+            self.close()
 
     def expect(self, weights: Iterable[Weight]) -> None:
-        """See `DeviceWeights.expect`."""
+        """See `QueuedBackend`."""
         self.weights.expect(weights)
 
     def finish(self) -> None:
@@ -94,7 +98,11 @@ class OpenCLBackend:
 
     def to_host(self, x: DeviceArray) -> Float32:
         """See `Backend`. Waits for everything before it."""
-        return self._launcher.download(x.buffer, x.shape)
+        return self.fetch(x)()
+
+    def fetch(self, x: DeviceArray) -> Callable[[], Float32]:
+        """See `QueuedBackend`."""
+        return self._launcher.download(x)
 
     def embed(self, tokens: Int64, weight: Weight) -> DeviceArray:
         """See `Backend`. Only the rows of the tokens go to the device."""

@@ -149,7 +149,11 @@ def list_devices() -> tuple[DeviceInfo, ...]:
         except cl.Error:  # a platform without devices, or one whose driver fails to load
             continue
         for handle in handles:
-            found.append(_describe(len(found), platform, handle))
+            try:
+                info = _describe(len(found), platform, handle)
+            except cl.Error as error:
+                info = _indescribable(len(found), str(error))
+            found.append(info)
     return tuple(found)
 
 
@@ -158,6 +162,16 @@ def _no_platform(message: str) -> DeviceUnavailableError:
         f"no OpenCL platform is installed ({message})",
         hint="install the device's driver, or `pip install 'pyopencl[pocl]'` for one on the CPU",
     )
+
+
+def _indescribable(index: int, message: str) -> DeviceInfo:
+    """A device whose driver does not even answer questions: listed, never chosen."""
+    return DeviceInfo(
+        index=index, platform="unknown", name="unknown", version="unknown", driver="unknown",
+        kind="other", memory_bytes=0, largest_allocation_bytes=0, local_bytes=0, max_group=0,
+        compute_units=0, shares_host_memory=False, extensions=(),
+        obstacle=f"its driver reports: {message}",
+    )  # fmt: skip
 
 
 def _describe(index: int, platform: Any, handle: Any) -> DeviceInfo:
@@ -212,7 +226,9 @@ def choose_device(devices: Sequence[DeviceInfo], wanted: str | None = None) -> C
         DeviceUnavailableError: None is wanted, or none can be used.
     """
     if not devices:
-        raise _no_platform("no platform has a device")
+        raise DeviceUnavailableError(
+            "no OpenCL platform has a device", hint="its driver may not know the hardware"
+        )
     if wanted is not None:
         return _choose_wanted(devices, wanted)
     usable = [device for device in devices if not device.obstacle]

@@ -19,7 +19,8 @@ _UNAVAILABLE = {
     -36: "the device's queue is no longer valid",
     -9999: "the device stopped in the middle of a kernel",  # NVIDIA's own
 }
-_MEMORY = {-4, -5, -6, -61}
+_MEMORY = {-4, -6, -61}
+_RESOURCES = -5  # mostly memory, and what some drivers say of a device that they have lost
 
 
 class DeviceUnavailableError(BackendError):
@@ -34,10 +35,10 @@ class DeviceMemoryError(BackendError):
     """The device has not enough memory."""
 
 
-def memory_error(device: str) -> DeviceMemoryError:
+def memory_error(device: str, what: str = "memory") -> DeviceMemoryError:
     """The error for an allocation that a device has no room for."""
     return DeviceMemoryError(
-        "the device is out of memory", where=device, hint="use fewer tokens, or --no-gpu"
+        f"the device is out of {what}", where=device, hint="use fewer tokens, or --no-gpu"
     )
 
 
@@ -62,6 +63,8 @@ def translate_status(code: int, message: str, device: str) -> BackendError:
     """The error for a status code of OpenCL and the driver's own message."""
     if code in _MEMORY:
         return memory_error(device)
+    if code == _RESOURCES:
+        return memory_error(device, "memory or other resources")
     if code in _UNAVAILABLE:
         return DeviceUnavailableError(
             _UNAVAILABLE[code], where=device, hint="`aprtui devices` lists those that are"

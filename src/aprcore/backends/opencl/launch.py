@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +17,15 @@ from numpy.typing import NDArray
 from aprcore.backends.opencl.device import OpenDevice
 from aprcore.backends.opencl.errors import driver_errors, memory_error
 from aprcore.backends.opencl.program import Programs
+from aprcore.errors import BackendError
 from aprcore.weights import Float32
 
 # Work of an elementwise group, in values: large against handing out a group on a CPU, small enough
 # to occupy a GPU.
 _CPU_GROUP_WORK, _LANE_WORK = 4096, 4
+
+# Launchers that were given up: to free what they hold would wait for their kernels.
+_abandoned: list[Launcher] = []
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -50,6 +58,11 @@ class Launcher:
 
         self.device = device
         self._programs = Programs(device)
+        self._typed: set[Any] = set()  # kernels that know the types of their numbers
+        self._last: Any = None  # the event of what was queued last
+        # Copies to the host that may not be done: to let go of one is to wait for it.
+        self._downloads: deque[Any] = deque()
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="aprcore-wait")
         # Fresh memory costs more than most operations: freed arrays are used again. The queue is
         # in order, so whoever gets them writes after whoever read them.
         with driver_errors(device.label):
@@ -58,13 +71,34 @@ class Launcher:
 
     def close(self) -> None:
         """Wait for the device and free arrays that nobody holds."""
-        self.finish()
+        with suppress(BackendError):  # nobody asks any more what a device that failed has to say
+            self.finish()
+        self._waiter.shutdown()
         self._pool.stop_holding()
+
+    def abandon(self) -> None:
+        """Leave the device to itself, as the process is about to end: kernels cannot be stopped."""
+        self._waiter.shutdown(wait=False)
+        _abandoned.append(self)
 
     def finish(self) -> None:
         """Wait until everything queued is done."""
+        self._wait(self._last)
         with driver_errors(self.device.label):
             self.device.queue.finish()
+        self._downloads.clear()
+
+    def _wait(self, event: Any) -> None:
+        """Wait for an event so that Ctrl-C is heard: the driver's own wait is deaf to it."""
+        if event is None:
+            return
+        with driver_errors(self.device.label):
+            if _is_done(event):
+                return
+            if threading.current_thread() is threading.main_thread():
+                self._waiter.submit(event.wait).result()
+            else:
+                event.wait()
 
     def empty(self, shape: tuple[int, ...]) -> DeviceArray:
         """An array of unknown content.
@@ -83,19 +117,30 @@ class Launcher:
         """A buffer with a copy of `values`."""
         import pyopencl as cl
 
+        self._wait(self._last)
         with driver_errors(self.device.label):
             buffer = self._pool.allocate(values.nbytes)
             cl.enqueue_copy(self.device.queue, buffer, np.ascontiguousarray(values))
         return buffer
 
-    def download(self, buffer: Any, shape: tuple[int, ...]) -> Float32:
-        """A float32 buffer on the host; waits for everything before it."""
+    def download(self, x: DeviceArray) -> Callable[[], Float32]:
+        """Queue a copy to the host; what is returned waits for it and for everything before it."""
         import pyopencl as cl
 
-        values = np.empty(shape, dtype=np.float32)
+        values = np.empty(x.shape, dtype=np.float32)
         with driver_errors(self.device.label):
-            cl.enqueue_copy(self.device.queue, values, buffer)
-        return values
+            copied = cl.enqueue_copy(self.device.queue, values, x.buffer, is_blocking=False)
+            self._last = copied
+            self.device.queue.flush()
+            while self._downloads and _is_done(self._downloads[0]):
+                self._downloads.popleft()
+        self._downloads.append(copied)
+
+        def wait() -> Float32:
+            self._wait(copied)
+            return values
+
+        return wait
 
     def copy(self, x: DeviceArray, first: int, shape: tuple[int, ...]) -> DeviceArray:
         """A copy of consecutive values from the flat index `first`."""
@@ -103,8 +148,10 @@ class Launcher:
 
         out = self.empty(shape)
         with driver_errors(self.device.label):
-            cl.enqueue_copy(self.device.queue, out.buffer, x.buffer, src_offset=4 * first,
-                            byte_count=4 * out.size)  # fmt: skip
+            self._last = cl.enqueue_copy(
+                self.device.queue, out.buffer, x.buffer, src_offset=4 * first,
+                byte_count=4 * out.size,
+            )  # fmt: skip
         return out
 
     def join(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
@@ -114,8 +161,10 @@ class Launcher:
         out = self.empty((x.shape[0] + y.shape[0], *x.shape[1:]))
         with driver_errors(self.device.label):
             cl.enqueue_copy(self.device.queue, out.buffer, x.buffer, byte_count=4 * x.size)
-            cl.enqueue_copy(self.device.queue, out.buffer, y.buffer, dst_offset=4 * x.size,
-                            byte_count=4 * y.size)  # fmt: skip
+            self._last = cl.enqueue_copy(
+                self.device.queue, out.buffer, y.buffer, dst_offset=4 * x.size,
+                byte_count=4 * y.size,
+            )  # fmt: skip
         return out
 
     def kernel(self, name: str, sources: Sequence[str], **options: int) -> Any:
@@ -138,8 +187,13 @@ class Launcher:
         queue = self.device.queue
         values = [arg.buffer if isinstance(arg, DeviceArray) else arg for arg in args]
         with driver_errors(self.device.label):
+            if kernel not in self._typed:
+                # Otherwise pyopencl finds out what each number is every time: 50 us of a launch.
+                types = (type(x) if isinstance(x, np.generic) else None for x in values)
+                kernel.set_scalar_arg_dtypes(list(types))
+                self._typed.add(kernel)
             kernel.set_args(*values)
-            event = cl.enqueue_nd_range_kernel(
+            event = self._last = cl.enqueue_nd_range_kernel(
                 queue, kernel, (groups[0] * lanes, *groups[1:]), local,
                 wait_for=None if after is None else [after],
             )  # fmt: skip
@@ -152,3 +206,9 @@ class Launcher:
         work = _CPU_GROUP_WORK if self.device.tuning.is_cpu else _LANE_WORK * lanes
         groups = max(1, min(-(-count // lanes), -(-count * cost // work)))
         return self.run(kernel, (groups,), *args)
+
+
+def _is_done(event: Any) -> bool:
+    import pyopencl as cl
+
+    return bool(event.command_execution_status == cl.command_execution_status.COMPLETE)

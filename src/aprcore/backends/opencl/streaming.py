@@ -139,13 +139,14 @@ class PieceStream:
         self._advance()
 
     def forget(self) -> None:
-        """Drop everything that is queued. Nothing is being written when this returns."""
+        """Drop everything that is queued.
+
+        A load that has begun runs to its end in the thread, before any that is asked for later.
+        """
         self._planned.clear()
         while self._loading:
             loading = self._loading.popleft()
             loading.ready.cancel()
-            if not loading.ready.cancelled():
-                loading.ready.exception()
             self._free.append(loading.slot)
 
     def close(self) -> None:
@@ -154,13 +155,19 @@ class PieceStream:
         self._loader.shutdown()
         self._free.clear()
 
+    def abandon(self) -> None:
+        """As `close`, but wait for nothing: the process is about to end."""
+        self.forget()
+        self._loader.shutdown(wait=False)
+
     def _advance(self) -> None:
         while self._free and self._planned:
             request, slot = self._planned[0], self._free[0]
             buffer = self._buffer(request, slot)
             self._planned.popleft()
             self._free.popleft()
-            busy, slot.busy = (slot.busy, None) if buffer is slot.buffer else (None, slot.busy)
+            # Stays with the slot: a load that is forgotten before it began has not waited.
+            busy = slot.busy if buffer is slot.buffer else None
             ready = self._loader.submit(self._load, request, buffer, busy)
             self._loading.append(_Loading(request, slot, buffer, ready))
 

@@ -27,7 +27,7 @@ _SHARED_KEPT_PIECE_BYTES = 64 * _MIB
 # On a device with memory of its own: what is left belongs to activations and to others.
 _OWN_MEMORY_SHARE = 0.8
 # On the host's memory a kept weight competes with the file in the page cache that it came from.
-_SHARED_MEMORY_SHARE, _SHARED_BUDGET_BYTES = 0.25, 512 * _MIB
+_SHARED_MEMORY_SHARE, _SHARED_BUDGET_BYTES = 0.25, 2048 * _MIB
 
 # Pieces are whole groups of rows of every product kernel: of 6, 4, 2 and 1 rows.
 _ROW_GROUP = 12
@@ -118,8 +118,10 @@ class DeviceWeights:
     def expect(self, weights: Iterable[Weight]) -> None:
         """Say which weights will be asked for next, in order, so that loading runs ahead.
 
-        A hint: asking for others instead is right and only forgets what was expected.
+        A hint: asking for others instead is right, and what was expected before is forgotten.
         """
+        if self._stream.head is not None:  # a pass was given up in the middle
+            self._forget()
         for weight in weights:
             entry = self._entry(weight)
             if entry.kept is None and entry.plan is None:
@@ -182,6 +184,10 @@ class DeviceWeights:
         self._stream.close()
         self._entries.clear()
         self._vectors.clear()
+
+    def abandon(self) -> None:
+        """As `close`, but wait for nothing: the process is about to end."""
+        self._stream.abandon()
 
     def _entry(self, weight: Weight) -> _Entry:
         entry = self._entries.get(id(weight))

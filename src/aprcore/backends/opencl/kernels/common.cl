@@ -13,11 +13,9 @@
 #if LANES == 1 && defined(__clang__)
 typedef float8 loose_float8 __attribute__((aligned(4)));
 typedef uchar8 loose_uchar8 __attribute__((aligned(1)));
-typedef uchar16 loose_uchar16 __attribute__((aligned(1)));
 typedef ushort8 loose_ushort8 __attribute__((aligned(2)));
 #define LOAD8(pointer) (*(global const loose_float8 *)(pointer))
 #define LOAD8_BYTES(pointer) (*(global const loose_uchar8 *)(pointer))
-#define LOAD16_BYTES(pointer) (*(global const loose_uchar16 *)(pointer))
 #define LOAD8_SHORTS(pointer) (*(global const loose_ushort8 *)(pointer))
 #define STORE8(value, pointer) (*(global loose_float8 *)(pointer) = (value))
 #define TO_FLOAT8(integers) __builtin_convertvector(integers, float8)
@@ -25,7 +23,6 @@ typedef ushort8 loose_ushort8 __attribute__((aligned(2)));
 #else
 #define LOAD8(pointer) vload8(0, pointer)
 #define LOAD8_BYTES(pointer) vload8(0, pointer)
-#define LOAD16_BYTES(pointer) vload16(0, pointer)
 #define LOAD8_SHORTS(pointer) vload8(0, pointer)
 #define STORE8(value, pointer) vstore8(value, 0, pointer)
 #define TO_FLOAT8(integers) convert_float8(integers)

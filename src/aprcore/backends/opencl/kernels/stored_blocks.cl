@@ -120,16 +120,27 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
 #define BLOCK_BYTES 210
 
 // Eight quants from `at`: four bits from `low`, two from `high`, shifted down to where they count.
-#if LANES == 1 && TOKENS == 1
-// Sixteen at once share a scale and half the operations on bytes. With more tokens to multiply by,
+#if LANES == 1 && TOKENS == 1 && defined(__clang__)
+// A quarter at once takes a quarter of the operations on bytes. With more tokens to multiply by,
 // the registers that this takes are worth more.
+typedef uchar uchar32 __attribute__((ext_vector_type(32)));
+typedef uchar32 loose_uchar32 __attribute__((aligned(1)));
+
+static inline uchar8 eight_of(uchar32 bytes, uint at) {
+    switch (at) {
+    case 0: return __builtin_shufflevector(bytes, bytes, 0, 1, 2, 3, 4, 5, 6, 7);
+    case 8: return __builtin_shufflevector(bytes, bytes, 8, 9, 10, 11, 12, 13, 14, 15);
+    case 16: return __builtin_shufflevector(bytes, bytes, 16, 17, 18, 19, 20, 21, 22, 23);
+    default: return __builtin_shufflevector(bytes, bytes, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+}
+
 static inline char8 six_bits(global const uchar *low, global const uchar *high, uint low_shift,
                              uint high_shift, uint at) {
-    const uchar16 four = LOAD16_BYTES(low + at / 16 * 16) >> (uchar16)(low_shift);
-    const uchar16 two = LOAD16_BYTES(high + at / 16 * 16) >> (uchar16)(high_shift);
-    const uchar16 q = (four & (uchar16)(15)) | (two & (uchar16)(3)) << (uchar16)(4);
-    const char16 centred = as_char16(q - (uchar16)(32));
-    return at % 16 ? centred.hi : centred.lo;
+    const uchar32 four = *(global const loose_uchar32 *)low >> (uchar32)(low_shift);
+    const uchar32 two = *(global const loose_uchar32 *)high >> (uchar32)(high_shift);
+    const uchar32 q = (four & (uchar32)(15)) | (two & (uchar32)(3)) << (uchar32)(4);
+    return as_char8(eight_of(q - (uchar32)(32), at));
 }
 #else
 static inline char8 six_bits(global const uchar *low, global const uchar *high, uint low_shift,

@@ -29,7 +29,7 @@ class _Recorder:
 def product_weights(
     config: ModelConfig, weights: Mapping[str, Weight], keys: Iterable[StageKey]
 ) -> list[Weight]:
-    """The matrices of a pass in the order of their use, for `OpenCLBackend.expect`.
+    """The matrices of a pass in the order of their use, for `QueuedBackend.expect`.
 
     The operations of the table say it themselves: they are run on a backend that only listens.
 

@@ -1,0 +1,30 @@
+"""Pictures of a tensor: figures per token, maps, histograms. Numbers only; the screen draws them.
+
+Both sides are streamed in pieces, never held whole unless they are in memory anyway. Every function
+that may take a while asks `is_cancelled` between pieces.
+"""
+
+from aprcore.pictures.heat_map import HeatMap, map_kinds, map_layout, views
+from aprcore.pictures.histograms import histogram
+from aprcore.pictures.records import (
+    EDGE_BITS,
+    OUTLIER_RMS,
+    Cancelled,
+    CellValue,
+    Grid,
+    Histogram,
+    IsCancelled,
+    MapKind,
+    MapView,
+    TokenFigures,
+    ValueWindow,
+)
+from aprcore.pictures.token_rows import token_figures, values
+from aprcore.planes import FilePlane, MemoryPlane, Plane, TensorPair
+
+__all__ = [
+    "EDGE_BITS", "OUTLIER_RMS", "Cancelled", "CellValue", "FilePlane", "Grid", "HeatMap",
+    "Histogram", "IsCancelled", "MapKind", "MapView", "MemoryPlane", "Plane", "TensorPair",
+    "TokenFigures", "ValueWindow", "histogram", "map_kinds", "map_layout", "token_figures",
+    "values", "views",
+]  # fmt: skip

@@ -1,0 +1,81 @@
+"""Writing a report to a file: what kind it is follows from the name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from aprcore.environment import Environment, format_command, read_environment, without_home
+from aprcore.errors import AprError
+from aprcore.report import Report, json_ready, to_json
+from aprcore.reports.maps import StageMap
+from aprcore.reports.markdown import render_markdown
+from aprcore.reports.page import render_page
+from aprcore.whole_file import check_writable, write_whole
+
+SUFFIXES = (".html", ".md", ".json")
+_KINDS = "name a .html, .md or .json file"
+
+
+def check_report_path(path: Path) -> None:
+    """Find out before a long run whether its report can be written.
+
+    Raises:
+        AprError: The suffix is of no kind of report, or the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".svg":
+        raise AprError(
+            "a picture of the screen takes the explorer", where=path,
+            hint=f"press e there, or {_KINDS}",
+        )  # fmt: skip
+    if suffix not in SUFFIXES:
+        what = f"{suffix} is no kind of report" if suffix else "a report's name needs a suffix"
+        raise AprError(what, where=path, hint=_KINDS)
+    check_writable(path)
+
+
+def write_report(
+    path: Path, report: Report, *, maps: Sequence[StageMap] = (), command: Sequence[str] = ()
+) -> None:
+    """Write a report as HTML, Markdown or JSON; the file is whole or as it was before.
+
+    Args:
+        path: Its suffix says which: .html, .md or .json.
+        report: The finished run.
+        maps: Pictures of failing stages; only HTML has a place for them.
+        command: The command line of the run, to reproduce it.
+
+    Raises:
+        AprError: The suffix is of no kind of report, or the file cannot be written.
+    """
+    check_report_path(path)
+    environment = read_environment()
+    match path.suffix.lower():
+        case ".html":
+            text = render_page(report, maps, command, environment)
+        case ".md":
+            text = render_markdown(report, command, environment)
+        case _:
+            text = render_json(report, command, environment)
+    with write_whole(path) as file:
+        file.write(text.encode())
+
+
+def render_json(report: Report, command: Sequence[str], environment: Environment) -> str:
+    """The report as `docs/report.schema.json` describes it, with where and how it was made."""
+    data = to_json(report)
+    parity = data.get("parity", {})
+    sides = (data["trace"], data["oracle"], parity.get("tested"), parity.get("trusted"))
+    for side in filter(None, sides):
+        side["path"] = without_home(side["path"])
+    data["command"] = format_command(command) or None
+    data["environment"] = {
+        "python": environment.python,
+        "platform": environment.platform,
+        "cpu": environment.cpu or None,
+        "processors": environment.processors,
+        "versions": dict(environment.versions),
+    }
+    return json.dumps(json_ready(data), indent=1, allow_nan=False) + "\n"

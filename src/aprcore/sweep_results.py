@@ -1,0 +1,365 @@
+"""What the cases of a sweep came to, and the file that remembers it while a sweep runs.
+
+One JSON line per finished case, appended and synchronised: whatever ends a sweep, what was finished
+is kept, and the next run goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from aprcore.compare import Comparison
+from aprcore.errors import FormatError, PlanError, TraceError
+from aprcore.judge import Verdict
+from aprcore.parity_stages import StageParity
+from aprcore.report import Report, StageReport, json_ready
+from aprcore.stages import StageKey, computation_order
+from aprcore.sweep_cases import CASE_SCHEMA
+
+# In place of a verdict: the case could not be judged.
+ERROR = "ERROR"
+
+# In place of a judgment: the device, held against the CPU, is to blame.
+DEVICE = "device"
+LOGITS = StageKey(None, "lm_head")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A stage that diverges.
+
+    Attributes:
+        path: The stage: "layer-2/qkv_matmul".
+        verdict: Its verdict.
+        blamed: As `aprcore.report.StageReport.blamed`, or `DEVICE`.
+        cause: The causes that explain it, without figures; None if none was found.
+        clause: The finding for the middle of a sentence, with its figures.
+        relative_l2: The cumulative error; a word where it is not finite, None without an oracle.
+    """
+
+    path: str
+    verdict: str
+    blamed: str | None
+    cause: str | None
+    clause: str
+    relative_l2: float | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """A finished case.
+
+    Attributes:
+        id: Of the case.
+        verdict: Of the first divergence, else the gravest of any stage; `ERROR` if it could not be
+            judged.
+        diverges: Whether it ends with exit code 1 on its own.
+        summary: The finding in one sentence, or what went wrong.
+        faults: Every diverging stage, in the order of computation.
+        counts: Stages by verdict.
+        worst_relative_l2: The largest cumulative error; a word where it is not finite, None without
+            an oracle.
+        worst_path: The stage that has it.
+        elapsed_s: Seconds that it took.
+        notes: Of the run, and of workers that were lost over it.
+    """
+
+    id: str
+    verdict: str
+    diverges: bool
+    summary: str
+    faults: tuple[Fault, ...] = ()
+    counts: Mapping[str, int] | None = None
+    worst_relative_l2: float | str | None = None
+    worst_path: str | None = None
+    elapsed_s: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it could not be judged."""
+        return self.verdict == ERROR
+
+    @property
+    def clause(self) -> str:
+        """What is to be said of it in a table: why it diverges or could not be judged."""
+        if self.first is not None:
+            return self.first.clause
+        return self.summary if self.is_error or self.diverges else ""
+
+    @property
+    def first(self) -> Fault | None:
+        """The first divergence."""
+        return self.faults[0] if self.faults else None
+
+
+def summarise(case_id: str, report: Report, *, strict: bool) -> CaseResult:
+    """A case's result, from its report.
+
+    A device that was given up gives no result: what the CPU went on to compute is another case's.
+    """
+    rejected = report.rejected
+    if rejected is not None and not rejected.by_gate:
+        return error_result(case_id, rejected.line_reason, elapsed_s=report.elapsed_s)
+    faults = _faults(report)
+    worst = max(_errors(report), key=_rank, default=(None, None))
+    verdicts = list(report.counts)  # in the order of gravity
+    return CaseResult(
+        id=case_id,
+        verdict=faults[0].verdict if faults else (verdicts or [Verdict.PASS])[-1].value,
+        diverges=report.diverges(strict=strict),
+        summary=report.summary(),
+        faults=faults,
+        counts={verdict.value: count for verdict, count in report.counts.items()},
+        worst_relative_l2=worst[1],
+        worst_path=worst[0],
+        elapsed_s=report.elapsed_s,
+        notes=report.header.notes,
+    )
+
+
+def error_result(case_id: str, message: str, *, elapsed_s: float = 0.0) -> CaseResult:
+    """The result of a case that could not be judged."""
+    line = " ".join(message.splitlines())
+    return CaseResult(case_id, ERROR, diverges=False, summary=line, elapsed_s=elapsed_s)
+
+
+def _faults(report: Report) -> tuple[Fault, ...]:
+    """Every diverging stage in the order of computation; the CPU's before the device's."""
+    found = [(s.key, _fault(s)) for s in report.stages if s.verdict and s.verdict.is_divergence]
+    of_device = [(s.key, _device_fault(s)) for s in report.parity if s.verdict.is_divergence]
+    rejected = report.rejected
+    if rejected is not None and not of_device:  # both sides' logits differ, by no single stage
+        key = rejected.key or LOGITS
+        of_device.append((key, Fault(
+            key.path, Verdict.FAIL.value, DEVICE, None, rejected.line_reason, None
+        )))  # fmt: skip
+    both = sorted([*found, *of_device], key=lambda pair: computation_order(pair[0]))
+    return tuple(fault for _, fault in both)
+
+
+def _fault(stage: StageReport) -> Fault:
+    assert stage.verdict is not None
+    found = stage.explanation
+    named = () if found is None else found.named
+    return Fault(
+        path=stage.key.path,
+        verdict=stage.verdict.value,
+        blamed=stage.blamed,
+        cause=" or ".join(dict.fromkeys(cause.name for cause in named)) or None,
+        clause=stage.reason if found is None else found.clause(),
+        relative_l2=_error(stage.comparison),
+    )
+
+
+def _device_fault(stage: StageParity) -> Fault:
+    return Fault(stage.key.path, stage.verdict.value, DEVICE, None, stage.fault or stage.reason,
+                 _error(stage.tested.oracle))  # fmt: skip
+
+
+def _errors(report: Report) -> list[tuple[str, float | str]]:
+    """The cumulative error of every stage: the device's, where there is one."""
+    sides: list[tuple[StageKey, Comparison | None]]
+    if report.device is not None:
+        sides = [(stage.key, stage.tested.oracle) for stage in report.parity]
+    else:
+        sides = [(stage.key, stage.comparison) for stage in report.stages]
+    found = [(key.path, _error(comparison)) for key, comparison in sides]
+    return [(path, error) for path, error in found if error is not None]
+
+
+def _error(found: Comparison | None) -> float | str | None:
+    """A cumulative error; "nan" where a value is not finite."""
+    if found is None:
+        return None
+    is_finite = not (found.nonfinite_a or found.nonfinite_b)
+    error: float | str = json_ready(found.relative_l2 if is_finite else math.nan)
+    return error
+
+
+def _rank(found: tuple[str, float | str]) -> float:
+    """By which the worst stage is found: what is not finite is worse than any figure."""
+    return found[1] if isinstance(found[1], float) else math.inf
+
+
+def result_to_json(result: CaseResult) -> dict[str, Any]:
+    """A result as JSON-ready values."""
+    data: dict[str, Any] = json_ready({"schema": CASE_SCHEMA, **asdict(result)})
+    return data
+
+
+def parse_result(data: Any) -> CaseResult:
+    """A result from the JSON of `result_to_json`.
+
+    Raises:
+        ValueError: It is nothing of the kind.
+    """
+    if not isinstance(data, dict) or data.get("schema") != CASE_SCHEMA:
+        raise ValueError("no result")
+    try:
+        values = {field.name: data[field.name] for field in fields(CaseResult)}
+        faults = tuple(Fault(**fault) for fault in values["faults"])
+        result = CaseResult(**values | {"faults": faults, "notes": tuple(values["notes"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a whole result") from error
+    is_typed = (
+        isinstance(result.id, str) and isinstance(result.verdict, str)
+        and isinstance(result.diverges, bool) and isinstance(result.summary, str)
+        and isinstance(result.elapsed_s, float | int)
+    )  # fmt: skip
+    if not is_typed:
+        raise ValueError("a field of the wrong type")
+    return result
+
+
+class ResultsFile:
+    """The results of a sweep, on disk and by id. Only one sweep at a time writes to a file.
+
+    A file without a result does not stay.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """Open the file, or make it, and read what it holds.
+
+        Args:
+            path: The file.
+            fresh: Whether to forget what it holds.
+
+        Raises:
+            TraceError: It cannot be opened or written.
+            FormatError: It holds something else.
+            PlanError: Another sweep is writing to it.
+        """
+        self.path = path
+        self._results: dict[str, CaseResult] = {}
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise TraceError(f"cannot be written ({error.strerror})", where=path,
+                             hint="choose another file with -o") from error  # fmt: skip
+        try:
+            self._begin(fresh=fresh)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if os.fstat(self._descriptor).st_size == 0:
+            self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def get(self, case_id: str) -> CaseResult | None:
+        """The result of a case, if it has one."""
+        return self._results.get(case_id)
+
+    def add(self, result: CaseResult) -> bool:
+        """Remember a result; whether it was news.
+
+        One that arrives again is dropped: a case is counted once, whoever ran it twice. Only an
+        error gives way.
+
+        Raises:
+            TraceError: The file cannot be written.
+        """
+        if not self._keep(result):
+            return False
+        line = json.dumps(result_to_json(result), allow_nan=False) + "\n"
+        self._append(line.encode())
+        return True
+
+    def _keep(self, result: CaseResult) -> bool:
+        held = self._results.get(result.id)
+        if held is not None and not held.is_error:
+            return False
+        self._results[result.id] = result
+        return True
+
+    def _begin(self, *, fresh: bool) -> None:
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device may have no end
+            raise TraceError("is no regular file", where=self.path,
+                             hint="choose another file with -o")  # fmt: skip
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PlanError(
+                "another sweep is writing to it", where=self.path,
+                hint="wait for it, or choose another file with -o",
+            ) from error  # fmt: skip
+        data = self._read()
+        whole = self._parse(data, fresh=fresh)
+        try:
+            if fresh:
+                os.ftruncate(self._descriptor, 0)
+            elif whole < len(data):  # a sweep was cut off while it wrote its last line
+                os.ftruncate(self._descriptor, whole)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if fresh:
+            self._results.clear()
+
+    def _read(self) -> bytes:
+        """All of the file."""
+        held = bytearray()
+        try:
+            while piece := os.pread(self._descriptor, 1 << 20, len(held)):
+                held += piece
+        except OSError as error:
+            raise TraceError(f"cannot be read ({error.strerror})", where=self.path) from error
+        return bytes(held)
+
+    def _parse(self, data: bytes, *, fresh: bool) -> int:
+        """Keep the results in `data`; how many of its bytes are whole lines.
+
+        Raises:
+            FormatError: A whole line is no result.
+        """
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                self._keep(parse_result(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                if fresh and number > 1:
+                    return whole
+                raise FormatError(f"line {number} is no result of a sweep", where=self.path,
+                                  hint="choose another file with -o") from error  # fmt: skip
+        # What is no line yet is the start of one, or somebody else's file.
+        if not whole and data and not data.startswith(_line_start(len(data))):
+            raise FormatError("is no file of a sweep's results", where=self.path,
+                              hint="choose another file with -o")  # fmt: skip
+        return whole
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):  # the disk is full
+                raise OSError(None, "the disk is full")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> TraceError:
+        return TraceError(f"cannot be written ({error.strerror})", where=self.path,
+                          hint="make room and run the sweep again")  # fmt: skip
+
+
+def _line_start(length: int) -> bytes:
+    """The first bytes of every line, at most `length` of them."""
+    return f'{{"schema": "{CASE_SCHEMA}"'.encode()[:length]

@@ -1,0 +1,116 @@
+"""`aprtui serve`: the explorer in a browser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aprtui.commands.explore import add_explorer_options, choose_settings, request_under
+
+if TYPE_CHECKING:
+    from aprcore.request import Request
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="the explorer in a browser",
+        description="Serve the explorer as a page, for a machine without a good terminal. Every"
+        " tab that opens it is a run of its own. Only this machine can reach it; from another, open"
+        " a tunnel: ssh -L 8000:127.0.0.1:8000 MACHINE",
+        allow_abbrev=False,
+    )
+    add_explorer_options(parser)
+    _add_server_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host", default=DEFAULT_HOST, help=f"address to listen on (default: {DEFAULT_HOST})"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=DEFAULT_PORT, metavar="N",
+        help=f"port to listen on, 0 for any that is free (default: {DEFAULT_PORT})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--i-know", action="store_true",
+        help="listen beyond this machine too: there is no password, and whoever can reach the"
+        " address can drive the explorer",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C.
+
+    Raises:
+        AprError: The arguments or the settings are malformed, a file is missing, or the address
+            cannot be had.
+    """
+    from aprcore.errors import PlanError
+    from aprtui.text import visible
+
+    request = _check(args)
+
+    from aprtui.browser import ExplorerServer, is_loopback, open_socket
+
+    loopback_only = is_loopback(args.host)
+    if not loopback_only and not args.i_know:
+        raise PlanError(
+            f"whoever can reach {args.host} could drive the explorer, without a password",
+            hint="use an ssh tunnel to 127.0.0.1, or say --i-know",
+        )
+    subject = visible((request.model or request.trace or request.saved or Path()).name)
+    with open_socket(args.host, args.port) as listener:
+        arguments = ["explore", *explorer_arguments(args.argv)]
+        server = ExplorerServer(
+            arguments, listener, f"aprtui {subject}", loopback_only=loopback_only
+        )
+        print(f"{subject} is at {server.address} (Ctrl-C ends it)", flush=True)
+        server.serve()
+    return 0
+
+
+def explorer_arguments(argv: Sequence[str]) -> list[str]:
+    """What is left of the command line for the explorer, as the user wrote it.
+
+    Args:
+        argv: The whole of it, from "serve" on.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_server_options(own)
+    words = list(argv[1:])
+    # After "--" nothing is an option.
+    end = words.index("--") if "--" in words else len(words)
+    _, rest = own.parse_known_args(words[:end])
+    return [*rest, *words[end:]]
+
+
+def _check(args: argparse.Namespace) -> Request:
+    """Find out now what every explorer would only say on its screen, or before it has one.
+
+    Raises:
+        AprError: As `run`.
+    """
+    from aprcore.errors import PlanError
+    from aprtui.app import ExplorerApp
+
+    settings = choose_settings(args)
+    request = request_under(args, settings)
+    for path in (request.model, request.trace, request.oracle, request.against, request.names,
+                 request.reference_weights, request.saved):  # fmt: skip
+        if path is not None and not path.exists():
+            raise PlanError("does not exist", where=path)
+    ExplorerApp(request, settings=settings)
+    return request
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, which is 0 to 65535")
+    return int(text)

@@ -1,0 +1,318 @@
+"""`aprtui sweep`: many bisects as one job list, and where they differ."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aprtui.commands.run_options import add_thread_option
+
+if TYPE_CHECKING:
+    from aprcore.sweep import CaseFinished, Runner, SweepFinished
+    from aprcore.sweep_cases import Case
+    from aprcore.sweep_plan import Sweep
+    from aprcore.sweep_results import CaseResult, ResultsFile
+
+# More processes would rather share one memory than have more of it, and each holds a layer of its
+# model in float32; a case uses several processors anyway.
+MOST_DEFAULT_JOBS = 4
+
+SUFFIXES = (".md", ".json")
+
+# Names of files must fit.
+LINE_LIMIT = 1000
+
+# Of a list of files, a line shows some.
+MOST_NAMED = 3
+
+# Cells of a name and of a cause in the table; the report has all of them.
+NAME_CELLS, CAUSE_CELLS = 28, 60
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="bisect prompts x models x backends x layers, and say where they differ",
+        description="Run every case of CASES.toml as a bisect, locally or on a Dask cluster, and"
+        " say which first divergence comes with which model, prompt and backend. Results are kept"
+        " as they come; the same command line goes on where it was stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "cases", type=Path, metavar="CASES.toml",
+        help="[[matrix]] tables with models, oracles, prompts, backends, layers; see docs/guide.md",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="RESULTS.jsonl",
+        help="where results are kept (default: CASES.results.jsonl beside CASES.toml)",
+    )  # fmt: skip
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on from the results that are there (the default); cases whose files changed, and"
+        " those that ended in an error, are run again",
+    )  # fmt: skip
+    group.add_argument("--fresh", action="store_true", help="forget the results that are there")
+    parser.add_argument(
+        "--jobs", type=_count, metavar="N",
+        help=f"cases at a time (default: one per processor, at most {MOST_DEFAULT_JOBS})",
+    )  # fmt: skip
+    add_thread_option(parser)
+    parser.add_argument(
+        "--scheduler", metavar="tcp://HOST:PORT",
+        help="run on the workers of this Dask cluster, which see the same paths or URLs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR",
+        help="where copies of what is behind a URL stay (default: a directory that goes with the"
+        " run)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
+    parser.add_argument("--report", type=Path, metavar="F", help="write the report as .md or .json")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is left of a sweep and print its table.
+
+    Returns:
+        1 if any case diverges, else 2 if any could not be judged, else 0.
+
+    Raises:
+        AprError: The arguments or the list of cases are unusable, or the cluster is.
+    """
+    from aprcore.errors import PlanError
+    from aprcore.sweep_plan import read_sweep
+    from aprcore.sweep_results import ResultsFile
+
+    if args.scheduler is not None and args.jobs is not None:
+        raise PlanError("--jobs is for this machine; the workers of a cluster are as they are",
+                        hint="leave one out")  # fmt: skip
+    if args.report is not None and args.report.suffix not in SUFFIXES:
+        raise PlanError("cannot tell the kind of report", where=args.report,
+                        hint=f"end its name in {' or '.join(SUFFIXES)}")  # fmt: skip
+    sweep = read_sweep(args.cases)
+    output = args.output or args.cases.with_suffix(".results.jsonl")
+    with ResultsFile(output, fresh=args.fresh) as results, _make_runner(args, sweep) as runner:
+        finished = _run_to_end(sweep, results, runner)
+    if args.report is not None:
+        _write_report(args.report, sweep, finished)
+    if args.json:
+        import json
+
+        from aprcore.sweep_report import to_json
+
+        print(json.dumps(to_json(sweep, finished), indent=1, allow_nan=False))
+    else:
+        _print_table(sweep, finished)
+    found = [result for _, result in finished.results]
+    if any(result.diverges for result in found):
+        return 1
+    return 2 if any(result.is_error for result in found) else 0
+
+
+@contextmanager
+def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
+    """What runs the cases; its copies of remote files go with it, unless they are to stay."""
+    import logging
+    import tempfile
+
+    from aprcore.parallel import available_threads
+
+    kept = None if args.cache is None else args.cache.absolute()
+    if args.scheduler is not None:
+        from aprcore.sweep_cluster import run_on_cluster
+
+        # What becomes of a lost worker's cases is in the results.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
+        def on_cluster(cases: Sequence[Case]) -> Generator[CaseResult]:
+            # A cluster counts one processor per thread of a worker, and that is one case.
+            return run_on_cluster(cases, scheduler=args.scheduler, cache=kept,
+                                  threads=args.threads or 1, warn=_say)  # fmt: skip
+
+        yield on_cluster
+        return
+    from aprcore.sweep_pool import run_locally
+
+    processors = available_threads()
+    jobs = min(args.jobs or min(processors, MOST_DEFAULT_JOBS), len(sweep.cases))
+    threads = args.threads or max(1, processors // jobs)
+    with tempfile.TemporaryDirectory(prefix="aprtui-sweep-") as folder:
+        cache = kept or Path(folder)
+
+        def locally(cases: Sequence[Case]) -> Generator[CaseResult]:
+            return run_locally(cases, jobs=jobs, cache=cache, threads=threads)
+
+        yield locally
+
+
+def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
+    """Run what is left, with a bar on stderr where that is a terminal."""
+    from aprcore.sweep import CaseFinished, pending_cases, run_sweep
+    from aprtui.formatting import plural
+
+    total = len(sweep.cases)
+    kept = total - len(pending_cases(sweep, results))
+    if sweep.repeated:
+        _say(f"{plural(sweep.repeated, 'case')} asked for once more; each is run once")
+    if sweep.unseen:
+        more = " ..." if len(sweep.unseen) > MOST_NAMED else ""
+        _say(f"cannot be seen from here: {', '.join(sweep.unseen[:MOST_NAMED])}{more}")
+    if kept:
+        _say(f"{kept} of {total} cases have a result in {results.path}")
+    try:
+        with _bar(total, kept) as advance, closing(run_sweep(sweep, results, runner)) as events:
+            for event in events:
+                if not isinstance(event, CaseFinished):
+                    return event
+                advance(event)
+    except BaseException:
+        done = total - len(pending_cases(sweep, results))
+        if done > kept:
+            _say(f"stopped: {done} of {total} cases have a result in {results.path};"
+                 " the same command goes on from there")  # fmt: skip
+        raise
+    raise AssertionError("a sweep ends with its report")
+
+
+def _say(line: str) -> None:
+    import sys
+
+    from aprtui.text import visible
+
+    print(f"aprtui: {visible(line, limit=LINE_LIMIT)}", file=sys.stderr)
+
+
+@contextmanager
+def _bar(total: int, kept: int) -> Iterator[Any]:
+    """A bar with the time left; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from aprtui.text import visible
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda event: None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("sweep", total=total, completed=kept, left="")
+
+        def advance(event: CaseFinished) -> None:
+            last = f"{event.result.verdict} {event.case.axes['model']}"
+            left = "" if event.left_s is None else f"{format_duration(event.left_s)} left"
+            bar.update(task, completed=event.done, left=left,
+                       description=visible(last, limit=NAME_CELLS))  # fmt: skip
+
+        yield advance
+
+
+def format_duration(seconds: float) -> str:
+    """A time for people, in two units at most: "42 s", "3 min 05 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text[:6]) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text[:6])
+
+
+def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
+    """A row per case, then where they differ."""
+    from aprcore.sweep_cases import ABSENT, AXES
+    from aprcore.sweep_report import count_verdicts, varying_axes
+
+    results = finished.results
+    cases = [case for case, _ in results]
+    axes = varying_axes(cases)
+    same = {axis: cases[0].axes[axis] for axis in AXES if axis not in axes}
+    named = [f"{axis} {_short(value)}" for axis, value in same.items() if value != ABSENT]
+    if named:
+        print(f"in every case: {', '.join(named)}\n")
+    heads = ("id", *axes, "verdict", "first divergence", "worst L2", "seconds", "cause")
+    rows = [_cells(case, result, axes) for case, result in results]
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    right = {len(heads) - 3, len(heads) - 2}
+    for row in (heads, *rows):
+        cells = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        print("  ".join(cells).rstrip())
+    _print_differences(finished)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(results).items())
+    print(f"\n{len(results)} cases: {counts}")
+
+
+def _cells(case: Case, result: CaseResult, axes: Sequence[str]) -> tuple[str, ...]:
+    from aprtui.formatting import format_ratio
+    from aprtui.text import visible
+
+    first, worst = result.first, result.worst_relative_l2
+    error = "-" if worst is None else format_ratio(float(worst))
+    return (
+        case.short_id, *(_short(case.axes[axis]) for axis in axes), result.verdict,
+        "-" if first is None else visible(first.path), error, f"{result.elapsed_s:.2f}",
+        # An error's reason is what the user has to act on, and is not cut.
+        visible(result.clause, limit=LINE_LIMIT if result.is_error else CAUSE_CELLS),
+    )  # fmt: skip
+
+
+def _short(name: str) -> str:
+    from aprtui.text import visible
+
+    return visible(name, limit=NAME_CELLS)
+
+
+def _print_differences(finished: SweepFinished) -> None:
+    from aprcore.sweep_report import find_differences
+    from aprtui.formatting import plural
+    from aprtui.text import visible
+
+    findings = find_differences(finished.results)
+    if not findings:
+        return
+    print("\nwhere they differ")
+    for finding in findings:
+        print(f"  {visible(finding.describe())}  ({plural(len(finding.cases), 'case')})")
+        for spread in finding.spreads:
+            print(f"    {spread.axis + ':':<9}{spread.describe(_short)}")
+
+
+def _write_report(path: Path, sweep: Sweep, finished: SweepFinished) -> None:
+    """Write the report; nothing is left half written.
+
+    Raises:
+        TraceError: It cannot be written.
+    """
+    import json
+
+    from aprcore.errors import TraceError
+    from aprcore.sweep_report import to_json, to_markdown
+
+    if path.suffix == ".json":
+        text = json.dumps(to_json(sweep, finished), indent=1, allow_nan=False) + "\n"
+    else:
+        text = to_markdown(sweep, finished)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TraceError(f"cannot be written ({error.strerror})", where=path) from error

@@ -1,0 +1,119 @@
+"""A finished run as a file, and a row as text for the clipboard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aprcore.wording import finding_of
+from aprtui.formatting import figures_of, format_cosine, format_ratio
+from aprtui.measures import JUDGMENTS, judgment_of
+from aprtui.rows import Row
+from aprtui.run_state import RunState
+from aprtui.theme import mark_of
+
+if TYPE_CHECKING:
+    from aprcore.report import Report, StageReport
+    from aprcore.tensor_source import TensorSource
+
+KINDS = (".html", ".md", ".json", ".svg", ".aprx")
+
+
+def check_export_path(path: Path, *, has_screen: bool = False) -> None:
+    """Find out whether a run can be written to a path.
+
+    Args:
+        path: Where to.
+        has_screen: Whether there is a screen, and so can be a picture of it.
+
+    Raises:
+        AprError: The suffix is of no kind, or the file cannot be written.
+    """
+    from aprcore.errors import AprError
+    from aprcore.reports.files import check_report_path
+    from aprcore.request import SUFFIX
+    from aprcore.whole_file import check_writable
+
+    suffix = path.suffix.lower()
+    if has_screen and suffix not in KINDS:
+        what = f"{suffix} is no kind of report" if suffix else "a report's name needs a suffix"
+        raise AprError(what, where=path, hint=f"end it in {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    if suffix in ((".svg", SUFFIX) if has_screen else (SUFFIX,)):
+        check_writable(path)
+    else:
+        check_report_path(path)
+
+
+def export(
+    path: Path, report: Report, tensors: TensorSource | None, command: Sequence[str],
+    picture: str | None,
+) -> None:  # fmt: skip
+    """Write a run to a file, whose suffix says as what. Takes seconds: call it from a thread.
+
+    Args:
+        path: Where to.
+        report: The run.
+        tensors: Where the maps of failing stages come from, if from anywhere.
+        command: The command line of the run.
+        picture: The screen as SVG; None where there is no screen.
+
+    Raises:
+        AprError: The suffix is of no kind, or the file cannot be written.
+    """
+    from aprcore.reports.collect import collect_maps
+    from aprcore.reports.files import write_report
+    from aprcore.request import SUFFIX
+    from aprcore.saved_run import save_run
+    from aprcore.whole_file import write_whole
+
+    check_export_path(path, has_screen=picture is not None)
+    match path.suffix.lower():
+        case ".svg" if picture is not None:
+            with write_whole(path) as file:
+                file.write(picture.encode())
+        case suffix if suffix == SUFFIX:
+            save_run(path, report, tensors, command)
+        case _:
+            has_maps = tensors is not None and path.suffix.lower() == ".html"
+            maps = collect_maps(report, tensors) if tensors is not None and has_maps else ()
+            write_report(path, report, maps=maps, command=command)
+
+
+def describe_row(state: RunState, row: Row) -> str:
+    """A row in a few lines of plain text."""
+    if row.key is not None and (report := state.reports.get(row.key)) is not None:
+        return "\n".join(_stage_lines(report))
+    if row.layer is not None:
+        keys = state.keys_by_layer.get(row.layer, ())
+        reports = [state.reports[key] for key in keys if key in state.reports]
+        return "\n".join([f"layer {row.layer}", *(_line(report) for report in reports)])
+    if row.key is not None:
+        return f"{row.key}  pending"
+    if state.report is not None:
+        return state.report.summary()
+    return f"{len(state.reports)} of {len(state.keys)} stages judged"
+
+
+def _line(report: StageReport) -> str:
+    cosine = "" if report.comparison is None else f"  cosine {_cosine(report)}"
+    return f"{report.key.stage}  {mark_of(report).word}{cosine}"
+
+
+def _cosine(report: StageReport) -> str:
+    assert report.comparison is not None
+    return format_cosine(figures_of(report.comparison)[0])
+
+
+def _stage_lines(report: StageReport) -> list[str]:
+    lines = [f"{report.key}  {mark_of(report).word}".rstrip(), finding_of(report)]
+    if report.comparison is not None:
+        error = format_ratio(figures_of(report.comparison)[1])
+        lines.append(f"cumulative: relative L2 {error}, cosine {_cosine(report)}")
+    for measure in JUDGMENTS:
+        judgment = judgment_of(report, measure)
+        if judgment is not None:
+            word = "pass" if judgment.passed else "FAIL"
+            error, bound = format_ratio(judgment.relative_l2), format_ratio(judgment.bound)
+            lines.append(f"{measure.value}: relative L2 {error}, bound {bound}: {word}")
+    return [line for line in lines if line]

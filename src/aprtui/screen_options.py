@@ -1,0 +1,22 @@
+"""What the command line asks of the screen. Light, so that arguments can be read before Textual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenOptions:
+    """What the command line asks of the screen rather than of the run.
+
+    Attributes:
+        watch: Run again whenever a file of the run changes.
+        save: Where to write the run when it is over; None for nowhere.
+        command: The command line, for reports.
+    """
+
+    watch: bool = False
+    save: Path | None = None
+    command: Sequence[str] = ()

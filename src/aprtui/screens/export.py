@@ -1,0 +1,76 @@
+"""Asking where to write a run, and as what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from aprtui.exporting import check_export_path
+from aprtui.text import visible
+from aprtui.theme import Paint
+
+KINDS = (
+    (".html", "the whole run to read and print, with maps of the failing stages"),
+    (".md", "the finding and a table, for an issue"),
+    (".json", "every figure, for programs (docs/report.schema.json)"),
+    (".svg", "this screen"),
+    (".aprx", "the run itself: opens again without model and oracle"),
+)
+
+
+class ExportScreen(ModalScreen[Path | None]):
+    """A file name, whose suffix says what is written. Ends with the path, or None."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss", "cancel", id="export.close", tooltip="Write nothing"),
+    ]
+
+    def __init__(self, suggested: Path) -> None:
+        super().__init__()
+        self._suggested = suggested
+
+    def compose(self) -> ComposeResult:
+        """The name, and what the suffixes mean."""
+        paint = Paint(self.app.theme_variables)
+        with Vertical(id="export") as pane:
+            pane.border_title = "Export"
+            pane.border_subtitle = "enter write   esc cancel"
+            yield Input(str(self._suggested), id="export-path", select_on_focus=False)
+            lines = Text("\n").join(
+                Text.assemble((suffix.ljust(7), paint("ink-oracle", bold=True)), what)
+                for suffix, what in KINDS
+            )
+            yield Static(id="export-problem")
+            yield Static(lines)
+
+    def on_mount(self) -> None:
+        """Begin where the suffix is."""
+        self.query_one(Input).focus()
+
+    @on(Input.Submitted)
+    def _accept(self, event: Input.Submitted) -> None:
+        from aprcore.errors import AprError
+
+        path = Path(event.value.strip() or ".").expanduser()
+        try:
+            check_export_path(path, has_screen=True)
+        except AprError as error:
+            paint = Paint(self.app.theme_variables)
+            told = Text(visible(str(error)), paint("verdict-fail"))
+            problem = self.query_one("#export-problem", Static)
+            problem.update(told)
+            problem.display = True
+            return
+        self.dismiss(path)
+
+    def action_dismiss(self, result: Path | None = None) -> None:  # type: ignore[override]
+        """Write nothing."""
+        self.dismiss(result)

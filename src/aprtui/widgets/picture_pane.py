@@ -1,0 +1,208 @@
+"""The pane of pictures: one of them in view, made in a worker while the screen answers keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.timer import Timer
+from textual.widgets import Input
+from textual.worker import get_current_worker
+
+from aprtui.pictures import Ask, GridAsk, PictureFailed, PictureMade, PictureMaker
+from aprtui.text import visible
+from aprtui.widgets.histogram import HistogramView
+from aprtui.widgets.picture_view import PictureView
+from aprtui.widgets.tab_strip import DetailTab
+from aprtui.widgets.tensor_map import TensorMap
+from aprtui.widgets.token_bars import TokenBars
+from aprtui.widgets.value_grid import ValueGrid
+
+if TYPE_CHECKING:
+    from aprcore.report import RunHeader, StageReport
+    from aprcore.stages import StageKey
+    from aprcore.tensor_source import TensorSource
+
+# A picture that takes longer says so; a shorter wait would only flicker.
+PATIENCE_S = 0.1
+
+
+class PicturePane(Vertical):
+    """The pictures of a stage, of which a tab shows one."""
+
+    DEFAULT_CSS = """
+    PicturePane { height: 1fr; min-height: 5; display: none; }
+    PicturePane PictureView { display: none; height: 1fr; overflow-x: hidden; }
+    PicturePane #place { height: 1; border: none; padding: 0 1; }
+    """
+
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.views: Mapping[DetailTab, PictureView] = {
+            DetailTab.TOKENS: TokenBars(id="tokens"),
+            DetailTab.MAP: TensorMap(id="map"),
+            DetailTab.HISTOGRAM: HistogramView(id="histogram"),
+            DetailTab.VALUES: ValueGrid(id="values"),
+        }
+        self.open_view: PictureView | None = None
+        self._maker: PictureMaker | None = None
+        self._making: tuple[StageKey, Ask] | None = None
+        self._waiting_timer: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        """Every picture; one at most is displayed."""
+        yield from self.views.values()
+
+    def use(self, tensors: TensorSource) -> None:
+        """Take the tensors of a run, in place of those of the last."""
+        self.workers.cancel_group(self, "picture")
+        self._making = None
+        self._maker = PictureMaker(tensors)
+
+    def show(
+        self, report: StageReport | None, header: RunHeader | None, tab: DetailTab, said: str
+    ) -> None:
+        """Show the picture of a tab, or what is said where a row has none."""
+        view = self.views.get(tab)
+        if view is not self.open_view:
+            if self.open_view is not None:
+                self.open_view.display = False
+            if view is not None:
+                view.display = True
+            self.open_view = view
+        is_shown = view is not None
+        if self.display != is_shown:
+            self.display = is_shown
+        if view is None:
+            return
+        if report is None or header is None:
+            view.forget(said)
+        else:
+            view.open(report, header)
+            self._turn()
+
+    @on(PictureView.Wanted)
+    def _turn(self) -> None:
+        """Have made what the open picture is missing."""
+        view, maker = self.open_view, self._maker
+        if view is None or view.report is None or view.size.height == 0 or maker is None:
+            return
+        stage = view.report.key
+        ask = view.ask()
+        while ask is not None and (found := maker.find(stage, ask)) is not None:
+            view.take(ask, found)
+            ask = view.ask()
+        if ask is None:
+            self._rest()
+            return
+        if self._making is not None and not _replaces((stage, ask), self._making):
+            return  # it will be asked for again when that is done
+        self._making = stage, ask
+        if self._waiting_timer is None:
+            self._waiting_timer = self.set_timer(PATIENCE_S, self._say_waiting)
+        self._make(maker, view.report, ask)
+
+    @work(thread=True, exclusive=True, exit_on_error=False, group="picture")
+    def _make(self, maker: PictureMaker, report: StageReport, ask: Ask) -> None:
+        worker = get_current_worker()
+        maker.make(report, ask, lambda: worker.is_cancelled, self.post_message)
+
+    @on(PictureMade)
+    def _take_picture(self, event: PictureMade) -> None:
+        event.stop()
+        if self._making != (event.stage, event.ask):
+            return
+        self._making = None
+        view = self.open_view
+        if view is not None and view.report is not None and view.report.key == event.stage:
+            view.take(event.ask, event.picture)
+        self._turn()
+
+    @on(PictureFailed)
+    def _take_failure(self, event: PictureFailed) -> None:
+        event.stop()
+        if self._making != (event.stage, event.ask):
+            return
+        self._making = None
+        self._rest()
+        view = self.open_view
+        if view is not None and view.report is not None and view.report.key == event.stage:
+            from aprcore.errors import AprError
+
+            is_ours = isinstance(event.error, AprError)
+            said = str(event.error) if is_ours else f"a bug in aprtui: {event.error!r}"
+            view.forget(f"no picture: {visible(said)}")
+
+    def _say_waiting(self) -> None:
+        if self.open_view is not None:
+            self.open_view.wait(True)
+
+    def _rest(self) -> None:
+        if self._waiting_timer is not None:
+            self._waiting_timer.stop()
+            self._waiting_timer = None
+        for view in self.views.values():
+            view.wait(False)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a picture that is wanted is being made."""
+        return self._making is not None
+
+    # Keys
+
+    def can(self, command: str) -> bool:
+        """Whether a key of the screen does something to the open picture."""
+        return self.open_view is not None and command in self.open_view.commands
+
+    def do(self, command: str) -> None:
+        """Do it."""
+        if self.open_view is not None:
+            self.open_view.commands[command]()
+
+    # A place that is typed
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a place is being typed."""
+        return bool(self.query("#place"))
+
+    async def ask_place(self) -> None:
+        """Ask for a place to go to."""
+        if self.open_view is None or self.query("#place"):
+            return
+        words = Input(placeholder="index, or token, head, dim", id="place")
+        await self.mount(words, before=0)
+        self.screen.set_focus(words)
+
+    @on(Input.Submitted, "#place")
+    async def _go_to_place(self, event: Input.Submitted) -> None:
+        event.stop()
+        wrong = "" if self.open_view is None else self.open_view.jump(event.value)
+        if wrong:
+            self.notify(wrong, severity="warning", markup=False)
+            return
+        await self.leave_place()
+
+    async def leave_place(self) -> None:
+        """Take the question back."""
+        if self.open_view is not None:
+            self.open_view.focus()
+        await self.query("#place").remove()
+
+
+def _replaces(wanted: tuple[StageKey, Ask], making: tuple[StageKey, Ask]) -> bool:
+    """Whether what is being made is given up for what is wanted.
+
+    Another part of the same map waits its turn: while a key is held down, every picture would be
+    given up for the next.
+    """
+    (stage, ask), (stage_before, before) = wanted, making
+    if stage != stage_before or type(ask) is not type(before):
+        return True
+    if isinstance(ask, GridAsk) and isinstance(before, GridAsk):
+        return (ask.kind, ask.view) != (before.kind, before.view)
+    return False

@@ -1,0 +1,170 @@
+"""What the pictures of a tensor have in common: what they want, and what they say meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+from textual.binding import Binding, BindingType
+from textual.geometry import Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from aprtui.ramp import Ramp, ramp_of
+from aprtui.theme import Paint
+
+if TYPE_CHECKING:
+    from aprcore.report import RunHeader, StageReport
+    from aprtui.pictures import Ask, Picture
+
+COMPUTING = "computing…"
+
+
+class PictureView(ScrollView, can_focus=True):
+    """A picture of one stage, drawn line by line where it is in view.
+
+    A view says what it needs with `ask`, gets it with `take`, and posts `Wanted` when that changes.
+    Until a picture of another stage is there, the last one stays: a flash would be worse.
+
+    Attributes:
+        report: The stage that is shown.
+        header: Its run.
+        commands: What the screen's keys do here, by name.
+    """
+
+    ALLOW_SELECT = False
+    # Keys of this picture, in few words.
+    HINT = ""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "leave", "back", id="picture.leave", tooltip="Back to the stages"),
+    ]
+
+    class Wanted(Message):
+        """Another picture is needed for what is in view."""
+
+    class Left(Message):
+        """The user goes back to the stages."""
+
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.report: StageReport | None = None
+        self.header: RunHeader | None = None
+        self.commands: Mapping[str, Callable[[], None]] = {}
+        self._notice: list[Text] = []
+        self._said = ""
+        self._is_waiting = False
+        self._is_current = False
+        self._ramp: Ramp | None = None
+        self._ramp_theme = ""
+
+    def open(self, report: StageReport, header: RunHeader) -> None:
+        """Show another stage, or the same with other figures."""
+        if report is self.report:
+            return
+        self.report, self.header = report, header
+        self.start()
+        self.post_message(self.Wanted())
+
+    def forget(self, said: str) -> None:
+        """Show no stage, and say why."""
+        self.report = self.header = None
+        self.say(said)
+
+    def start(self) -> None:
+        """Begin a stage anew; what is drawn stays until its picture comes."""
+        self._is_current = False
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether what is drawn is of another stage, or nothing yet."""
+        return not self._is_current
+
+    def ask(self) -> Ask | None:
+        """The next picture that is missing for what is in view."""
+        raise NotImplementedError
+
+    def take(self, ask: Ask, picture: Picture) -> None:
+        """A picture has come."""
+        raise NotImplementedError
+
+    def draw(self, y: int) -> Strip:
+        """The line at `y`."""
+        raise NotImplementedError
+
+    def say(self, text: str) -> None:
+        """Say something in place of a picture; empty: show the picture."""
+        self._said = text
+        self._notice = []
+        self.refresh()
+
+    def wait(self, is_waiting: bool) -> None:
+        """Whether a picture is taking its time."""
+        if is_waiting and self.is_stale:
+            self.say(COMPUTING)
+        if is_waiting != self._is_waiting:
+            self._is_waiting = is_waiting
+            self.refresh()
+
+    def jump(self, text: str) -> str:
+        """Go to the place that was typed; returns what is wrong with it, or nothing."""
+        raise NotImplementedError
+
+    def action_leave(self) -> None:
+        """Go back to the stages."""
+        self.post_message(self.Left())
+
+    def on_resize(self) -> None:
+        """There may be more in view."""
+        self._notice = []
+        self.fit()
+        self.post_message(self.Wanted())
+
+    def fit(self) -> None:
+        """Take over the size."""
+
+    @property
+    def line_width(self) -> int:
+        """Cells of a line; the scroll bar has a column of its own whether it is there or not."""
+        return max(0, self.outer_size.width - self.styles.scrollbar_size_vertical)
+
+    @property
+    def paint(self) -> Paint:
+        """The theme's inks."""
+        return Paint(self.app.theme_variables)
+
+    @property
+    def ramp(self) -> Ramp:
+        """The theme's ramp."""
+        if self._ramp is None or self._ramp_theme != self.app.theme:
+            self._ramp, self._ramp_theme = ramp_of(self.app), self.app.theme
+        return self._ramp
+
+    def render_line(self, y: int) -> Strip:
+        """A line of the picture, or of what is said in its place."""
+        if not self._said:
+            return self.draw(y)
+        if not self._notice:
+            text = Text(self._said, self.paint("ink-quiet"))
+            self._notice = list(text.wrap(self.app.console, max(1, self.line_width)))
+        return self.strip(self._notice[y] if y < len(self._notice) else Text(""))
+
+    def strip(self, content: Text | list[Segment], style: Style | None = None) -> Strip:
+        """A whole line of text or segments."""
+        ground = self.rich_style if style is None else self.rich_style + style
+        if isinstance(content, Text):
+            # A text of one style renders without it.
+            whole = Text.assemble(content) if content.spans else Text.assemble(
+                (content.plain, content.style)
+            )  # fmt: skip
+            rendered = whole.render(self.app.console)
+            content = [Segment(segment.text, segment.style) for segment in rendered]
+        return Strip(content).apply_style(ground).adjust_cell_length(self.size.width, ground)
+
+    def reserve(self, lines: int) -> None:
+        """Say how many lines there are to scroll through."""
+        self.virtual_size = Size(self.line_width, lines)

@@ -1,0 +1,281 @@
+"""The parity pane, the tree in its colours, the banner of a rejected device, the device list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from demo_runs import OddBackend, bring, dump, kernel_run
+from driving import come_to_rest, drive, explorer_of, settle
+from textual.pilot import Pilot
+from textual.widgets import OptionList, Static
+
+from aprcore.backends.opencl.device import DeviceInfo
+from aprcore.bisect import bisect
+from aprcore.parity_stages import StageParity
+from aprcore.report import DeviceOpened, PathRejected, Report, RunEvent, RunHeader
+from aprcore.request import Request
+from aprcore.stages import StageKey
+from aprtui.app import ExplorerApp
+from aprtui.demo import demo_path
+from aprtui.measures import Measure
+from aprtui.rows import Row, SortOrder
+from aprtui.screens.devices import DevicesScreen
+from aprtui.screens.parity import ParityScreen
+from aprtui.widgets.rejection import Rejection
+from opencl_device import obstacle
+
+ROOT = StageKey(2, "attn_scores")
+needs_device = pytest.mark.skipif(bool(obstacle()), reason=f"no OpenCL device: {obstacle()}")
+SIZES = [(40, 10), (80, 24), (120, 40), (200, 60)]
+
+
+def two_dumps() -> Request:
+    """A wrong engine's dump against the oracle's stage files, over the sound model."""
+    wrong = kernel_run("kv-tiled", oracle=False)
+    return replace(wrong, against=bring("cpu-dump", demo_path() / "oracle"))
+
+
+def device_run(**options: Any) -> Request:
+    model, oracle = demo_path() / "sound.apr", demo_path() / "oracle"
+    return Request(model=model, oracle=oracle, gpu=True, **options)
+
+
+def frozen(parity: StageParity) -> StageParity:
+    """Without the times, which are others in each run."""
+    tested = replace(parity.tested, elapsed_s=0.00125)
+    return replace(parity, tested=tested, trusted=replace(parity.trusted, elapsed_s=0.0021))
+
+
+def still(request: Request) -> Iterator[RunEvent]:
+    """The engine, with times that stand still."""
+    for event in bisect(request):
+        if isinstance(event, StageParity):
+            yield frozen(event)
+        elif isinstance(event, Report):
+            yield replace(event, parity=tuple(map(frozen, event.parity)))
+        else:
+            yield event
+
+
+def as_device(request: Request) -> Iterator[RunEvent]:
+    """Two dumps as if a device had made the one and the CPU the other.
+
+    What real products give in the last digits depends on the machine; a dump does not.
+    """
+    for event in still(request):
+        if isinstance(event, RunHeader):
+            yield replace(event, backend="numpy")
+            yield DeviceOpened("opencl: A Device", "1.0")
+        elif isinstance(event, Report):
+            rejected = PathRejected("step 0: chooses token 4, the CPU 7", ROOT, by_gate=True)
+            yield rejected
+            yield replace(event, rejected=rejected)
+        else:
+            yield event
+
+
+def pane(pilot: Pilot[Any]) -> ParityScreen:
+    assert isinstance(pilot.app.screen, ParityScreen)
+    return pilot.app.screen
+
+
+def text_of(pilot: Pilot[Any], name: str) -> str:
+    return str(pilot.app.screen.query_one(name, Static).render())
+
+
+class TestTwoDumps:
+    def test_open_in_the_pane(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            assert pane(pilot).table.keys == explorer_of(pilot).state.keys
+            await pilot.press("escape")
+            assert pilot.app.screen is explorer_of(pilot)
+            assert explorer_of(pilot).state.exit_code == 1
+
+        drive(ExplorerApp(two_dumps()), steps)
+
+    def test_n_goes_to_the_wrong_kernel_and_enter_to_the_stage(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("home", "n")
+            assert pane(pilot).table.key == ROOT
+            assert "kv heads tiled" in text_of(pilot, "#parity-stage")
+            await pilot.press("enter")
+            await pilot.pause()
+            assert explorer_of(pilot).tree_of_stages.row == Row(key=ROOT)
+
+        drive(ExplorerApp(two_dumps()), steps)
+
+    def test_where_the_largest_difference_is(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("home", "n")
+            found = explorer_of(pilot).state.parity[ROOT].comparison
+            assert found is not None
+            assert "at head 1, token 8, position 8" in text_of(pilot, "#parity-figures")
+
+        drive(ExplorerApp(two_dumps()), steps)
+
+    def test_without_a_model(self) -> None:
+        request = replace(two_dumps(), model=None)
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            state = explorer_of(pilot).state
+            assert Measure.TESTED not in state.measures
+            assert state.parity_faults[0] == ROOT
+
+        drive(ExplorerApp(request), steps)
+
+    def test_one_side_only_has_no_pane(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("g")
+            assert pilot.app.screen is explorer_of(pilot)
+            shown = {
+                a.binding.action for a in pilot.app.screen.active_bindings.values() if a.enabled
+            }
+            assert "parity" not in shown
+
+        drive(ExplorerApp(kernel_run("kv-tiled")), steps)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_picture(self, snap_compare: Any, size: tuple[int, int]) -> None:
+        async def wait(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            await pilot.press("home", "n")
+            await come_to_rest(pilot)
+
+        app = ExplorerApp(two_dumps(), still)
+        assert snap_compare(app, terminal_size=size, run_before=wait)
+
+
+class TestTree:
+    def test_takes_the_colours_of_each_measure(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            await pilot.press("escape")
+            seen = []
+            for _ in explorer.state.measures:
+                tree = explorer.tree_of_stages
+                row = Row(key=StageKey(2, "ffn_out"))
+                seen.append((tree.measure, tree.painter().row(row).plain.split()[-1]))
+                await pilot.press("t")
+            # The kernel is right; against the other dump it inherits what was wrong before it.
+            assert dict(seen) == {
+                Measure.KERNEL: "PASS", Measure.PARITY: "INHERITED", Measure.TESTED: "PASS",
+            }  # fmt: skip
+
+        drive(ExplorerApp(two_dumps()), steps)
+
+    def test_is_sorted_by_the_difference(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            await pilot.press("escape", "t", "s", "s")
+            tree = explorer.tree_of_stages
+            assert tree.order is SortOrder.PARITY
+            parity = explorer.state.parity
+            errors = [
+                found.relative_l2 for row in tree.rows
+                if row.key and (found := parity[row.key].comparison) is not None
+            ]  # fmt: skip
+            assert errors == sorted(errors, reverse=True)
+
+        drive(ExplorerApp(two_dumps()), steps)
+
+    def test_picture(self, snap_compare: Any) -> None:
+        async def wait(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            await pilot.press("escape", "t")
+            await come_to_rest(pilot)
+
+        assert snap_compare(ExplorerApp(two_dumps(), still), run_before=wait,
+                            terminal_size=(120, 40))  # fmt: skip
+
+
+@needs_device
+class TestDevice:
+    def test_a_sound_device_agrees_in_every_stage(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            state = explorer_of(pilot).state
+            await pilot.press("g")
+            assert "71 stages agree" in text_of(pilot, "#parity-summary")
+            assert state.device is not None
+            assert state.device.label in text_of(pilot, "#parity-title")
+            assert state.exit_code == 0
+
+        drive(ExplorerApp(device_run()), steps)
+
+    def test_a_device_that_is_not_there_is_said_in_a_banner(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            banner = explorer.query_one(Rejection)
+            assert banner.display
+            assert "the CPU carries on" in str(banner.render())
+            assert "no such device" in str(banner.render())
+            assert explorer.state.exit_code == 0
+            assert len(explorer.state.reports) == len(explorer.state.keys)
+
+        drive(ExplorerApp(device_run(device="no such device")), steps)
+
+    def test_a_device_can_be_chosen_from_the_list(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            assert not explorer.state.has_second_side
+            await pilot.press("v")
+            screen = pilot.app.screen
+            assert isinstance(screen, DevicesScreen)
+            for _ in range(400):
+                if screen.query_one(OptionList).option_count:
+                    break
+                await pilot.pause(0.025)
+            await pilot.press("enter")
+            await settle(pilot)
+            assert explorer.state.has_second_side
+            assert len(explorer.state.parity) == len(explorer.state.keys)
+
+        drive(ExplorerApp(replace(device_run(), gpu=False)), steps)
+
+
+class TestBanner:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_picture(self, snap_compare: Any, size: tuple[int, int]) -> None:
+        request = replace(two_dumps(), trace=dump(demo_path() / "sound.apr", OddBackend()))
+
+        async def wait(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            await pilot.press("escape")
+            await come_to_rest(pilot)
+
+        app = ExplorerApp(request, as_device)
+        assert snap_compare(app, terminal_size=size, run_before=wait)
+
+
+def made_up_devices() -> tuple[DeviceInfo, ...]:
+    """What two drivers might say; a real list is another on each machine."""
+    common: dict[str, Any] = {
+        "driver": "560.35.03", "version": "OpenCL 3.0 CUDA", "memory_bytes": 80 << 30,
+        "largest_allocation_bytes": 20 << 30, "max_group": 1024, "compute_units": 132,
+        "shares_host_memory": False, "extensions": ("cl_khr_fp64",), "local_bytes": 48 << 10,
+    }  # fmt: skip
+    gpu = DeviceInfo(index=0, platform="A Platform", name="A GPU", kind="gpu", **common)
+    cpu = replace(gpu, index=1, platform="Another", name="pthread-A CPU [b]", kind="cpu",
+                  shares_host_memory=True, obstacle="its driver has no compiler")  # fmt: skip
+    return gpu, cpu
+
+
+class TestDeviceList:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_picture(
+        self, snap_compare: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        devices = made_up_devices()
+        module = "aprcore.backends.opencl.device"
+        monkeypatch.setattr(f"{module}.list_devices", lambda: devices)
+
+        async def wait(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            await pilot.press("v")
+            await pilot.pause(0.3)
+            await come_to_rest(pilot)
+
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        assert snap_compare(app, terminal_size=size, run_before=wait)

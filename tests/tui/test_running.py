@@ -1,0 +1,291 @@
+"""Running again, watching files, comparing with the run before, and handing a run on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from demo_runs import kernel_run
+from driving import come_to_rest, drive, explorer_of, settle
+from textual.pilot import Pilot
+from textual.widgets import DataTable, Input
+
+from aprcore.bisect import run
+from aprcore.request import Request
+from aprcore.saved_run import SavedRun
+from aprcore.stages import StageKey
+from aprtui.app import ExplorerApp
+from aprtui.rows import Row
+from aprtui.screen_options import ScreenOptions
+from aprtui.screens.changes import ChangesScreen
+from aprtui.screens.error import ErrorScreen
+from aprtui.screens.export import ExportScreen
+from conftest import FAULT, faulty, rounded, save, sound_tensors
+
+
+def told(pilot: Pilot[Any]) -> str:
+    """Every notification so far."""
+    return "\n".join(str(note.message) for note in pilot.app._notifications)
+
+
+async def until(pilot: Pilot[Any], holds: Any) -> None:
+    """Wait for something that another thread brings about."""
+    for _ in range(400):
+        if holds():
+            return
+        await pilot.pause(0.025)
+    raise AssertionError("it never came about")
+
+
+def mend(folder: str = "engine-dump") -> None:
+    """The engine's author fixes the fault and dumps again."""
+    shutil.rmtree(folder)
+    save(folder, rounded(sound_tensors()))
+
+
+class TestAgain:
+    def test_files_are_read_again(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            assert explorer.state.exit_code == 1
+            mend()
+            await pilot.press("r")
+            await settle(pilot)
+            assert explorer.state.exit_code == 0
+            assert explorer.state.divergences == []
+            assert "fixed" in told(pilot)
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_the_cursor_stays_where_the_user_took_it(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            explorer.go_to(StageKey(2, "ffn_out"))
+            await pilot.press("r")
+            await settle(pilot)
+            assert explorer.tree_of_stages.row == Row(key=StageKey(2, "ffn_out"))
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_the_tree_shows_the_new_figures(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            tree = explorer_of(pilot).tree_of_stages
+
+            def line() -> str:
+                number = tree.rows.index(Row(key=FAULT))
+                return tree.render_line(number - tree.scroll_offset.y).text
+
+            assert "FAIL" in line()
+            mend()
+            await pilot.press("r")
+            await settle(pilot)
+            assert "PASS" in line()
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_files_that_cannot_be_used_leave_the_last_run_on_screen(
+        self, failing_request: Request
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            (Path("engine-dump") / "lm_head.bin").write_bytes(b"APR")
+            await pilot.press("r")
+            await until(pilot, lambda: "lm_head.bin" in told(pilot))
+            assert not isinstance(pilot.app.screen, ErrorScreen)
+            assert explorer_of(pilot).state.exit_code == 1
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_a_run_that_could_not_start_can_be_tried_again(self) -> None:
+        request = Request(trace=save("engine-dump", sound_tensors()), oracle=Path("hf-stages"))
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            assert isinstance(pilot.app.screen, ErrorScreen)
+            save("hf-stages", sound_tensors())
+            await pilot.press("r")
+            await settle(pilot)
+            assert explorer_of(pilot).state.exit_code == 0
+
+        drive(ExplorerApp(request), steps)
+
+
+class TestWatching:
+    def test_a_new_dump_is_run_at_once(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            mend()
+            await until(pilot, lambda: explorer.state.report and not explorer.state.divergences)
+            assert explorer.state.number >= 2
+
+        app = ExplorerApp(failing_request, options=ScreenOptions(watch=True))
+        drive(app, steps)
+
+    def test_every_change_is_seen(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            state = explorer_of(pilot).state
+            mend()
+            await until(pilot, lambda: state.report and not state.divergences)
+            shutil.rmtree("engine-dump")
+            save("engine-dump", faulty(sound_tensors()))
+            await until(pilot, lambda: state.report and state.divergences)
+
+        drive(ExplorerApp(failing_request, options=ScreenOptions(watch=True)), steps)
+
+    def test_without_it_nothing_is_run(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            mend()
+            await pilot.pause(1.5)
+            assert explorer_of(pilot).state.number == 1
+
+        drive(ExplorerApp(failing_request), steps)
+
+
+class TestChanges:
+    def test_none_before_the_second_run(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("x")
+            assert "no run before" in told(pilot)
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_fixed_stages_are_listed_and_lead_back(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            mend()
+            await pilot.press("r")
+            await settle(pilot)
+            await pilot.press("x")
+            assert isinstance(pilot.app.screen, ChangesScreen)
+            table = pilot.app.screen.query_one(DataTable)
+            assert "fixed" in str(table.get_row_at(0)[0])
+            assert str(table.get_row_at(0)[1]) == str(FAULT)
+            await pilot.press("enter")
+            await pilot.pause()
+            assert explorer_of(pilot).tree_of_stages.row.key == FAULT
+
+        drive(ExplorerApp(failing_request), steps)
+
+    @pytest.mark.parametrize("size", [(40, 10), (80, 24), (120, 40), (200, 60)])
+    def test_picture(
+        self, failing_request: Request, snap_compare: Any, size: tuple[int, int]
+    ) -> None:
+        async def wait(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            tensors = rounded(sound_tensors())
+            tensors[StageKey(2, "ffn_gate")] *= np.float32(1.5)
+            shutil.rmtree("engine-dump")
+            save("engine-dump", tensors)
+            await pilot.press("r")
+            await settle(pilot)
+            pilot.app.clear_notifications()
+            await pilot.press("x")
+            await come_to_rest(pilot)
+
+        assert snap_compare(ExplorerApp(failing_request), terminal_size=size, run_before=wait)
+
+
+class TestExport:
+    @pytest.mark.parametrize("name", ["run.html", "run.md", "run.json", "run.svg", "run.aprx"])
+    def test_the_suffix_says_what_is_written(self, name: str) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("e")
+            assert isinstance(pilot.app.screen, ExportScreen)
+            pilot.app.screen.query_one(Input).value = name
+            await pilot.press("enter")
+            await until(pilot, lambda: f"wrote {name}" in told(pilot))
+
+        drive(ExplorerApp(kernel_run("kv-tiled")), steps)
+        content = Path(name).read_bytes()
+        match Path(name).suffix:
+            case ".html":
+                assert b"data:image/png" in content
+                assert b"kv heads tiled" in content
+            case ".md":
+                assert b"kv heads tiled" in content
+            case ".json":
+                assert json.loads(content)["first_divergence"] == "layer-2/attn_scores"
+            case ".svg":
+                assert content.startswith(b"<svg")
+                assert b"attn_scores" in content
+            case ".aprx":
+                assert SavedRun(Path(name)).report.diverges()
+
+    def test_a_wrong_name_is_said_there(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("e")
+            screen = pilot.app.screen
+            for value in ("run.docx", "nowhere/run.html", ""):
+                screen.query_one(Input).value = value
+                await pilot.press("enter")
+                await pilot.pause()
+                assert pilot.app.screen is screen
+            await pilot.press("escape")
+            assert pilot.app.screen is explorer_of(pilot)
+
+        before = set(Path().iterdir())
+        drive(ExplorerApp(failing_request), steps)
+        assert set(Path().iterdir()) == before
+
+    @pytest.mark.parametrize("size", [(40, 10), (80, 24), (120, 40)])
+    def test_picture(
+        self, failing_request: Request, snap_compare: Any, size: tuple[int, int]
+    ) -> None:
+        async def wait(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            await pilot.press("e")
+            screen = pilot.app.screen
+            screen.query_one(Input).cursor_blink = False
+            screen.query_one(Input).value = "report.docx"
+            await pilot.press("enter")
+            await come_to_rest(pilot)
+
+        assert snap_compare(ExplorerApp(failing_request), terminal_size=size, run_before=wait)
+
+
+class TestCopying:
+    def test_a_stage_goes_to_the_clipboard_of_the_terminal(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("y")
+            text = pilot.app.clipboard
+            assert text.startswith("layer 2 · attn_scores  FAIL\nkernel FAIL: kv heads tiled")
+            assert "cumulative: relative L2 1.2e+00, cosine 0.2098475" in text
+
+        drive(ExplorerApp(kernel_run("kv-tiled")), steps)
+
+    def test_it_is_the_terminal_that_copies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written: list[str] = []
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            assert pilot.app._driver is not None
+            monkeypatch.setattr(pilot.app._driver, "write", written.append)
+            await pilot.press("home", "y")
+            coded = base64.b64encode(pilot.app.clipboard.encode()).decode()
+            assert f"\x1b]52;c;{coded}\a" in "".join(written)
+            assert pilot.app.clipboard.startswith("first divergence: layer 2")
+
+        drive(ExplorerApp(kernel_run("kv-tiled")), steps)
+
+
+class TestSaving:
+    def test_the_run_is_saved_when_it_is_over_and_opens_again(self) -> None:
+        request = kernel_run("kv-tiled")
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            await until(pilot, lambda: "wrote run.aprx" in told(pilot))
+
+        drive(ExplorerApp(request, options=ScreenOptions(save=Path("run.aprx"))), steps)
+        for path in Path().iterdir():
+            if path.name != "run.aprx":
+                path.unlink()
+
+        async def look(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            assert explorer.tree_of_stages.row.key == StageKey(2, "attn_scores")
+            assert explorer.state.exit_code == 1
+            assert len(explorer.state.reports) == len(explorer.state.keys)
+
+        drive(ExplorerApp(Request(saved=Path("run.aprx"))), look)
+        assert run(Request(saved=Path("run.aprx"))).diverges()

@@ -1,0 +1,175 @@
+"""A run in one file: what is read back is what was saved, and broken files are refused."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aprcore import saved_run
+from aprcore.bisect import bisect, run
+from aprcore.errors import AprError, FormatError
+from aprcore.report import Report, to_json
+from aprcore.request import Request
+from aprcore.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
+from aprcore.stages import StageKey
+from aprcore.tensors import TensorStore, open_tensors
+from aprtui.demo import demo_path, load_faults
+
+ROOT = StageKey(2, "attn_scores")
+
+
+def demo_request(fault: str = "kv-tiled") -> Request:
+    found = load_faults()[fault]
+    return Request(model=found.model, trace=found.trace, oracle=demo_path() / "oracle")
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return run(demo_request())
+
+
+@pytest.fixture
+def saved(report: Report, tmp_path: Path) -> Path:
+    path = tmp_path / "run.aprx"
+    save_run(path, report, TensorStore(demo_request()), ["aprtui", "model.apr"])
+    return path
+
+
+class TestRoundTrip:
+    def test_every_figure_comes_back(self, saved: Path, report: Report) -> None:
+        found = SavedRun(saved).report
+        assert to_json(found, top_k=1000) == to_json(report, top_k=1000)
+        assert found.first_divergence is not None
+        assert found.first_divergence.explanation == report.stages[[
+            s.key for s in report.stages].index(ROOT)].explanation  # fmt: skip
+
+    def test_a_request_for_it_streams_the_same_events(self, saved: Path, report: Report) -> None:
+        header, *stages, last = bisect(Request(saved=saved))
+        assert header == report.header
+        assert [stage.key for stage in stages] == list(report.header.keys)
+        assert last.summary() == report.summary()
+
+    def test_tensors_of_diverging_stages_come_back(self, saved: Path, report: Report) -> None:
+        store, found = TensorStore(demo_request()), open_tensors(Request(saved=saved))
+        diverging = [s for s in report.stages if s.verdict and s.verdict.is_divergence]
+        assert diverging
+        for stage in diverging:
+            ours, theirs = store.open(stage), found.open(stage)
+            for side in ("trace", "oracle"):
+                a, b = getattr(ours, side), getattr(theirs, side)
+                assert a.layout == b.layout
+                count = a.shape[0] * a.shape[1]
+                np.testing.assert_array_equal(a.read_flat(0, count), b.read_flat(0, count))
+
+    def test_other_stages_say_that_they_were_not_saved(self, saved: Path, report: Report) -> None:
+        with pytest.raises(AprError, match="not saved"):
+            SavedRun(saved).open(report.stages[0])
+
+    def test_without_model_and_oracle(self, saved: Path, tmp_path: Path) -> None:
+        # Nothing but the file: paths in the report are only names.
+        elsewhere = saved.rename(tmp_path / "elsewhere.aprx")
+        assert run(Request(saved=elsewhere)).diverges()
+
+    def test_nan_and_infinity_come_back(self, report: Report, tmp_path: Path) -> None:
+        stage = report.stages[3]
+        assert stage.comparison is not None
+        odd = replace(stage, comparison=replace(stage.comparison, cosine=np.nan, relative_l2=np.inf))
+        save_run(tmp_path / "odd.aprx", replace(report, stages=(odd,)))
+        found = SavedRun(tmp_path / "odd.aprx").report.stages[0].comparison
+        assert found is not None
+        assert np.isnan(found.cosine)
+        assert found.relative_l2 == np.inf
+
+    def test_what_it_says_of_itself(self, saved: Path) -> None:
+        about = SavedRun(saved).about
+        assert about["command"] == ["aprtui", "model.apr"]
+        assert dict(about["environment"]["versions"])["numpy"] == np.__version__
+
+    def test_large_tensors_are_left_out(
+        self, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saved_run, "MOST_SAVED_VALUES", 1000)
+        save_run(tmp_path / "run.aprx", report, TensorStore(demo_request()))
+        with zipfile.ZipFile(tmp_path / "run.aprx") as archive:
+            sizes = [i.file_size for i in archive.infolist() if i.filename.startswith("tensors/")]
+        assert sum(sizes) < 4 * 1000 + 2 * 256
+
+
+class TestWriting:
+    def test_an_unwritable_place(self, report: Report, tmp_path: Path) -> None:
+        with pytest.raises(AprError, match="cannot be written"):
+            save_run(tmp_path / "nowhere" / "run.aprx", report)
+
+    def test_nothing_half_written(self, report: Report, tmp_path: Path) -> None:
+        class Broken:
+            def open(self, _: object) -> None:
+                raise RuntimeError
+
+            def close(self) -> None: ...
+
+        (tmp_path / "run.aprx").write_bytes(b"before")
+        with pytest.raises(RuntimeError):
+            save_run(tmp_path / "run.aprx", report, Broken())  # type: ignore[arg-type]
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("run.aprx", b"before")]
+
+
+class TestBroken:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(FormatError, match="does not exist"):
+            SavedRun(tmp_path / "run.aprx")
+
+    def test_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(FormatError, match="cannot be read"):
+            SavedRun(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b"PK", b"no archive at all" * 100])
+    def test_no_archive(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "run.aprx").write_bytes(content)
+        with pytest.raises(FormatError, match="not a saved run"):
+            SavedRun(tmp_path / "run.aprx")
+
+    @pytest.mark.parametrize("about", ["[", "[]", "{}", '{"schema": "aprtui-run-v9"}', "9" * 9999])
+    def test_of_another_kind(self, tmp_path: Path, about: str) -> None:
+        with zipfile.ZipFile(tmp_path / "run.aprx", "w") as archive:
+            archive.writestr(ABOUT, about)
+        with pytest.raises(FormatError, match="saved run"):
+            SavedRun(tmp_path / "run.aprx")
+
+    @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x91" * 100_000])
+    def test_no_report(self, tmp_path: Path, data: bytes) -> None:
+        with zipfile.ZipFile(tmp_path / "run.aprx", "w") as archive:
+            archive.writestr(ABOUT, json.dumps({"schema": SCHEMA}))
+            archive.writestr(REPORT, data)
+        with pytest.raises(FormatError, match="saved run"):
+            SavedRun(tmp_path / "run.aprx")
+
+    def test_a_member_that_unpacks_to_too_much(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saved_run, "MOST_REPORT_BYTES", 1000)
+        with pytest.raises(FormatError, match="larger than any run"):
+            SavedRun(saved)
+
+    @settings(max_examples=60, deadline=None)
+    @given(data=st.data())
+    def test_a_flipped_byte_is_refused_or_harmless(
+        self, data: st.DataObject, report: Report, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        path = tmp_path_factory.mktemp("flip") / "run.aprx"
+        save_run(path, replace(report, stages=report.stages[:3]))
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        try:
+            found = SavedRun(path)
+        except FormatError:
+            return
+        assert to_json(found.report) is not None
