@@ -238,7 +238,10 @@ class TestDevice:
 class TestBanner:
     @pytest.mark.parametrize("size", SIZES)
     def test_picture(self, snap_compare: Any, size: tuple[int, int]) -> None:
-        request = replace(two_dumps(), trace=dump(demo_path() / "sound.apr", OddBackend()))
+        trace = dump(demo_path() / "sound.apr", OddBackend())
+        oracle = bring("cpu-dump", demo_path() / "oracle")
+        request = Request(model=bring("sound.apr", demo_path() / "sound.apr"), trace=trace,
+                          against=oracle)  # fmt: skip
 
         async def wait(pilot: Pilot[Any]) -> None:
             await settle(pilot)
