@@ -18,7 +18,7 @@ import numpy as np
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.bisect import run
 from aprcore.compare import compare
-from aprcore.convert import import_model
+from aprcore.conversion.convert import import_model
 from aprcore.formats.apr import read_apr
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.forward import forward

@@ -21,9 +21,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from aprcore.convert import import_model
+from aprcore.conversion.convert import import_model
 from aprcore.oracle import OracleRequest, quiet_transformers, write_oracle
-from aprcore.vocabulary import PATTERNS
+from aprcore.tokenization.vocabulary import PATTERNS
 from demo_faults import plant_faults
 
 TARGET = Path(__file__).parents[1] / "src" / "aprtui" / "demo"

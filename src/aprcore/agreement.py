@@ -47,7 +47,7 @@ def agree_on_tokens(
         OracleError: Two of them recorded different ids.
         TokenizerError: An id is outside the model's vocabulary.
     """
-    from aprcore.tokenizer import check_token_ids
+    from aprcore.tokenization.tokenizer import check_token_ids
 
     notes = [*request.notes]
     claims: list[tuple[str, tuple[int, ...], Path | None]] = []

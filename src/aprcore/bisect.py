@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from aprcore.budget import NO_BUDGETS, run_dtype, settle
 from aprcore.matching import open_sides
-from aprcore.parity_walk import timed
+from aprcore.parity.second_side import FirstSide, Floats, second_side
+from aprcore.parity.walk import timed
 from aprcore.report import Report, RunEvent, StageReport
 from aprcore.request import Request
 from aprcore.saved_run import SavedRun
-from aprcore.second_side import FirstSide, Floats, second_side
 from aprcore.stage_judge import StageJudge
 
 if TYPE_CHECKING:

@@ -28,6 +28,10 @@ CHUNK_VALUES = 512 * 1024
 # longer ones to threads of its own, which then fight with ours), and that keep sums accurate.
 BLOCK_VALUES = 8 * 1024
 
+# Sums taken in another order differ by their rounding; a tensor that only just passes must not be
+# ruled out by it.
+_ORDER_MARGIN = 1 + 1e-6
+
 # Relative gap under which two candidates for the next token count as tied (FORMATS.md).
 NEAR_TIE_GAP = 0.15
 
@@ -203,6 +207,28 @@ def compare_pieces(pieces: Iterable[tuple[Floats, Floats]], k: int = 0) -> Compa
     return _merge(parts, k)
 
 
+def may_be_permuted(a: Floats, b: Floats, found: Comparison, bound: float) -> bool:
+    """Whether some order of the values of `a` could be within relative L2 `bound` of `b`.
+
+    No order brings two tensors nearer to each other than to sort both does (the rearrangement
+    inequality), and no order takes them nearer than their lengths are.
+
+    Args:
+        a, b: Two tensors of one size.
+        found: How they compare as they are.
+        bound: Relative to the length of `b`.
+    """
+    if found.nonfinite_a or found.nonfinite_b:
+        return False  # none is within anything
+    most = bound * _ORDER_MARGIN
+    if abs(found.rms_a - found.rms_b) > most * found.rms_b:
+        return False
+    in_order_a, in_order_b = (np.sort(x, axis=None).astype(np.float64) for x in (a, b))
+    in_order_a -= in_order_b
+    # Squares of float32 values neither overflow in float64 nor vanish.
+    return float(in_order_a @ in_order_a) <= (most**2) * float(in_order_b @ in_order_b)
+
+
 def describe(x: Floats) -> Statistics:
     """Statistics of one tensor, accumulated in float64."""
     x = x.reshape(-1)
@@ -341,10 +367,12 @@ def _buffers(size: int) -> Float64:
 
 
 def _compare_chunk(a: Floats, b: Floats, start: int, floor: _Floor) -> _Part:
-    block = min(BLOCK_VALUES, max(1, a.size))
-    padded = _buffers(-(-a.size // block) * block)
+    # Blocks of one length: what is left over at the end of the last is a few values of padding.
+    count_of_blocks = max(1, -(-a.size // BLOCK_VALUES))
+    block = -(-a.size // count_of_blocks)
+    padded = _buffers(block * count_of_blocks)
     padded[:, a.size :] = 0
-    blocks = padded.reshape(3, -1, block)
+    blocks = padded.reshape(3, count_of_blocks, block)
     rows = padded[:, : a.size]
     wide_a, wide_b, diff = rows
     with np.errstate(invalid="ignore"):  # inf - inf; signalling NaN
@@ -370,13 +398,13 @@ def _compare_chunk(a: Floats, b: Floats, start: int, floor: _Floor) -> _Part:
         count -= int(bad.sum())
         aa, bb, dd = np.vecdot(blocks, blocks).sum(axis=1).tolist()
     ab = float(np.vecdot(blocks[0], blocks[1]).sum())
-    largest = max(float(diff.max(initial=0)), -float(diff.min(initial=0))) if count else -1.0
-    ranked, largest_index = _NOWHERE, -1
-    if largest >= floor.value:
+    ranked, largest_index, largest = _NOWHERE, -1, -1.0
+    if count and (floor.value == 0 or max(diff.max(), -diff.min()) >= floor.value):
         np.abs(diff, out=diff)
         if bad is not None:
             diff[bad] = -1  # neither the largest difference nor one of the k largest
-        largest_index = int(diff.argmax()) + start
+        place = int(diff.argmax())
+        largest_index, largest = place + start, float(diff[place])
         ranked = _candidates(diff, largest, floor)
     return _Part(
         a.size, aa, bb, ab, dd, count, nonfinite_a, nonfinite_b, unequal.size, first,

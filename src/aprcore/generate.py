@@ -21,7 +21,7 @@ from aprcore.config import ModelConfig
 from aprcore.errors import TokenizerError
 from aprcore.forward import AHEAD, Wants, everything, trace
 from aprcore.stages import StageKey
-from aprcore.tokenizer import Tokenizer, check_token_ids
+from aprcore.tokenization.tokenizer import Tokenizer, check_token_ids
 from aprcore.weights import Weight
 
 if TYPE_CHECKING:

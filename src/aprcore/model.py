@@ -33,7 +33,7 @@ from aprcore.formats.dialects import declare_apr, declare_gguf, declare_huggingf
 from aprcore.formats.storage import DataFile, StoredTensor
 from aprcore.rope import Rope, RopeScaling
 from aprcore.stages import STAGES, WEIGHT_SHAPES, Scope, resolve_shape
-from aprcore.tokenizer import Tokenizer, TokenizerData
+from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData
 from aprcore.weights import Weight, read_all
 
 Format = Literal["apr", "gguf", "huggingface"]

@@ -12,7 +12,7 @@ from aprcore.causes.records import Explanation
 from aprcore.compare import Comparison, LogitsComparison, Statistics
 from aprcore.judge import Judgment, Verdict
 from aprcore.layouts import Layout
-from aprcore.parity_stages import SideJudgment, StageParity
+from aprcore.parity.records import SideJudgment, StageParity
 from aprcore.reference_weights import Quantisation
 from aprcore.stages import StageKey
 

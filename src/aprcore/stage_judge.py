@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes import Explanation, explain, explain_nonfinite
-from aprcore.compare import Comparison, compare, compare_logits, describe
+from aprcore.compare import Comparison, compare, compare_logits, describe, may_be_permuted
 from aprcore.judge import Evidence, Judgment, Verdict, decide, within
 from aprcore.layouts import (
+    MASKED_STAGES,
     Layout,
     alternatives,
     last_token,
@@ -50,6 +52,9 @@ class StageJudge:
         self._finite: dict[StageKey, bool] = {}
         self._oracle_finite: dict[StageKey, bool] = {}
         self._verdicts: dict[StageKey, Verdict | None] = {}
+        self._layouts: dict[tuple[str, int], Layout] = {}
+        num_layers, features = sides.header.num_layers, sides.features
+        self._sources = cache(lambda key: input_keys(key, num_layers, features))
         self.tensors: tuple[Floats | None, Floats | None] = (None, None)
 
     def record(self, key: StageKey, traced: Floats) -> None:
@@ -72,16 +77,25 @@ class StageJudge:
         oracle = None
         if sides.oracle is not None and key in sides.oracle:
             oracle = sides.oracle.read(key)
-            self._oracle_finite[key] = self._is_finite(key, oracle)
         if traced is not None:
             traced = traced.reshape(-1)
-            self._finite[key] = self._is_finite(key, traced)
+        if not self._is_compared_alone(traced, oracle):
+            if oracle is not None:
+                self._oracle_finite[key] = self._is_finite(key, oracle)
+            if traced is not None:
+                self._finite[key] = self._is_finite(key, traced)
         for side in (self._trace, self._oracle):
             if side is not None:
                 side.enter(key)
         result = self._with_quantisation(self._judge(key, traced, oracle))
         self._verdicts[key] = result.verdict
         return result
+
+    def _is_compared_alone(self, traced: Floats | None, oracle: Floats | None) -> bool:
+        """Whether there is one comparison and no judgment: it counts what is not finite itself."""
+        is_replayed = self._trace is not None or self._oracle is not None
+        both = traced is not None and oracle is not None and traced.size == oracle.size
+        return both and not is_replayed
 
     def _with_quantisation(self, result: StageReport) -> StageReport:
         """Add what the reference weights show, where they are at hand."""
@@ -96,7 +110,6 @@ class StageJudge:
         return replace(result, quantisation=found)
 
     def _judge(self, key: StageKey, traced: Floats | None, oracle: Floats | None) -> StageReport:
-        sizes = self._sides.sizes
         self.tensors = traced, oracle
         present = [x for x in (oracle, traced) if x is not None]
         if not present:
@@ -106,7 +119,7 @@ class StageJudge:
             elif key in self._sides.not_computed:
                 reason = "the oracle lacks it"
             return StageReport(key, None, Verdict.MISSING, reason)
-        layout = layout_of(key, sizes, present[0].size)
+        layout = self._layout(key, present[0].size)
         if traced is not None and oracle is not None and traced.size != oracle.size:
             return self._other_size(key, traced, oracle)
         return self._values(key, traced, oracle, layout)
@@ -127,7 +140,7 @@ class StageJudge:
                 evidence = replace(evidence, layout=None)
             verdict, reason = decide(evidence)
             return StageReport(key, layout, verdict, reason, found, permuted=permuted or "")
-        layout = layout_of(key, sizes, oracle.size)
+        layout = self._layout(key, oracle.size)
         return StageReport(
             key, layout, Verdict.SHAPE,
             f"the trace has {traced.size} values, the oracle {oracle.size}",
@@ -236,6 +249,8 @@ class StageJudge:
         self, key: StageKey, traced: Floats | None, oracle: Floats | None
     ) -> tuple[Expectation | None, Expectation | None]:
         """What either side should hold; only for sides that hold something finite."""
+        if self._trace is None and self._oracle is None:
+            return None, None
         trace_side = self._trace if traced is not None and self._finite[key] else None
         oracle_side = self._oracle if oracle is not None and self._oracle_finite[key] else None
         return expect_both(trace_side, oracle_side, key)
@@ -296,12 +311,18 @@ class StageJudge:
     ) -> tuple[Floats, Floats, Comparison, str | None]:
         """Without other judgments, a permutation shows by the comparison of the sides alone."""
         bound = self._sides.bound_alone
-        for name, ours, theirs in self._readings(key, a, b, layout):
-            found = compare(ours, theirs, self._top_k)
-            if within(found, bound):
-                return ours, theirs, found, name
-        a, b = (zero_above_diagonal(key, x, layout) for x in (a, b))
-        return a, b, compare(a, b, self._top_k), None
+        readings = self._readings(key, a, b, layout)
+        _, plain_a, plain_b = next(readings)
+        plain = compare(plain_a, plain_b, self._top_k)
+        if within(plain, bound):
+            return plain_a, plain_b, plain, None
+        # What a mask leaves out depends on the order; elsewhere every reading has the same values.
+        if key.stage in MASKED_STAGES or may_be_permuted(a, b, plain, bound):
+            for name, ours, theirs in readings:
+                found = compare(ours, theirs, self._top_k)
+                if within(found, bound):
+                    return ours, theirs, found, name
+        return plain_a, plain_b, plain, None
 
     def _readings(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout
@@ -332,8 +353,7 @@ class StageJudge:
         self, key: StageKey, comparison: Comparison | None, *, layout: str | None,
         kernel: Judgment | None = None, model: Judgment | None = None,
     ) -> Evidence:  # fmt: skip
-        sources = self._sources(key)
-        known = [self._verdicts[source] for source in sources if source in self._verdicts]
+        known = [self._verdicts[s] for s in self._sources(key) if s in self._verdicts]
         return Evidence(
             comparison=comparison,
             bound=self._sides.header.bound,
@@ -349,17 +369,21 @@ class StageJudge:
             layout=layout,
         )
 
+    def _layout(self, key: StageKey, count: int) -> Layout:
+        """The layout of a tensor; a stage's is the same in every layer."""
+        found = self._layouts.get((key.stage, count))
+        if found is None:
+            found = layout_of(key, self._sides.sizes, count)
+            self._layouts[key.stage, count] = found
+        return found
+
     @staticmethod
     def _nonfinite_count(comparison: Comparison | None) -> int:
         return 1 if comparison is None else comparison.nonfinite_a
 
-    def _sources(self, key: StageKey) -> tuple[StageKey, ...]:
-        header = self._sides.header
-        return input_keys(key, header.num_layers, self._sides.features)
-
     def _is_finite(self, key: StageKey, x: Floats) -> bool:
         """Whether a tensor is finite wherever it counts: scores may be -inf above the diagonal."""
-        layout = layout_of(key, self._sides.sizes, x.size)
+        layout = self._layout(key, x.size)
         return bool(np.isfinite(zero_above_diagonal(key, x, layout)).all())
 
     def _ancestors_finite(self, key: StageKey, finite: dict[StageKey, bool]) -> bool:

@@ -13,13 +13,14 @@ import shutil
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from aprcore.sidecar import SIDECAR_NAME, Sidecar, read_sidecar
 from aprcore.stages import StageKey, computation_order, parse_path
 
 Float32 = NDArray[np.float32]
+Result = TypeVar("Result")
 
 MAGIC = b"APRT"
 SUFFIX = ".bin"
@@ -52,13 +54,18 @@ def read_stage_file(path: Path | str, key: StageKey | None = None) -> tuple[int 
             another layer.
         TraceError: It cannot be read at all.
     """
-    with _opened(path) as (descriptor, size):
-        layer, count = _parse_header(os.read(descriptor, HEADER.size), size, path, key)
-        values = np.empty(count, dtype="<f4")
-        memory = values.view(np.uint8)
-        got = 0
-        while got < 4 * count and (more := os.readv(descriptor, [memory[got:]])):
-            got += more  # one call reads 2 GiB at most
+    return _use_file(path, partial(_read, path, key))
+
+
+def _read(
+    path: Path | str, key: StageKey | None, descriptor: int, size: int
+) -> tuple[int | None, Float32]:
+    layer, count = _parse_header(os.read(descriptor, HEADER.size), size, path, key)
+    values = np.empty(count, dtype="<f4")
+    memory = values.view(np.uint8)
+    got = 0
+    while got < 4 * count and (more := os.readv(descriptor, [memory[got:]])):
+        got += more  # one call reads 2 GiB at most
     if got != 4 * count:
         raise TruncatedError(
             f"ends {4 * count - got} bytes early", where=path, hint="was it still being written?"
@@ -66,9 +73,8 @@ def read_stage_file(path: Path | str, key: StageKey | None = None) -> tuple[int 
     return layer, values
 
 
-@contextmanager
-def _opened(path: Path | str) -> Iterator[tuple[int, int]]:
-    """A descriptor of a regular file and its size.
+def _use_file(path: Path | str, function: Callable[[int, int], Result]) -> Result:
+    """What `function` makes of the descriptor of a regular file, and its size.
 
     Plain system calls: a directory holds thousands of files, and making a file object takes about
     as long as reading one.
@@ -80,11 +86,15 @@ def _opened(path: Path | str) -> Iterator[tuple[int, int]]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise TraceError("is not a regular file", where=path)
-            yield descriptor, status.st_size
+            return function(descriptor, status.st_size)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
+
+
+def _check_header(path: Path | str, key: StageKey | None, descriptor: int, size: int) -> None:
+    _parse_header(os.read(descriptor, HEADER.size), size, path, key)
 
 
 def _parse_header(
@@ -253,8 +263,7 @@ class TraceDirectory:
             FormatError: As `read_stage_file`.
         """
         for key, (path, _) in self._files.items():
-            with _opened(path) as (descriptor, size):
-                _parse_header(os.read(descriptor, HEADER.size), size, path, self._place(key))
+            _use_file(path, partial(_check_header, path, self._place(key)))
 
     def _place(self, key: StageKey) -> StageKey | None:
         """What a file's header must say; the embedding at the top level may say either."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.config import ModelConfig
-from aprcore.convert import describe_config
+from aprcore.conversion.convert import describe_config
 from aprcore.errors import AprError
 from aprcore.formats.apr import AprFlag, AprHeader, read_apr
 from aprcore.formats.storage import DataFile, StoredTensor

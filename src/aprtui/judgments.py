@@ -28,7 +28,7 @@ from aprtui.theme import (
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
-    from aprcore.parity_stages import StageParity
+    from aprcore.parity.records import StageParity
     from aprcore.report import RunHeader, StageReport
 
 # Cells from which the table has all its columns, and from which the worst part stands in them.

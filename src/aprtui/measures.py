@@ -12,7 +12,7 @@ from aprtui.formatting import figures_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
-    from aprcore.parity_stages import StageParity
+    from aprcore.parity.records import StageParity
     from aprcore.report import RunHeader, StageReport
 
 

@@ -7,7 +7,7 @@ import sys
 
 def announce(reason: str, backend: str = "opencl") -> None:
     """Print the line, whatever else is printed."""
-    from aprcore.fallback import rejection_line
+    from aprcore.parity.fallback import rejection_line
     from aprtui.cli import LINE_LIMIT
     from aprtui.text import visible
 

@@ -11,7 +11,7 @@ from aprtui.measures import BASIS, Measure, measures_of, view_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Verdict
-    from aprcore.parity_stages import StageParity
+    from aprcore.parity.records import StageParity
     from aprcore.report import (
         DeviceOpened,
         LogitsReport,

@@ -17,7 +17,7 @@ from textual.message import Message
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from aprcore.parity_stages import StageParity
+    from aprcore.parity.records import StageParity
     from aprcore.report import (
         DeviceOpened,
         PathRejected,
@@ -117,7 +117,7 @@ def stream_run(
     """
     try:
         # The engine's own imports (numpy) happen here, after the first screen is painted.
-        from aprcore.parity_stages import StageParity
+        from aprcore.parity.records import StageParity
         from aprcore.report import DeviceOpened, PathRejected, Report, RunHeader, StageReport
         from aprcore.tensors import LayerInputs, open_tensors
 

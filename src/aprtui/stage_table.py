@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from aprcore.judge import Judgment, Verdict
-from aprcore.parity_stages import StageParity
+from aprcore.parity.records import StageParity
 from aprcore.report import Report, RunEvent, RunHeader, StageReport
 from aprcore.stages import StageKey
 from aprtui.formatting import figures_of, format_tolerance

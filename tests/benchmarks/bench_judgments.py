@@ -35,7 +35,7 @@ def main() -> int:
 
 def prepare() -> None:
     """Make the models and the oracle, unless they are there."""
-    from aprcore.convert import import_model
+    from aprcore.conversion.convert import import_model
 
     bench_trace.prepare()
     source, target = (bench_trace.folder() / FILES[kind] for kind in FILES)

@@ -91,7 +91,7 @@ def quantise() -> None:
     target = folder() / QUANTISED
     if target.exists():
         return
-    from aprcore.convert import import_model
+    from aprcore.conversion.convert import import_model
 
     print(f"quantising into {target} ...", file=sys.stderr)
     import_model(folder() / "hf", target, quantize="q4_k", quantize_embeddings=True)

@@ -272,7 +272,7 @@ def maker() -> Callable[[], float]:
     """Makes everything; takes a minute."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import models
-    from aprcore.convert import import_model
+    from aprcore.conversion.convert import import_model
     from aprcore.oracle import OracleRequest, write_oracle
 
     def run() -> float:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore import second_side
 from aprcore.backends.engine import Engine
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.bisect import bisect, run
 from aprcore.errors import BackendError, PlanError
-from aprcore.fallback import RejectedError
 from aprcore.judge import Verdict
 from aprcore.layouts import interleavings
-from aprcore.parity_stages import StageParity
+from aprcore.parity import second_side
+from aprcore.parity.fallback import RejectedError
+from aprcore.parity.records import StageParity
 from aprcore.plan import Plan
 from aprcore.report import (
     DeviceOpened,

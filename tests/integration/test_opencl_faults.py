@@ -29,12 +29,12 @@ from aprcore.backends.opencl.backend import OpenCLBackend
 from aprcore.backends.opencl.device import list_devices, open_device
 from aprcore.backends.opencl.errors import KernelBuildError
 from aprcore.backends.opencl.program import Programs, read_source
-from aprcore.fallback import GuardedDecoder
 from aprcore.forward import trace
 from aprcore.generate import Decoder, TokenChosen, generate
 from aprcore.model import open_model
-from aprcore.parity import ParityRequest, check_parity
-from aprcore.parity_report import ParityReport
+from aprcore.parity.fallback import GuardedDecoder
+from aprcore.parity.gate import ParityRequest, check_parity
+from aprcore.parity.report import ParityReport
 from aprcore.stages import StageKey
 from aprtui.cli import main
 from aprtui.demo import demo_path

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aprcore.bisect import run
-from aprcore.convert import import_model
+from aprcore.conversion.convert import import_model
 from aprcore.errors import PlanError, WeightError
 from aprcore.judge import Verdict
 from aprcore.report import Report, to_json

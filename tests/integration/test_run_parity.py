@@ -14,8 +14,8 @@ import pytest
 
 from aprcore.backends.engine import open_engine
 from aprcore.generate import Decoder
-from aprcore.parity import ParityRequest, check_parity
-from aprcore.parity_report import ParityReport
+from aprcore.parity.gate import ParityRequest, check_parity
+from aprcore.parity.report import ParityReport
 from aprcore.stages import StageKey, stage_keys
 from aprcore.trace import TraceDirectory
 from aprtui.cli import main

@@ -420,7 +420,7 @@ class TestCluster:
         self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr("aprcore.sweep_cluster.CONNECT_TIMEOUT_S", 1)
+        monkeypatch.setattr("aprcore.sweep.cluster.CONNECT_TIMEOUT_S", 1)
         cases = write_cases(tmp_path, root, "m.apr", layers=["all"])
         for address in ("tcp://127.0.0.1:9", "nonsense://x", "tcp://[", "127.0.0.1:x"):
             code, out, err = called(capsys, cases, "--scheduler", address)

@@ -46,6 +46,7 @@ def dump(model: Path, backend: ReferenceBackend, *left_out: str) -> Path:
     What numpy's float32 products give depends on the processor.
     """
     folder = Path("engine-dump")
+    assert not folder.is_symlink(), "it would be written through, into the demo"
     sidecar = Sidecar(
         tokens=TOKENS, prompt=PROMPT, dtype="float32", arithmetic="f32", backend="made-up"
     )

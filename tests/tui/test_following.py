@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import demo_runs
@@ -43,7 +44,7 @@ class TestUpstream:
             assert header is not None
             # Every step goes from a stage to one of its inputs, past those that nobody recorded.
             features = {"qkv_bias"} if any(k.stage == "qkv_bias" for k in header.keys) else set()
-            for reader, source in zip(seen, seen[1:]):
+            for reader, source in pairwise(seen):
                 assert reader is not None and source is not None
                 assert source in input_keys(reader, header.num_layers, features)
                 assert verdict(pilot, source) != "PASS"

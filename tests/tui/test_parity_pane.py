@@ -14,7 +14,7 @@ from textual.widgets import OptionList, Static
 
 from aprcore.backends.opencl.device import DeviceInfo
 from aprcore.bisect import bisect
-from aprcore.parity_stages import StageParity
+from aprcore.parity.records import StageParity
 from aprcore.report import DeviceOpened, PathRejected, Report, RunEvent, RunHeader
 from aprcore.request import Request
 from aprcore.stages import StageKey

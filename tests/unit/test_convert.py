@@ -13,13 +13,13 @@ import pytest
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import save_file
 
-from aprcore.convert import (
+from aprcore.conversion.convert import (
     ConvertProgress,
     describe_config,
     import_model,
     plan_import,
 )
-from aprcore.encode import encode
+from aprcore.conversion.encode import encode
 from aprcore.errors import AprError, TokenizerError, WeightError
 from aprcore.formats.apr import AprFlag, read_apr, verify_apr
 from aprcore.model import open_model

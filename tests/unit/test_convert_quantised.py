@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aprcore.convert import ConvertProgress, import_model
+from aprcore.conversion.convert import ConvertProgress, import_model
+from aprcore.conversion.quantise import measure_rounding, quantise
 from aprcore.errors import AprError, WeightError
 from aprcore.formats.apr import AprFlag, read_apr, verify_apr
 from aprcore.model import open_model
 from aprcore.quant import dequantize
-from aprcore.quantise import measure_rounding, quantise
 from aprcore.weights import read_all
 
 # Hidden and ffn sizes as stories260k has them: no whole super-blocks, and rows of 172 not even

@@ -13,17 +13,17 @@ import pytest
 from aprcore.backends.engine import Engine
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.errors import BackendError, PlanError
-from aprcore.fallback import GuardedDecoder, RejectedError, open_decoder, rejection_line
 from aprcore.generate import Decoder, TokenChosen, generate
 from aprcore.model import Model, open_model
-from aprcore.parity import (
+from aprcore.parity.fallback import GuardedDecoder, RejectedError, open_decoder, rejection_line
+from aprcore.parity.gate import (
     DEFAULT_STEPS,
     MOST_STEPS,
     ParityRequest,
     check_parity,
     compare_step,
 )
-from aprcore.parity_report import CacheParity, ParityReport, StepParity, to_json
+from aprcore.parity.report import CacheParity, ParityReport, StepParity, to_json
 from aprcore.stages import StageKey, stage_keys
 from aprtui.commands import parity as command
 from tiny import NUM_LAYERS, TOKENS, opened, write_model
@@ -321,7 +321,7 @@ class TestFallback:
                 raise BackendError("no OpenCL platform is installed")
             return open_engine(name, **options)
 
-        from aprcore import fallback
+        from aprcore.parity import fallback
 
         open_engine = fallback.open_engine
         monkeypatch.setattr(fallback, "open_engine", unavailable)

@@ -11,9 +11,7 @@ from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.model import open_model
-from aprcore.quant import FORMATS, dequantize, row_bytes
-from aprcore.quantise import (
+from aprcore.conversion.quantise import (
     LARGEST,
     QUANTISED,
     Rounding,
@@ -21,6 +19,8 @@ from aprcore.quantise import (
     measure_rounding,
     quantise,
 )
+from aprcore.model import open_model
+from aprcore.quant import FORMATS, dequantize, row_bytes
 from aprcore.weights import read_all
 
 K_QUANTS = ("Q4_K", "Q6_K")
@@ -149,7 +149,7 @@ class TestError:
         name = "_Q4_SPANS" if dtype == "Q4_K" else "_Q6_SPANS"
         plain = np.array([15 if dtype == "Q4_K" else -32], np.float32)
         searched = measure_rounding(dtype, values, quantise(dtype, values))
-        monkeypatch.setattr(f"aprcore.quantise.{name}", plain)
+        monkeypatch.setattr(f"aprcore.conversion.quantise.{name}", plain)
         once = measure_rounding(dtype, values, quantise(dtype, values))
         assert searched.relative_rmse < 0.99 * once.relative_rmse
 

@@ -27,7 +27,7 @@ from aprcore.environment import format_command, read_environment, without_home
 from aprcore.errors import AprError
 from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
-from aprcore.parity_stages import SideJudgment, StageParity
+from aprcore.parity.records import SideJudgment, StageParity
 from aprcore.pictures import Grid, MapKind
 from aprcore.report import (
     DeviceOpened,

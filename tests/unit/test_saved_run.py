@@ -80,7 +80,8 @@ class TestRoundTrip:
     def test_nan_and_infinity_come_back(self, report: Report, tmp_path: Path) -> None:
         stage = report.stages[3]
         assert stage.comparison is not None
-        odd = replace(stage, comparison=replace(stage.comparison, cosine=np.nan, relative_l2=np.inf))
+        odd_figures = replace(stage.comparison, cosine=np.nan, relative_l2=np.inf)
+        odd = replace(stage, comparison=odd_figures)
         save_run(tmp_path / "odd.aprx", replace(report, stages=(odd,)))
         found = SavedRun(tmp_path / "odd.aprx").report.stages[0].comparison
         assert found is not None

@@ -8,9 +8,9 @@ import pytest
 from gguf.quants import quantize
 
 from aprcore.canonical import RowSlice, SplitHalves
+from aprcore.conversion.quantise import QUANTISED, measure_rounding, quantise
 from aprcore.formats.storage import DataFile, StoredTensor
 from aprcore.quant import FORMATS, Layout, dequantize, storage_size
-from aprcore.quantise import QUANTISED, measure_rounding, quantise
 from aprcore.steps import step_squares
 
 ROWS, K, T = 384, 256, 48

@@ -16,17 +16,16 @@ import fsspec
 import jsonschema
 import pytest
 
-from aprcore import second_side
 from aprcore.backends.engine import Engine
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.errors import AprError, BackendError, FormatError, PlanError
+from aprcore.parity import second_side
 from aprcore.stages import StageKey
-from aprcore.sweep import Estimate
-from aprcore.sweep_cases import CASE_SCHEMA, Case, Prompt, Settings, Source, make_request
-from aprcore.sweep_files import NEIGHBOURS, fetch, fingerprint
-from aprcore.sweep_plan import MOST_CASES, read_sweep
-from aprcore.sweep_report import Spread, find_differences, to_json, to_markdown
-from aprcore.sweep_results import (
+from aprcore.sweep.cases import CASE_SCHEMA, Case, Prompt, Settings, Source, make_request
+from aprcore.sweep.files import NEIGHBOURS, fetch, fingerprint
+from aprcore.sweep.plan import MOST_CASES, read_sweep
+from aprcore.sweep.report import Spread, find_differences, to_json, to_markdown
+from aprcore.sweep.results import (
     CaseResult,
     Fault,
     ResultsFile,
@@ -34,7 +33,8 @@ from aprcore.sweep_results import (
     parse_result,
     result_to_json,
 )
-from aprcore.sweep_worker import run_case
+from aprcore.sweep.run import Estimate
+from aprcore.sweep.worker import run_case
 from aprtui.cli import main
 from aprtui.commands.sweep import format_duration
 from tiny import edited, leftovers, trace_model, write_model, write_stages
@@ -627,8 +627,8 @@ class TestDifferences:
 
 class TestReport:
     def test_text_from_files_is_not_markup(self) -> None:
-        from aprcore.sweep import SweepFinished
-        from aprcore.sweep_plan import Sweep
+        from aprcore.sweep.plan import Sweep
+        from aprcore.sweep.run import SweepFinished
 
         nasty = "<script>|**x**\n`[a](b)\x1b"
         cases = (make_case(nasty), make_case("b"))
@@ -643,8 +643,8 @@ class TestReport:
         assert len(rows) == 4
 
     def test_the_json_is_as_published(self) -> None:
-        from aprcore.sweep import SweepFinished
-        from aprcore.sweep_plan import Sweep
+        from aprcore.sweep.plan import Sweep
+        from aprcore.sweep.run import SweepFinished
 
         cases = (make_case("a"), make_case("b"), make_case("c"))
         results = (

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aprcore.errors import AprError, TokenizerError
-from aprcore.tokenizer import Tokenizer, TokenizerData, check_token_ids
-from aprcore.vocabulary import PATTERNS
+from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData, check_token_ids
+from aprcore.tokenization.vocabulary import PATTERNS
 
 CORPUS = [
     "Once upon a time there was a dog. It's 12345 o'clock, isn't it? We'll see!",

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
-from aprcore.encode import ENCODERS, encode
+from aprcore.conversion.encode import ENCODERS, encode
 from aprcore.layouts import Layout
 from aprcore.noise import Assessment, allowed_ratio, assess
 from aprcore.precision import ARITHMETICS

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.encode import encode
+from aprcore.conversion.encode import encode
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 
 Float32 = NDArray[np.float32]

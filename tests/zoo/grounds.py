@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aprcore.convert import describe_config
+from aprcore.conversion.convert import describe_config
 from aprcore.model import Model, open_model
 from aprcore.oracle import OracleRequest, write_oracle
 from aprcore.trace import TraceDirectory

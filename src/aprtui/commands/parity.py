@@ -10,11 +10,11 @@ from aprtui.commands.run_options import add_device_option, add_thread_option, ad
 from aprtui.rejection import announce
 
 if TYPE_CHECKING:
-    from aprcore.parity import ParityRequest
-    from aprcore.parity_report import CacheParity, ParityHeader, ParityReport, StepParity
-    from aprcore.parity_stages import StageParity
+    from aprcore.parity.gate import ParityRequest
+    from aprcore.parity.records import StageParity
+    from aprcore.parity.report import CacheParity, ParityHeader, ParityReport, StepParity
 
-# As `DEFAULT_STEPS` and `MOST_STEPS` of `aprcore.parity`, which costs the import of numpy.
+# As `DEFAULT_STEPS` and `MOST_STEPS` of `aprcore.parity.gate`, which costs the import of numpy.
 DEFAULT_STEPS, MOST_STEPS = 3, 16
 BACKENDS = ("opencl", "reference")
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         AprError: The arguments or the model are unusable.
     """
     from aprcore.errors import BackendError
-    from aprcore.parity import ParityRequest
+    from aprcore.parity.gate import ParityRequest
     from aprcore.plan import check_prompt, parse_tokens
 
     request = ParityRequest(
@@ -92,15 +92,15 @@ def _stream(request: ParityRequest, *, as_json: bool) -> ParityReport:
     """Run to the end, printing what is found as it is found."""
     import json
 
-    from aprcore.parity import check_parity
-    from aprcore.parity_report import (
+    from aprcore.parity.gate import check_parity
+    from aprcore.parity.records import StageParity
+    from aprcore.parity.report import (
         CacheParity,
         ParityHeader,
         ParityReport,
         StepParity,
         to_json,
     )
-    from aprcore.parity_stages import StageParity
 
     for event in check_parity(request):
         if isinstance(event, ParityReport):

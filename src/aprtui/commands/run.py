@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
         )
     directory = args.save_tensor_dir or default_trace_directory(args.model)
 
-    from aprcore.fallback import open_decoder
     from aprcore.generate import prompt_tokens
     from aprcore.model import open_model
+    from aprcore.parity.fallback import open_decoder
 
     reject = _refuse if args.require_gpu else announce
     with open_model(args.model) as model:
@@ -143,7 +143,7 @@ def _write_step(
 
 
 def _refuse(reason: str) -> None:
-    from aprcore.fallback import RejectedError
+    from aprcore.parity.fallback import RejectedError
 
     raise RejectedError(f"opencl path rejected: {reason}")
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from aprtui.commands.run_options import add_thread_option
 
 if TYPE_CHECKING:
-    from aprcore.sweep import CaseFinished, Runner, SweepFinished
-    from aprcore.sweep_cases import Case
-    from aprcore.sweep_plan import Sweep
-    from aprcore.sweep_results import CaseResult, ResultsFile
+    from aprcore.sweep.cases import Case
+    from aprcore.sweep.plan import Sweep
+    from aprcore.sweep.results import CaseResult, ResultsFile
+    from aprcore.sweep.run import CaseFinished, Runner, SweepFinished
 
 # More processes would rather share one memory than have more of it, and each holds a layer of its
 # model in float32; a case uses several processors anyway.
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
         AprError: The arguments or the list of cases are unusable, or the cluster is.
     """
     from aprcore.errors import PlanError
-    from aprcore.sweep_plan import read_sweep
-    from aprcore.sweep_results import ResultsFile
+    from aprcore.sweep.plan import read_sweep
+    from aprcore.sweep.results import ResultsFile
 
     if args.scheduler is not None and args.jobs is not None:
         raise PlanError("--jobs is for this machine; the workers of a cluster are as they are",
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        from aprcore.sweep_report import to_json
+        from aprcore.sweep.report import to_json
 
         print(json.dumps(to_json(sweep, finished), indent=1, allow_nan=False))
     else:
@@ -125,7 +125,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
     kept = None if args.cache is None else args.cache.absolute()
     if args.scheduler is not None:
-        from aprcore.sweep_cluster import run_on_cluster
+        from aprcore.sweep.cluster import run_on_cluster
 
         # What becomes of a lost worker's cases is in the results.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
@@ -137,7 +137,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
         yield on_cluster
         return
-    from aprcore.sweep_pool import run_locally
+    from aprcore.sweep.pool import run_locally
 
     processors = available_threads()
     jobs = min(args.jobs or min(processors, MOST_DEFAULT_JOBS), len(sweep.cases))
@@ -153,7 +153,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
 def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
     """Run what is left, with a bar on stderr where that is a terminal."""
-    from aprcore.sweep import CaseFinished, pending_cases, run_sweep
+    from aprcore.sweep.run import CaseFinished, pending_cases, run_sweep
     from aprtui.formatting import plural
 
     total = len(sweep.cases)
@@ -234,8 +234,8 @@ def _count(text: str) -> int:
 
 def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
     """A row per case, then where they differ."""
-    from aprcore.sweep_cases import ABSENT, AXES
-    from aprcore.sweep_report import count_verdicts, varying_axes
+    from aprcore.sweep.cases import ABSENT, AXES
+    from aprcore.sweep.report import count_verdicts, varying_axes
 
     results = finished.results
     cases = [case for case, _ in results]
@@ -280,7 +280,7 @@ def _short(name: str) -> str:
 
 
 def _print_differences(finished: SweepFinished) -> None:
-    from aprcore.sweep_report import find_differences
+    from aprcore.sweep.report import find_differences
     from aprtui.formatting import plural
     from aprtui.text import visible
 
@@ -303,7 +303,7 @@ def _write_report(path: Path, sweep: Sweep, finished: SweepFinished) -> None:
     import json
 
     from aprcore.errors import TraceError
-    from aprcore.sweep_report import to_json, to_markdown
+    from aprcore.sweep.report import to_json, to_markdown
 
     if path.suffix == ".json":
         text = json.dumps(to_json(sweep, finished), indent=1, allow_nan=False) + "\n"

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     from aprcore.model import open_model
     from aprcore.record import record_trace
-    from aprcore.tokenizer import check_token_ids
+    from aprcore.tokenization.tokenizer import check_token_ids
 
     with open_model(args.model) as model:
         if plan is not None:

@@ -26,7 +26,7 @@ from aprtui.widgets.rejection import Rejection
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment
-    from aprcore.parity_stages import SideJudgment, StageParity
+    from aprcore.parity.records import SideJudgment, StageParity
 
 NAME_CELLS = 29  # "layer 127 · post_attn_residual", but for a cell that no model needs
 NARROW_NAME_CELLS = 23

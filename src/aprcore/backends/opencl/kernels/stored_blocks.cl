@@ -123,24 +123,17 @@ static inline float8 eight(global const uchar *row, uint block, uint part, float
 #if LANES == 1 && TOKENS == 1 && defined(__clang__)
 // A quarter at once takes a quarter of the operations on bytes. With more tokens to multiply by,
 // the registers that this takes are worth more.
-typedef uchar uchar32 __attribute__((ext_vector_type(32)));
-typedef uchar32 loose_uchar32 __attribute__((aligned(1)));
-
-static inline uchar8 eight_of(uchar32 bytes, uint at) {
-    switch (at) {
-    case 0: return __builtin_shufflevector(bytes, bytes, 0, 1, 2, 3, 4, 5, 6, 7);
-    case 8: return __builtin_shufflevector(bytes, bytes, 8, 9, 10, 11, 12, 13, 14, 15);
-    case 16: return __builtin_shufflevector(bytes, bytes, 16, 17, 18, 19, 20, 21, 22, 23);
-    default: return __builtin_shufflevector(bytes, bytes, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-}
+typedef ulong4 loose_ulong4 __attribute__((aligned(1)));
 
 static inline char8 six_bits(global const uchar *low, global const uchar *high, uint low_shift,
                              uint high_shift, uint at) {
-    const uchar32 four = *(global const loose_uchar32 *)low >> (uchar32)(low_shift);
-    const uchar32 two = *(global const loose_uchar32 *)high >> (uchar32)(high_shift);
-    const uchar32 q = (four & (uchar32)(15)) | (two & (uchar32)(3)) << (uchar32)(4);
-    return as_char8(eight_of(q - (uchar32)(32), at));
+    const ulong four = 0x0f0f0f0f0f0f0f0ful, two = 0x0303030303030303ul, top = 0x8080808080808080ul;
+    const ulong4 q = (*(global const loose_ulong4 *)low >> (ulong4)(low_shift) & (ulong4)(four)) |
+                     (*(global const loose_ulong4 *)high >> (ulong4)(high_shift) & (ulong4)(two))
+                         << (ulong4)(4);
+    // Less 32, byte by byte: the top bit keeps a byte from borrowing of the next.
+    const ulong4 centred = ((q | (ulong4)(top)) - (ulong4)(top >> 2)) ^ (ulong4)(top);
+    return as_char8(at < 16 ? at < 8 ? centred.x : centred.y : at < 24 ? centred.z : centred.w);
 }
 #else
 static inline char8 six_bits(global const uchar *low, global const uchar *high, uint low_shift,

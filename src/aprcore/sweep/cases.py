@@ -12,7 +12,7 @@ from pathlib import Path
 from aprcore.budget import NO_BUDGETS, Budgets
 from aprcore.plan import Plan, parse_layers, parse_stages
 from aprcore.request import Request
-from aprcore.sweep_files import fetch
+from aprcore.sweep.files import fetch
 
 # Enters every id: a release that may judge otherwise finds no results of an older one.
 CASE_SCHEMA = "aprtui-sweep-case-v1"
@@ -212,7 +212,7 @@ def make_request(case: Case, cache: Path, threads: int) -> Request:
         strict=settings.strict,
         cumulative_only=settings.cumulative_only,
         # Not `require_gpu`: that would raise where the gate finds what a sweep is looking for. A
-        # fallback is told from the device's result in `aprcore.sweep_results`.
+        # fallback is told from the device's result in `aprcore.sweep.results`.
         gpu=case.backend == "opencl",
         device=case.device,
     )

@@ -20,10 +20,10 @@ from typing import Any, Self
 from aprcore.compare import Comparison
 from aprcore.errors import FormatError, PlanError, TraceError
 from aprcore.judge import Verdict
-from aprcore.parity_stages import StageParity
+from aprcore.parity.records import StageParity
 from aprcore.report import Report, StageReport, json_ready
 from aprcore.stages import StageKey, computation_order
-from aprcore.sweep_cases import CASE_SCHEMA
+from aprcore.sweep.cases import CASE_SCHEMA
 
 # In place of a verdict: the case could not be judged.
 ERROR = "ERROR"

@@ -12,9 +12,9 @@ from typing import Any
 from uuid import uuid4
 
 from aprcore.errors import BackendError
-from aprcore.sweep_cases import Case
-from aprcore.sweep_results import CaseResult, error_result
-from aprcore.sweep_worker import run_case
+from aprcore.sweep.cases import Case
+from aprcore.sweep.results import CaseResult, error_result
+from aprcore.sweep.worker import run_case
 
 # Longer than a scheduler on another continent takes to answer.
 CONNECT_TIMEOUT_S = 20

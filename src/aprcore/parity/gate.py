@@ -22,7 +22,8 @@ from aprcore.compare import compare, compare_logits
 from aprcore.errors import PlanError
 from aprcore.generate import Decoder, prompt_tokens
 from aprcore.judge import FLOAT32_BOUND
-from aprcore.parity_report import (
+from aprcore.parity.records import StageFault, StageParity
+from aprcore.parity.report import (
     CACHE_BOUND,
     COSINE_BOUND,
     CacheParity,
@@ -31,8 +32,7 @@ from aprcore.parity_report import (
     ParityReport,
     StepParity,
 )
-from aprcore.parity_stages import StageFault, StageParity
-from aprcore.parity_walk import compare_stages, find_cache_fault, find_fault
+from aprcore.parity.walk import compare_stages, find_cache_fault, find_fault
 from aprcore.plan import DEFAULT_PROMPT
 
 if TYPE_CHECKING:

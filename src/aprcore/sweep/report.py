@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.report import json_ready
-from aprcore.sweep import SweepFinished
-from aprcore.sweep_cases import AXES, Case, Source
-from aprcore.sweep_plan import Sweep
-from aprcore.sweep_results import CaseResult, Fault
+from aprcore.sweep.cases import AXES, Case, Source
+from aprcore.sweep.plan import Sweep
+from aprcore.sweep.results import CaseResult, Fault
+from aprcore.sweep.run import SweepFinished
 
 SWEEP_SCHEMA = "aprtui-sweep-v1"
 
@@ -24,7 +24,7 @@ class Spread:
     """How a finding is spread over one axis.
 
     Attributes:
-        axis: One of `aprcore.sweep_cases.AXES`.
+        axis: One of `aprcore.sweep.cases.AXES`.
         found: By value of the axis: in how many of its judged cases, and of how many.
     """
 

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from aprcore.backends.engine import open_engine
 from aprcore.compare import Comparison, compare
 from aprcore.errors import BackendError
-from aprcore.fallback import RejectedError
 from aprcore.generate import LOGITS
 from aprcore.judge import cumulative_bound
 from aprcore.layouts import layout_of, zero_above_diagonal
-from aprcore.parity import compare_step
-from aprcore.parity_pairs import KernelJudge, PairJudge, side_of, sources_of
-from aprcore.parity_stages import SideJudgment, StageParity
-from aprcore.parity_walk import timed
+from aprcore.parity.fallback import RejectedError
+from aprcore.parity.gate import compare_step
+from aprcore.parity.pairs import KernelJudge, PairJudge, side_of, sources_of
+from aprcore.parity.records import SideJudgment, StageParity
+from aprcore.parity.walk import timed
 from aprcore.report import DeviceOpened, PathRejected, StageReport
 from aprcore.request import Request
 from aprcore.sides import Sides

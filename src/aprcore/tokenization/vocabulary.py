@@ -146,7 +146,7 @@ class TokenizerData:
         Raises:
             TokenizerError: A file is malformed, or the tokenizer is of another kind than BPE.
         """
-        from aprcore.tokenizer_json import read_tokenizer_json
+        from aprcore.tokenization.tokenizer_json import read_tokenizer_json
 
         if not (directory / TOKENIZER_NAME).exists():
             return None

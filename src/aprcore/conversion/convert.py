@@ -19,14 +19,14 @@ import numpy as np
 
 from aprcore.canonical import ROPE_DIVISORS
 from aprcore.config import ModelConfig
-from aprcore.encode import Encoded, encode
+from aprcore.conversion.encode import Encoded, encode
+from aprcore.conversion.import_types import KEEP_ALL, ImportTypes, RawRows, can_copy
+from aprcore.conversion.quantise import QUANTISED, Rounding, measure_rounding
 from aprcore.errors import AprError, TokenizerError, WeightError
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.formats.storage import StoredTensor
-from aprcore.import_types import KEEP_ALL, ImportTypes, RawRows, can_copy
 from aprcore.model import Model, open_model
 from aprcore.quant import FORMATS, Bytes, Float32, Layout
-from aprcore.quantise import QUANTISED, Rounding, measure_rounding
 from aprcore.rope import Rope
 from aprcore.steps import step_squares
 from aprcore.weights import Weight, row_chunks

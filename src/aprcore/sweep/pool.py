@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from aprcore.sweep_cases import Case
-from aprcore.sweep_results import CaseResult, error_result
-from aprcore.sweep_worker import run_case
+from aprcore.sweep.cases import Case
+from aprcore.sweep.results import CaseResult, error_result
+from aprcore.sweep.worker import run_case
 
 # A case that was begun this often and killed its worker each time is given up. Once may be another
 # process's doing.

@@ -9,7 +9,7 @@ from aprcore.backends.engine import Engine
 from aprcore.compare import Comparison
 from aprcore.judge import FLOAT32_BOUND
 from aprcore.layouts import Layout
-from aprcore.parity_stages import StageFault, StageParity
+from aprcore.parity.records import StageFault, StageParity
 from aprcore.report import json_ready
 from aprcore.stages import StageKey
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from aprcore.bisect import run
 from aprcore.errors import AprError
-from aprcore.sweep_cases import Case, make_request
-from aprcore.sweep_files import check_unchanged, is_url
-from aprcore.sweep_results import CaseResult, error_result, summarise
+from aprcore.sweep.cases import Case, make_request
+from aprcore.sweep.files import check_unchanged, is_url
+from aprcore.sweep.results import CaseResult, error_result, summarise
 
 
 def run_case(case: Case, cache: Path, threads: int) -> CaseResult:

@@ -13,7 +13,7 @@ from aprcore.causes import Explanation, explain
 from aprcore.compare import Comparison, compare
 from aprcore.judge import FLOAT32_BOUND, Judgment, Verdict
 from aprcore.layouts import Layout, alternatives, last_token, layout_of, zero_above_diagonal
-from aprcore.parity_stages import SideJudgment, StageParity, is_different
+from aprcore.parity.records import SideJudgment, StageParity, is_different
 from aprcore.replay import RecordedSide
 from aprcore.report import StageReport
 from aprcore.stage_judge import make_judgment

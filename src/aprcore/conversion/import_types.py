@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from aprcore.canonical import EMBEDDING, HEAD
+from aprcore.conversion.quantise import QUANTISED
 from aprcore.errors import AprError
 from aprcore.formats.apr import dtype_id
 from aprcore.formats.storage import StoredTensor
 from aprcore.quant import FORMATS, Bytes, Layout
-from aprcore.quantise import QUANTISED
 from aprcore.weights import Weight
 
 DTYPES = ("keep", "f32", "f16", "bf16")

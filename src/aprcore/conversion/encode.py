@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.conversion.quantise import QUANTISED, count_unrepresentable, quantise
 from aprcore.quant import Float32
-from aprcore.quantise import QUANTISED, count_unrepresentable, quantise
 
 Encoded = NDArray[Any]
 

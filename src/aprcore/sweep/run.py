@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from aprcore.sweep_cases import Case
-from aprcore.sweep_plan import Sweep
-from aprcore.sweep_results import CaseResult, ResultsFile
+from aprcore.sweep.cases import Case
+from aprcore.sweep.plan import Sweep
+from aprcore.sweep.results import CaseResult, ResultsFile
 
 Runner = Callable[[Sequence[Case]], Generator[CaseResult]]
 """Runs cases in any order and yields each result as it comes."""

@@ -34,8 +34,8 @@ from aprcore.errors import PlanError
 from aprcore.formats.fields import read_toml
 from aprcore.plan import parse_layers, parse_stages
 from aprcore.precision import ARITHMETICS
-from aprcore.sweep_cases import BACKENDS, DUMP, Case, Prompt, Settings, Source
-from aprcore.sweep_files import base_name, fingerprint, is_url
+from aprcore.sweep.cases import BACKENDS, DUMP, Case, Prompt, Settings, Source
+from aprcore.sweep.files import base_name, fingerprint, is_url
 
 # A slip of the pen in a matrix should not fill the memory.
 MOST_CASES = 100_000

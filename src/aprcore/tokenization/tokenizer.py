@@ -1,7 +1,7 @@
 """Text to token ids and back, through the `tokenizers` library.
 
 A model brings either a `tokenizer.json`, which is used as it is, or a bare vocabulary inside its
-own file (`aprcore.vocabulary.TokenizerData`), from which an equivalent tokenizer is built.
+own file (`TokenizerData`), from which an equivalent tokenizer is built.
 
 Source: FORMATS.md, "Metadata keys"; GGUF's specification; the pre-tokenizers as in llama.cpp's
 `llm_tokenizer_bpe`; the SentencePiece conversion as in transformers' `LlamaConverter`.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aprcore.errors import AprError, TokenizerError, Where
-from aprcore.vocabulary import PATTERNS, TokenizerData, TokenKind, bpe_pattern
+from aprcore.tokenization.vocabulary import PATTERNS, TokenizerData, TokenKind, bpe_pattern
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -13,9 +13,9 @@ from aprcore.backends.engine import Engine, open_engine
 from aprcore.errors import BackendError
 from aprcore.forward import Wants
 from aprcore.generate import Decoder, Outcome, StepSource, nothing
-from aprcore.parity import DEFAULT_STEPS, compare_step
-from aprcore.parity_report import GATE
-from aprcore.parity_walk import find_fault
+from aprcore.parity.gate import DEFAULT_STEPS, compare_step
+from aprcore.parity.report import GATE
+from aprcore.parity.walk import find_fault
 
 if TYPE_CHECKING:
     from aprcore.model import Model

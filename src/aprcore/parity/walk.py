@@ -17,8 +17,8 @@ from aprcore.backends.prediction import Profile
 from aprcore.compare import compare
 from aprcore.generate import Decoder
 from aprcore.layouts import layout_of
-from aprcore.parity_pairs import KernelJudge, PairJudge, sources_of
-from aprcore.parity_stages import SideJudgment, StageFault, StageParity, is_different
+from aprcore.parity.pairs import KernelJudge, PairJudge, sources_of
+from aprcore.parity.records import SideJudgment, StageFault, StageParity, is_different
 from aprcore.precision import ARITHMETICS
 from aprcore.replay import RecordedSide
 from aprcore.stages import BY_NAME, StageKey, split_axes

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.errors import TokenizerError, Where
-from aprcore.vocabulary import (
+from aprcore.tokenization.vocabulary import (
     PATTERNS,
     TOKENIZER_NAME,
     UNKNOWN_PATTERN,

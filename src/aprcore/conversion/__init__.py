@@ -1,0 +1,1 @@
+"""Writing .apr files from other models, with quantisation."""

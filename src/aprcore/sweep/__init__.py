@@ -1,0 +1,1 @@
+"""Many runs as one resumable list of jobs, here or on a cluster, and where they differ."""

@@ -1,0 +1,148 @@
+"""The installed `aprtui` in a pseudo-terminal: what a person types, and what a person sees."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pexpect
+import pyte
+from pyte.screens import Char
+from rich.style import Style
+from rich.text import Text
+
+COMMAND = Path(sys.executable).with_name("aprtui")
+# Generous: a busy machine may take seconds to start an interpreter.
+PATIENCE_S = 60
+# A program that has drawn nothing for so long, and shows what it must, has come to rest.
+QUIET_S = 0.6
+# So long is waited for more output; a tenth of what a person notices would only burn time.
+POLL_S = 0.2
+
+
+class Terminal:
+    """`aprtui` on a screen that is kept in memory.
+
+    Args:
+        arguments: Of its command line.
+        columns: Width of the screen, in cells.
+        rows: Height of the screen.
+        directory: Where it runs; default: here.
+        variables: More environment variables, or others.
+
+    Attributes:
+        output: Every byte that it has written.
+        process: The running program.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        columns: int = 120,
+        rows: int = 40,
+        directory: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self._screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self._screen)
+        self.output = b""
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLORTERM")}
+        self.process = pexpect.spawn(
+            str(COMMAND), list(arguments), dimensions=(rows, columns), timeout=PATIENCE_S,
+            cwd=directory, env={**environment, "TERM": "xterm-256color", **(variables or {})},
+        )  # fmt: skip
+
+    def read(self) -> str:
+        """What is on the screen now."""
+        try:
+            while True:
+                data = self.process.read_nonblocking(65536, timeout=POLL_S)
+                self.output += data
+                self._stream.feed(data)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return "\n".join(self._screen.display)
+
+    def wait_for(self, wanted: str | Callable[[str], bool]) -> str:
+        """Wait until a text is on the screen, or until a condition on it holds.
+
+        Raises:
+            AssertionError: It did not come.
+        """
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            screen = self.read()
+            if wanted in screen if isinstance(wanted, str) else wanted(screen):
+                return screen
+            if time.monotonic() > end:
+                raise AssertionError(f"{wanted!r} is not on the screen:\n{screen}")
+
+    def wait_until_still(self) -> None:
+        """Wait until the screen stays as it is.
+
+        Raises:
+            AssertionError: It never does.
+        """
+        end = time.monotonic() + PATIENCE_S
+        before, since = self.cells(), time.monotonic()
+        while time.monotonic() - since < QUIET_S:
+            if time.monotonic() > end:
+                raise AssertionError(f"the screen never comes to rest:\n{self.read()}")
+            self.read()
+            if (now := self.cells()) != before:
+                before, since = now, time.monotonic()
+
+    def press(self, keys: str) -> None:
+        """Type, in the terminal's own codes."""
+        self.process.send(keys)
+
+    def end(self) -> int:
+        """Wait for the program to end; return its exit code."""
+        self.process.expect(pexpect.EOF)
+        self.output += self.process.before or b""
+        self.process.close()
+        assert self.process.exitstatus is not None, f"killed by {self.process.signalstatus}"
+        return int(self.process.exitstatus)
+
+    def kill(self) -> None:
+        """End the program, whatever it does."""
+        if self.process.isalive():
+            self.process.close(force=True)
+
+    def cells(self) -> list[list[Char]]:
+        """The screen, row by row."""
+        columns = range(self._screen.columns)
+        return [
+            [self._screen.buffer[row][column] for column in columns]
+            for row in range(self._screen.lines)
+        ]
+
+
+def styled_rows(cells: list[list[Char]]) -> Iterator[Text]:
+    """A screen as text in its colours."""
+    for row in cells:
+        line = Text(end="", no_wrap=True)
+        for cell in row:
+            line.append(cell.data, _style_of(cell))
+        yield line
+
+
+def _style_of(cell: Char) -> Style:
+    return Style(
+        color=_color(cell.fg), bgcolor=_color(cell.bg), bold=cell.bold or None,
+        italic=cell.italics or None, underline=cell.underscore or None,
+        strike=cell.strikethrough or None, reverse=cell.reverse or None,
+    )  # fmt: skip
+
+
+def _color(name: str) -> str | None:
+    """A colour of the screen (a name of the first sixteen, or six hex digits) as rich says it."""
+    if name == "default":
+        return None
+    if len(name) == 6 and all(digit in "0123456789abcdef" for digit in name):
+        return f"#{name}"
+    is_bright = name.startswith("bright")
+    plain = name.removeprefix("bright").replace("brown", "yellow")
+    return f"bright_{plain}" if is_bright else plain
