@@ -8,7 +8,11 @@ from typing import Any
 
 from textual.pilot import Pilot
 
+from aprcore.bisect import bisect
+from aprcore.report import Report, RunHeader, StageReport
+from aprcore.request import Request
 from aprtui.app import ExplorerApp
+from aprtui.run_state import RunState
 from aprtui.screens.explorer import ExplorerScreen
 
 # Longer than the debounce of the detail pane and the interval between refreshes.
@@ -35,6 +39,20 @@ async def come_to_rest(pilot: Pilot[Any]) -> None:
         if now == before:
             return
         before = now
+
+
+def finish(request: Request) -> RunState:
+    """What the screen knows of a run that is over, without a screen."""
+    state = RunState()
+    for event in bisect(request):
+        match event:
+            case RunHeader():
+                state.open(event)
+            case StageReport():
+                state.add(event)
+            case Report():
+                state.report = event
+    return state
 
 
 def explorer_of(pilot: Pilot[Any]) -> ExplorerScreen:

@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 from demo_runs import kernel_run
-from driving import drive, explorer_of
+from driving import drive, explorer_of, finish
 from hypothesis import given
 from hypothesis import strategies as st
 from textual.pilot import Pilot
 
-from aprcore.bisect import bisect
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.profile import LEAST, MOST, Curve, by_layer, gather, height_of, points_of
@@ -22,19 +19,6 @@ from aprtui.run_state import RunState
 from aprtui.screens.profile import ProfileScreen
 
 ROOT = StageKey(2, "attn_scores")
-
-
-def finish(request: Request) -> RunState:
-    state = RunState()
-    for event in bisect(request):
-        match event:
-            case RunHeader():
-                state.open(event)
-            case StageReport():
-                state.add(event)
-            case Report():
-                state.report = event
-    return state
 
 
 @pytest.fixture

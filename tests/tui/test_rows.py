@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from demo_runs import model_run
+from driving import finish
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.console import Console
 import aprtui
 from aprcore.bisect import bisect
 from aprcore.judge import Verdict
-from aprcore.report import Report, RunHeader, StageReport
+from aprcore.report import RunHeader, StageReport
 from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.formatting import (
@@ -38,19 +39,6 @@ from aprtui.theme import COSINE_INKS, MARKS, SEVERITY, VARIABLES, cosine_ink
 @pytest.fixture
 def state(failing_request: Request) -> RunState:
     return finish(failing_request)
-
-
-def finish(request: Request) -> RunState:
-    state = RunState()
-    for event in bisect(request):
-        match event:
-            case RunHeader():
-                state.open(event)
-            case StageReport():
-                state.add(event)
-            case Report():
-                state.report = event
-    return state
 
 
 class TestFilter:

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 from demo_runs import ODD_STAGE, fused_run, kernel_run, model_run, odd_run
-from driving import drive, explorer_of
+from driving import drive, explorer_of, finish
 from rich.console import Console
 from textual.pilot import Pilot
 
-from aprcore.bisect import bisect
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.formatting import format_compact, format_times
@@ -28,19 +25,6 @@ from aprtui.widgets.stage_columns import MARKS_COLUMN, columns_for
 from aprtui.widgets.tab_strip import DetailTab, TabStrip
 
 PAINT = Paint(VARIABLES)
-
-
-def finish(request: Request) -> RunState:
-    state = RunState()
-    for event in bisect(request):
-        match event:
-            case RunHeader():
-                state.open(event)
-            case StageReport():
-                state.add(event)
-            case Report():
-                state.report = event
-    return state
 
 
 def written(renderable: Any, width: int = 100) -> str:
