@@ -65,19 +65,24 @@ class Terminal:
         except (pexpect.TIMEOUT, pexpect.EOF):
             return "\n".join(self._screen.display)
 
-    def wait_for(self, wanted: str | Callable[[str], bool]) -> str:
-        """Wait until a text is on the screen, or until a condition on it holds.
+    def wait_for(self, *wanted: str | Callable[[str], bool]) -> str:
+        """Wait until texts are on the screen, or conditions on it hold, all at one time.
 
         Raises:
-            AssertionError: It did not come.
+            AssertionError: They did not come.
         """
         end = time.monotonic() + PATIENCE_S
         while True:
             screen = self.read()
-            if wanted in screen if isinstance(wanted, str) else wanted(screen):
+            missing = [
+                one
+                for one in wanted
+                if not (one in screen if isinstance(one, str) else one(screen))
+            ]
+            if not missing:
                 return screen
             if time.monotonic() > end:
-                raise AssertionError(f"{wanted!r} is not on the screen:\n{screen}")
+                raise AssertionError(f"{missing} is not on the screen:\n{screen}")
 
     def wait_until_still(self) -> None:
         """Wait until the screen stays as it is.

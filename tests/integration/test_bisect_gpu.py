@@ -23,14 +23,8 @@ from aprcore.parity import second_side
 from aprcore.parity.fallback import RejectedError
 from aprcore.parity.records import StageParity
 from aprcore.plan import Plan
-from aprcore.report import (
-    DeviceOpened,
-    PathRejected,
-    Report,
-    RunHeader,
-    StageReport,
-    to_json,
-)
+from aprcore.report import DeviceOpened, PathRejected, Report, RunHeader, StageReport
+from aprcore.report_json import to_json
 from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.cli import main

@@ -11,7 +11,8 @@ from aprcore.bisect import run
 from aprcore.conversion.convert import import_model
 from aprcore.errors import PlanError, WeightError
 from aprcore.judge import Verdict
-from aprcore.report import Report, to_json
+from aprcore.report import Report
+from aprcore.report_json import to_json
 from aprcore.request import Request
 from aprcore.stages import BY_NAME
 from tiny import trace_model, write_model, write_stages

@@ -15,16 +15,8 @@ from hypothesis import strategies as st
 from aprcore.compare import compare, compare_logits, describe
 from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
-from aprcore.report import (
-    LogitsReport,
-    Report,
-    RunHeader,
-    Side,
-    StageReport,
-    json_ready,
-    stage_to_json,
-    to_json,
-)
+from aprcore.report import LogitsReport, Report, RunHeader, Side, StageReport
+from aprcore.report_json import json_ready, stage_to_json, to_json
 from aprcore.stages import StageKey
 
 NORM = StageKey(2, "attn_norm")

@@ -37,8 +37,8 @@ from aprcore.report import (
     RunHeader,
     Side,
     StageReport,
-    to_json,
 )
+from aprcore.report_json import to_json
 from aprcore.reports.collect import collect_maps
 from aprcore.reports.files import check_report_path, write_report
 from aprcore.reports.maps import DECADES, SHADES, StageMap, describe_map, encode_png, row_labels

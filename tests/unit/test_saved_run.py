@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from aprcore import saved_run
 from aprcore.bisect import bisect, run
 from aprcore.errors import AprError, FormatError
-from aprcore.report import Report, to_json
+from aprcore.report import Report
+from aprcore.report_json import to_json
 from aprcore.request import Request
 from aprcore.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
 from aprcore.stages import StageKey

@@ -10,7 +10,7 @@ from aprcore.compare import Comparison
 from aprcore.judge import FLOAT32_BOUND
 from aprcore.layouts import Layout
 from aprcore.parity.records import StageFault, StageParity
-from aprcore.report import json_ready
+from aprcore.report_json import json_ready
 from aprcore.stages import StageKey
 
 GATE = "apr-cpu-vs-gpu-output-parity-v1"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from aprcore.environment import Environment, format_command, read_environment, without_home
 from aprcore.errors import AprError
-from aprcore.report import Report, json_ready, to_json
+from aprcore.report import Report
+from aprcore.report_json import json_ready, to_json
 from aprcore.reports.maps import StageMap
 from aprcore.reports.markdown import render_markdown
 from aprcore.reports.page import render_page

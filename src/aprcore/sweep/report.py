@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aprcore.report import json_ready
+from aprcore.report_json import json_ready
 from aprcore.sweep.cases import AXES, Case, Source
 from aprcore.sweep.plan import Sweep
 from aprcore.sweep.results import CaseResult, Fault

@@ -21,7 +21,8 @@ from aprcore.compare import Comparison
 from aprcore.errors import FormatError, PlanError, TraceError
 from aprcore.judge import Verdict
 from aprcore.parity.records import StageParity
-from aprcore.report import Report, StageReport, json_ready
+from aprcore.report import Report, StageReport
+from aprcore.report_json import json_ready
 from aprcore.stages import StageKey, computation_order
 from aprcore.sweep.cases import CASE_SCHEMA
 

@@ -65,7 +65,8 @@ def print_run(
         files: Where to write the run, too; their suffixes say as what.
     """
     from aprcore.bisect import bisect
-    from aprcore.report import PathRejected, Report, to_json
+    from aprcore.report import PathRejected, Report
+    from aprcore.report_json import to_json
     from aprcore.tensors import LayerInputs
     from aprtui.exporting import check_export_path
 
