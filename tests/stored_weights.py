@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.formats.storage import DataFile, StoredTensor
+from aprcore.formats.data_file import DataFile
+from aprcore.formats.storage import StoredTensor
 from aprcore.quant import FORMATS, Layout, storage_size
 
 # Where a block has its half-precision scales: any other byte may be anything.

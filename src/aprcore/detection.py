@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from aprcore.backends.prediction import Profile
+from aprcore.backends.estimate import Profile
 from aprcore.config import ModelConfig
 from aprcore.layouts import alternatives, layout_of
 from aprcore.noise import assess

@@ -29,8 +29,9 @@ from aprcore.canonical import (
 )
 from aprcore.config import Declaration, ModelConfig
 from aprcore.errors import ConfigError, FormatError, TokenizerError, WeightError, Where
+from aprcore.formats.data_file import DataFile
 from aprcore.formats.dialects import declare_apr, declare_gguf, declare_huggingface
-from aprcore.formats.storage import DataFile, StoredTensor
+from aprcore.formats.storage import StoredTensor
 from aprcore.rope import Rope, RopeScaling
 from aprcore.stages import STAGES, WEIGHT_SHAPES, Scope, resolve_shape
 from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import Estimate
+from aprcore.backends.estimate import Estimate
 from aprcore.layouts import Layout
 
 Float64 = NDArray[np.float64]

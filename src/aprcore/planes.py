@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.errors import TraceError
-from aprcore.formats.storage import DataFile
+from aprcore.formats.data_file import DataFile
 from aprcore.layouts import MASKED_STAGES, Layout
 from aprcore.stages import StageKey
 

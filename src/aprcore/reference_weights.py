@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import PredictionBackend, Profile
+from aprcore.backends.estimate import Profile
+from aprcore.backends.prediction import PredictionBackend
 from aprcore.errors import WeightError
 from aprcore.judge import FLOAT_TYPES, HALF_TYPES
 from aprcore.precision import ARITHMETICS

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.base import KeyValueCache, Site
-from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
+from aprcore.backends.estimate import Estimate, Profile
+from aprcore.backends.prediction import PredictionBackend
 from aprcore.config import ModelConfig
 from aprcore.stages import BY_NAME, STAGES, Scope, StageKey, input_keys
 from aprcore.weights import Weight

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import Profile
+from aprcore.backends.estimate import Profile
 from aprcore.errors import AprError
 from aprcore.layouts import layout_of, zero_above_diagonal
 from aprcore.precision import Arithmetic, arithmetic_of_dtype

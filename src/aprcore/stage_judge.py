@@ -331,7 +331,9 @@ class StageJudge:
 
         def read(x: Floats, is_canonical: bool) -> Iterator[tuple[str | None, Floats]]:
             yield None, zero_above_diagonal(key, x, layout)
-            for name, y in () if is_canonical else alternatives(key, x, layout):
+            if is_canonical:
+                return
+            for name, y in alternatives(key, x, layout, num_kv_heads=self._sides.sizes.get("K")):
                 yield name, zero_above_diagonal(key, y, layout)
 
         for ours, x in read(a, is_canonical=self._sides.trace is None):

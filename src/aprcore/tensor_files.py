@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.errors import AprError, FormatError, TraceError, UnsupportedError
+from aprcore.formats.data_file import DataFile
 from aprcore.formats.huggingface import METADATA_NAME, read_entry, read_safetensors_header
-from aprcore.formats.storage import DataFile, StoredTensor
+from aprcore.formats.storage import StoredTensor
 from aprcore.plan import parse_tokens
 from aprcore.sidecar import Sidecar
 

@@ -62,7 +62,7 @@ def _read(
 ) -> tuple[int | None, Float32]:
     layer, count = _parse_header(os.read(descriptor, HEADER.size), size, path, key)
     values = np.empty(count, dtype="<f4")
-    memory = values.view(np.uint8)
+    memory = values.view(np.uint8).data
     got = 0
     while got < 4 * count and (more := os.readv(descriptor, [memory[got:]])):
         got += more  # one call reads 2 GiB at most

@@ -45,7 +45,7 @@ SIZES = {"T": 7, "S": 7, "H": 14, "K": 2, "D": 64, "E": 896, "F": 4864, "V": 409
 LAYERS = 28
 # Shaped like a Llama of 70B with every optional stage, and a prompt of 64 tokens.
 LARGE_SIZES = {
-    "T": 64, "S": 64, "H": 64, "K": 8, "D": 128, "E": 8192, "F": 28672, "V": 128256,
+    "T": 64, "S": 64, "H": 64, "K": 8, "D": 128, "E": 8192, "F": 28672, "V": 128256, "k": 2,
 }  # fmt: skip
 LARGE_LAYERS = 80
 TREE_KEYS = ("down", "down", "up", "n", "down", "right", "left", "n", "p")
@@ -181,6 +181,7 @@ async def press(app: ExplorerApp, key: str) -> None:
 async def open_large(app: ExplorerApp, tensors: TensorSource) -> None:
     """Wait until the made-up run is over, and give it tensors."""
     while app.explorer.state.report is None:
+        assert app.explorer.state.error is None, app.explorer.state.error
         await asyncio.sleep(0.05)
     app.explorer.detail.pictures.use(tensors)
     await asyncio.sleep(0.5)

@@ -279,7 +279,8 @@ import sys
 import numpy as np
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.formats.storage import DataFile, StoredTensor
+from aprcore.formats.storage import StoredTensor
+from aprcore.formats.data_file import DataFile
 from pathlib import Path
 
 rows, width = 70_000, 1024

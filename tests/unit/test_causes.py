@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import Profile
+from aprcore.backends.estimate import Profile
 from aprcore.causes import Explanation, explain, explain_nonfinite
 from aprcore.config import ModelConfig
-from aprcore.formats.storage import DataFile, StoredTensor
+from aprcore.formats.data_file import DataFile
+from aprcore.formats.storage import StoredTensor
 from aprcore.layouts import layout_of
 from aprcore.noise import assess
 from aprcore.precision import ARITHMETICS

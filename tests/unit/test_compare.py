@@ -21,6 +21,7 @@ from aprcore.compare import (
     compare_logits,
     compare_pieces,
     describe,
+    may_be_permuted,
 )
 
 # Sums over one chunk and then over the chunks: a few hundred float64 roundings at worst.
@@ -296,3 +297,29 @@ def test_a_comparison_is_a_plain_record() -> None:
     record = asdict(compare(np.ones(3, np.float32), np.zeros(3, np.float32), 2))
     assert record["max_abs_diff"] == 1
     assert record["cosine"] == 0
+
+
+class TestOrders:
+    """Whether any order of one tensor's values could be near another tensor."""
+
+    @given(pair=pairs(), seed=st.integers(0, 2**32), bound=st.sampled_from([1e-6, 1e-4, 0.15]))
+    @settings(max_examples=150, deadline=None)
+    def test_no_order_within_the_bound_is_ruled_out(
+        self, pair: tuple[np.ndarray, np.ndarray], seed: int, bound: float
+    ) -> None:
+        a, b = pair
+        shuffled = np.random.default_rng(seed).permutation(a)
+        if compare(a, b).relative_l2 <= bound and np.isfinite(a).all() and np.isfinite(b).all():
+            assert may_be_permuted(shuffled, b, compare(shuffled, b), bound)
+
+    def test_values_that_no_order_mends_are_told(self) -> None:
+        b = np.arange(1, 101, dtype=np.float32)
+        far = np.sqrt(np.mean(b**2, dtype=np.float64)) * np.ones(100)  # of the same length
+        assert not may_be_permuted(far, b, compare(far, b), 0.15)
+        assert not may_be_permuted(2 * b[::-1], b, compare(2 * b[::-1], b), 0.15)
+        assert may_be_permuted(b[::-1], b, compare(b[::-1], b), 0)
+
+    def test_no_order_makes_a_nan_agree(self) -> None:
+        b = np.arange(1, 5, dtype=np.float32)
+        a = np.array([4, 3, 2, math.nan], np.float32)
+        assert not may_be_permuted(a, b, compare(a, b), 10)

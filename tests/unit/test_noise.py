@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.backends.prediction import Estimate
+from aprcore.backends.estimate import Estimate
 from aprcore.layouts import Layout
 from aprcore.noise import QUANTILES, allowed_ratio, assess
 

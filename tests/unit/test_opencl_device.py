@@ -251,7 +251,8 @@ def test_no_more_is_kept_than_the_budget_and_no_more_is_held_than_a_few_pieces()
 def test_a_file_that_shrinks_is_an_error_after_which_the_backend_still_works(
     tmp_path: Path,
 ) -> None:
-    from aprcore.formats.storage import DataFile, StoredTensor
+    from aprcore.formats.data_file import DataFile
+    from aprcore.formats.storage import StoredTensor
 
     path = tmp_path / "weights"
     path.write_bytes(bytes(4 * 64 * 100))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
+from aprcore.backends.estimate import Estimate, Profile
+from aprcore.backends.prediction import PredictionBackend
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.precision import ARITHMETICS
 from aprcore.rope import Rope

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aprcore.backends.estimate import Profile
 from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.prediction import Profile
 from aprcore.forward import trace
 from aprcore.layouts import layout_of
 from aprcore.model import Model

@@ -9,7 +9,8 @@ from gguf.quants import quantize
 
 from aprcore.canonical import RowSlice, SplitHalves
 from aprcore.conversion.quantise import QUANTISED, measure_rounding, quantise
-from aprcore.formats.storage import DataFile, StoredTensor
+from aprcore.formats.data_file import DataFile
+from aprcore.formats.storage import StoredTensor
 from aprcore.quant import FORMATS, Layout, dequantize, storage_size
 from aprcore.steps import step_squares
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aprcore.errors import FormatError, TruncatedError, UnsupportedError
-from aprcore.formats.storage import PIECE_BYTES, Cursor, DataFile, StoredTensor
+from aprcore.formats.data_file import Cursor, DataFile
+from aprcore.formats.storage import PIECE_BYTES, StoredTensor
 from aprcore.quant import storage_size
 
 Write = Callable[[bytes], DataFile]

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
+from aprcore.backends.estimate import Estimate, Profile
+from aprcore.backends.prediction import PredictionBackend
 from aprcore.conversion.encode import ENCODERS, encode
 from aprcore.layouts import Layout
 from aprcore.noise import Assessment, allowed_ratio, assess

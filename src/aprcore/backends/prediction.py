@@ -22,26 +22,22 @@ pass over each weight serves several sides at once.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.base import Int64
+from aprcore.backends.estimate import Estimate, Float64, Profile
+from aprcore.backends.predicted_product import PredictedProduct
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.parallel import available_threads, for_each, single_threaded_blas
-from aprcore.precision import FLOAT32, Arithmetic, FloatType
+from aprcore.precision import FLOAT32
 from aprcore.rope import Rope
 from aprcore.weights import Weight, read_all, row_chunks
 
-Float64 = NDArray[np.float64]
-
-# Mean of 1/m^2 over mantissas m in [1, 2) of values spread evenly in log scale, 3/8 / ln 2: the
-# mean of (spacing / |w|)^2 is this times (2u)^2.
-MEAN_SQUARED_SPACING = 0.375 / math.log(2)
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
 # leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
 # 2.1 s, 1 MiB 1.7 s for a 0.5B-shaped model).
@@ -52,41 +48,6 @@ PIECE_BYTES = 1024 * 1024
 CLIPPED_TAIL = 4.0
 # Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
 ANGLE_ROUNDINGS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Expected values and the variance of a sound engine's error, both float64 of one shape.
-
-    Attributes:
-        value: What exact arithmetic gives.
-        variance: Predicted variance of the error of each value.
-        token_dof: Over how many independent errors a sum over tokens averages; None: as many as
-            there are tokens. Errors of a weight repeat where tokens look alike.
-    """
-
-    value: Float64
-    variance: Float64
-    token_dof: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What the engine on one side rounds.
-
-    Attributes:
-        arithmetic: Its precision.
-        weights_rounded: Whether its weights are other roundings of the same numbers, so that the
-            step of the stored ones counts as an error.
-    """
-
-    arithmetic: Arithmetic
-    weights_rounded: bool
-
-    @property
-    def rounds_weights(self) -> bool:
-        """Whether its weights differ from the stored ones: other roundings, or cast to its type."""
-        return self.weights_rounded or self.arithmetic.stored.digits < FLOAT32.digits
 
 
 class PredictionBackend:
@@ -143,7 +104,7 @@ class PredictionBackend:
         rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
         # sum_k w^2 x^2 goes where the variance will be: what follows from it is added at the end.
         value, variance, more = (np.empty((rows, width)) for _ in range(3))
-        product = _Product(x, self._profiles_of(rows))
+        product = PredictedProduct(x, self._profiles_of(rows))
         jobs = []
         first = 0
         for weight in weights:
@@ -340,102 +301,6 @@ class PredictionBackend:
                 for count, p in self._profiles
             ]
         )
-
-
-class _Product:
-    """Rows of W times x for every stacked side, with the variance of each result."""
-
-    def __init__(self, x: Estimate, sides: list[tuple[slice, Profile]]) -> None:
-        self._x = np.ascontiguousarray(x.value.T)  # (K, T)
-        self._squares = np.ascontiguousarray(np.square(x.value).T, dtype=np.float32)
-        self._carried = x.variance.T.astype(np.float32) if np.any(x.variance) else None
-        self._sides = sides
-        self._width = x.value.shape[1]
-        self._activations = {
-            number: (profile.arithmetic.activations, profile.arithmetic.activations
-                     .rounding_variance(x.value[rows]).T.astype(np.float32))
-            for number, (rows, profile) in enumerate(sides)
-            if profile.arithmetic.activations is not None
-        }  # fmt: skip
-
-    def rows(
-        self,
-        weight: Weight,
-        start: int,
-        stop: int,
-        value: Float64,
-        wander: Float64,
-        more: Float64,
-    ) -> None:
-        """Fill output columns start..stop, [T, stop - start] each.
-
-        Args:
-            weight, start, stop: Rows of the weight.
-            value: Takes W x.
-            wander: Takes sum_k w^2 x^2.
-            more: Takes the variance that does not follow from these two.
-        """
-        shape = (stop - start, self._width)
-        narrow, wide, squares = _piece_buffers(shape[0] * shape[1])
-        weight.read(start, stop, narrow)
-        np.copyto(wide, narrow)
-        np.square(narrow, out=squares)
-        narrow, squares = narrow.reshape(shape), squares.reshape(shape)
-        value[:] = (wide.reshape(shape) @ self._x).T
-        wander[:] = (squares @ self._squares).T
-        more[:] = 0 if self._carried is None else (squares @ self._carried).T
-        for number, (rows, profile) in enumerate(self._sides):
-            if profile.weights_rounded and weight.dtype not in ("F32", "F64"):
-                more[rows] += self._stored_steps(weight, start, stop, rows)
-            if profile.arithmetic.stored.digits < FLOAT32.digits:
-                more[rows] += self._cast(narrow, wander[rows], rows, profile.arithmetic.stored)
-            if number in self._activations:
-                blocks, rounding = self._activations[number]
-                more[rows] += (_block_sums(squares, blocks.block) @ rounding).T
-
-    def _stored_steps(self, weight: Weight, start: int, stop: int, rows: slice) -> Float64:
-        """sum_k x_k^2 d_jk^2 / 12 from the steps in the file; of float32 it is below any sum's."""
-        steps, group = weight.step_squares(start, stop)
-        energy = _block_sums(self._squares[:, rows].T, group)  # (T, groups)
-        return (steps.astype(np.float64) @ energy.T.astype(np.float64)).T / 12
-
-    def _cast(
-        self, narrow: NDArray[np.float32], wander: Float64, rows: slice, stored: FloatType
-    ) -> Float64:
-        """The other side's own cast of the weights to a half type, from sum_k w^2 x^2."""
-        if _fits(narrow, stored):
-            return np.zeros(())
-        relative = (2 * stored.roundoff) ** 2 / 12 * MEAN_SQUARED_SPACING
-        smallest = np.ldexp(1.0, stored.min_exponent - (stored.digits - 1)) ** 2 / 12
-        energy = self._squares[:, rows].sum(axis=0, dtype=np.float64)
-        return wander * relative + smallest * energy[:, None]
-
-
-_scratch = threading.local()
-
-
-def _piece_buffers(values: int) -> tuple[NDArray[np.float32], Float64, NDArray[np.float32]]:
-    """This thread's buffers: a piece of a weight, its float64 copy and its squares, all flat."""
-    held = getattr(_scratch, "held", None)
-    if held is None or held[0].size < values:
-        held = (np.empty(values, np.float32), np.empty(values), np.empty(values, np.float32))
-        _scratch.held = held
-    narrow, wide, squares = held
-    return narrow[:values], wide[:values], squares[:values]
-
-
-def _fits(x: NDArray[np.float32], kind: FloatType) -> bool:
-    """Whether values of a weight are numbers of a half type already."""
-    lost = FLOAT32.digits - kind.digits
-    bits = x.view(np.uint32)
-    return not np.any(bits & np.uint32((1 << lost) - 1))
-
-
-def _block_sums(x: NDArray[np.float32], block: int) -> NDArray[np.float32]:
-    """Sums over `block` consecutive columns, the last one short: [rows, ceil(C / block)]."""
-    if block == 1:
-        return x
-    return np.add.reduceat(x, np.arange(0, x.shape[1], block), axis=1)
 
 
 def _steps(weight: Weight, start: int, stop: int) -> Float64:

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import Estimate
+from aprcore.backends.estimate import Estimate
 from aprcore.causes.scene import Float64, Scene
 from aprcore.compare import compare
 from aprcore.layouts import Layout

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aprcore.backends.prediction import Estimate, PredictionBackend, Profile
+from aprcore.backends.estimate import Estimate, Profile
+from aprcore.backends.prediction import PredictionBackend
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.projections import Part, Pick, Variant, picker
 from aprcore.causes.scene import Float64, Scene

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.base import Int64, Site
-from aprcore.backends.prediction import Estimate, Profile
+from aprcore.backends.estimate import Estimate, Profile
 from aprcore.backends.reference import ReferenceBackend
 from aprcore.config import ModelConfig
 from aprcore.layouts import Layout

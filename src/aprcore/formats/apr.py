@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.errors import ChecksumError, FormatError, TruncatedError, UnsupportedError
-from aprcore.formats.storage import Cursor, DataFile, StoredTensor
+from aprcore.formats.data_file import Cursor, DataFile
+from aprcore.formats.storage import StoredTensor
 from aprcore.quant import storage_size
 
 MAGIC = b"APR\0"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.errors import ConfigError, FormatError, Where
-from aprcore.formats.storage import DataFile
+from aprcore.formats.data_file import DataFile
 
 # Larger than any size of a real model, small enough that products of three fit in an int64.
 MAX_SIZE = 2**31 - 1

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from aprcore.errors import FormatError, TruncatedError, UnsupportedError
-from aprcore.formats.storage import Cursor, DataFile, StoredTensor
+from aprcore.formats.data_file import Cursor, DataFile
+from aprcore.formats.storage import StoredTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.errors import FormatError
+from aprcore.formats.data_file import Cursor, DataFile
 from aprcore.formats.fields import parse_object, read_object
-from aprcore.formats.storage import Cursor, DataFile, StoredTensor
+from aprcore.formats.storage import StoredTensor
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

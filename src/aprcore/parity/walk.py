@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.prediction import Profile
+from aprcore.backends.estimate import Profile
 from aprcore.compare import compare
 from aprcore.generate import Decoder
 from aprcore.layouts import layout_of
