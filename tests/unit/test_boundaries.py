@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -70,3 +72,22 @@ def test_no_module_of_the_terminal_loads_a_heavy_library() -> None:
 @pytest.mark.parametrize("name", ["aprcore.errors", "aprcore.stages", "aprcore.plan"])
 def test_what_checks_arguments_does_not_pay_for_numpy(name: str) -> None:
     assert brought_along([name], {"numpy"}) == {}
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("tests/benchmarks", "tests/zoo", "tools")
+    for path in (ROOT / folder).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_scripts_import_what_there_is(script: Path) -> None:
+    """Benchmarks and tools are not run by the tests: a name that moved must not wait for that."""
+    for node in ast.walk(ast.parse((ROOT / script).read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("apr"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
