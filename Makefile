@@ -1,5 +1,6 @@
 # make demo   the explorer on the bundled model       make test   all tests
 # make lint   linters, types, layers                  make bench  tables of figures
+# make tour   draws the pictures of the documentation
 #
 # Needs python3 >= 3.11 with venv, and a package index. Everything is installed into .venv.
 
@@ -19,7 +20,7 @@ RUNTIME := $(VENV)/.runtime-installed
 EVERYTHING := $(VENV)/.everything-installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format bench dist clean
+.PHONY: demo test lint format bench tour dist clean
 
 # Without a terminal the table is printed. Exit code 1 is what the demo is there to show.
 demo: $(RUNTIME)
@@ -42,6 +43,9 @@ format: $(EVERYTHING)
 bench: $(EVERYTHING)
 	@failed=0; for script in tests/benchmarks/bench_*.py; do \
 		$(BIN)/python $$script || failed=1; echo; done; exit $$failed
+
+tour: $(EVERYTHING)
+	@$(BIN)/python tools/record_tour.py
 
 dist: $(EVERYTHING)
 	$(BIN)/python -m build

@@ -25,12 +25,12 @@ def fitting_width(dtype: str, width: int) -> int:
     return -(-width // row.block_values) * row.block_values if row.layout is Layout.ROWS else width
 
 
-def random_bytes(dtype: str, shape: tuple[int, int], seed: int, *, wild: bool = False) -> bytes:
+def random_bytes(dtype: str, shape: tuple[int, ...], seed: int, *, wild: bool = False) -> bytes:
     """Stored bytes of a random tensor.
 
     Args:
         dtype: A name in `FORMATS`.
-        shape: Rows and columns.
+        shape: Rows and columns, or the length of a vector.
         seed: The same one gives the same bytes.
         wild: Leave scales (or values) any bits: infinite, NaN, subnormal.
     """
@@ -58,7 +58,7 @@ def _numbers(dtype: str, values: np.ndarray) -> bytes:
 
 
 def stored_tensor(
-    dtype: str, shape: tuple[int, int], raw: bytes, *, name: str = "w"
+    dtype: str, shape: tuple[int, ...], raw: bytes, *, name: str = "w"
 ) -> StoredTensor:
     """A tensor in a file of its own, somewhere inside it; the file has no name any more."""
     with tempfile.TemporaryDirectory() as directory:
@@ -68,7 +68,7 @@ def stored_tensor(
 
 
 def random_tensor(
-    dtype: str, shape: tuple[int, int], seed: int, *, wild: bool = False
+    dtype: str, shape: tuple[int, ...], seed: int, *, wild: bool = False
 ) -> StoredTensor:
     """A random tensor in a file."""
     return stored_tensor(dtype, shape, random_bytes(dtype, shape, seed, wild=wild))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pexpect
 import pyte
 from pyte.screens import Char
-from rich.style import Style
-from rich.text import Text
 
 COMMAND = Path(sys.executable).with_name("aprtui")
 # Generous: a busy machine may take seconds to start an interpreter.
@@ -123,31 +121,3 @@ class Terminal:
             [self._screen.buffer[row][column] for column in columns]
             for row in range(self._screen.lines)
         ]
-
-
-def styled_rows(cells: list[list[Char]]) -> Iterator[Text]:
-    """A screen as text in its colours."""
-    for row in cells:
-        line = Text(end="", no_wrap=True)
-        for cell in row:
-            line.append(cell.data, _style_of(cell))
-        yield line
-
-
-def _style_of(cell: Char) -> Style:
-    return Style(
-        color=_color(cell.fg), bgcolor=_color(cell.bg), bold=cell.bold or None,
-        italic=cell.italics or None, underline=cell.underscore or None,
-        strike=cell.strikethrough or None, reverse=cell.reverse or None,
-    )  # fmt: skip
-
-
-def _color(name: str) -> str | None:
-    """A colour of the screen (a name of the first sixteen, or six hex digits) as rich says it."""
-    if name == "default":
-        return None
-    if len(name) == 6 and all(digit in "0123456789abcdef" for digit in name):
-        return f"#{name}"
-    is_bright = name.startswith("bright")
-    plain = name.removeprefix("bright").replace("brown", "yellow")
-    return f"bright_{plain}" if is_bright else plain

@@ -56,7 +56,9 @@ def layout_of(key: StageKey, sizes: Mapping[str, int], count: int) -> Layout:
     return Layout(resolved, resolve_factors(shape, sizes), axis_names(shape))
 
 
-def infer_sizes(counts: Mapping[StageKey, int], num_tokens: int | None) -> Mapping[str, int]:
+def infer_sizes(
+    counts: Mapping[StageKey, int], num_tokens: int | None, num_positions: int | None = None
+) -> Mapping[str, int]:
     """The letters of the symbolic shapes, from the number of values of each stage's tensor.
 
     For directories of stage files without a model. A letter that cannot be derived is left out.
@@ -64,6 +66,7 @@ def infer_sizes(counts: Mapping[StageKey, int], num_tokens: int | None) -> Mappi
     Args:
         counts: Values per tensor; tensors of one stage are expected to agree.
         num_tokens: T, if known.
+        num_positions: S, if it is known; None where it is T.
     """
     by_stage = {key.stage: count for key, count in counts.items()}
     sizes: dict[str, int] = {}
@@ -71,7 +74,7 @@ def infer_sizes(counts: Mapping[StageKey, int], num_tokens: int | None) -> Mappi
         sizes["V"] = by_stage["lm_head"]
     if not num_tokens:
         return sizes
-    sizes["T"] = sizes["S"] = num_tokens
+    sizes["T"], sizes["S"] = num_tokens, num_positions or num_tokens
 
     def per_token(*names: str) -> int | None:
         for name in names:
@@ -84,7 +87,7 @@ def infer_sizes(counts: Mapping[StageKey, int], num_tokens: int | None) -> Mappi
         sizes["E"] = hidden
     if ffn := per_token("ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl"):
         sizes["F"] = ffn
-    heads, rest = divmod(by_stage.get("attn_scores", 0), num_tokens**2)
+    heads, rest = divmod(by_stage.get("attn_scores", 0), num_tokens * sizes["S"])
     query, keys = per_token("q_post_rope", "attention"), per_token("k_post_rope")
     if heads and not rest and query and query % heads == 0:
         sizes["H"], sizes["D"] = heads, query // heads

@@ -93,25 +93,51 @@ def _open_dumps(request: Request, model: Model | None) -> Dumps:
     has_bias = model is not None and "qkv_bias" in model.config.features
     opened: dict[Path | None, StageSource] = {}
     for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
-        opened[path] = _open_full_pass(path, names, has_bias)
+        opened[path] = _open_checked(path, names, has_bias)
         if model is None:  # directories come first: they tell whether projections have a bias
             has_bias = has_bias or any(key.stage == "qkv_bias" for key in opened[path].keys())
-    return Dumps(*(opened.get(path) for path in _paths(request)))
+    dumps = Dumps(*(opened.get(path) for path in _paths(request)))
+    _check_positions(model, dumps)
+    return dumps
 
 
-def _open_full_pass(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
+def _open_checked(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
     directory = open_dump(path, names, has_qkv_bias=has_bias)
     if isinstance(directory, TraceDirectory):
         directory.check_headers()
-    positions = directory.sidecar.positions
-    if positions is not None and positions != tuple(range(len(positions))):
-        raise OracleError(
-            f"was captured at positions {list(positions)}; only a full pass from position 0 can be"
-            " compared",
-            where=path,
-            hint="capture it again",
-        )
     return directory
+
+
+def _check_positions(model: Model | None, dumps: Dumps) -> None:
+    """A model and an oracle judge full passes; decoding steps are held against each other.
+
+    What a step read of its cache is not in its dump, so that nothing can be computed again.
+
+    Raises:
+        OracleError: A step is held against something else.
+    """
+    starts = [(dump, dump.sidecar.positions or (0,)) for dump in dumps.present]
+    steps = [dump for dump, positions in starts if positions[0] > 0]
+    if not steps:
+        for dump, positions in starts:
+            if dump.sidecar.positions and positions != tuple(range(len(positions))):
+                raise OracleError(f"was captured at positions {list(positions)}, with gaps",
+                                  where=dump.path, hint="capture it again")  # fmt: skip
+        return
+    at = steps[0].sidecar.positions
+    if model is not None or dumps.oracle is not None:
+        raise OracleError(
+            f"was captured at positions {list(at or ())}; only a full pass from position 0 can be"
+            " judged by a model or an oracle", where=steps[0].path,
+            hint="hold two steps against each other with --trace and --against alone, or let"
+            " `aprtui parity MODEL --stages` judge them",
+        )  # fmt: skip
+    histories = {dump.sidecar.history for dump in dumps.present}
+    if len({positions for _, positions in starts}) > 1 or len(histories - {None}) > 1:
+        raise OracleError(
+            f"was captured at positions {list(at or ())} after other tokens than the other side",
+            where=steps[0].path, hint="both sides must be at the same step of the same text",
+        )  # fmt: skip
 
 
 def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
@@ -133,6 +159,9 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
             names = ", ".join(directory.ignored[:3])
             more = f" and {len(directory.ignored) - 3} more" if len(directory.ignored) > 3 else ""
             notes.append(f"parts of {name} that name no stage are left out: {names}{more}")
+    if trace is not None and trace.sidecar.positions and trace.sidecar.positions[0]:
+        first = trace.sidecar.positions[0]
+        notes.append(f"a decoding step at position {first}, after a cache of {first} tokens")
     types = dtypes if model is None else dtypes | model.weight_types
     prompt = request.prompt
     for dump in (oracle, trace, against):
@@ -291,7 +320,8 @@ def _sizes(model: Model | None, dumps: Dumps, tokens: Sequence[int] | None) -> M
         shapes = (d.shape(k) for d in directories for k in d.keys() if k.stage != "lm_head")
         count = next((shape[0] for shape in shapes if shape is not None and len(shape) == 2), None)
     if model is None:
-        return infer_sizes(counts, count)
+        ends = [d.sidecar.positions[-1] + 1 for d in directories if d.sidecar.positions]
+        return infer_sizes(counts, count, max(ends, default=None))
     hidden = model.config.hidden_size
     if count is None:
         rows = (n for key, n in counts.items() if BY_NAME[key.stage].shape == "T,E")

@@ -132,6 +132,20 @@ def storage_size(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) * row_bytes(row, length)
 
 
+def rows_have_bytes(dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether each row along the first axis has stored bytes of its own.
+
+    Not where blocks run over row ends, nor in a vector, whose rows are single values of a block.
+
+    Raises:
+        UnsupportedError: The type is unknown.
+    """
+    layout = find_format(dtype).layout
+    if layout in (Layout.ROWS, Layout.PADDED_ROWS):
+        return len(shape) != 1
+    return layout is Layout.PLAIN
+
+
 def row_bytes(row: BlockFormat, length: int) -> int:
     """Bytes of `length` values in whole blocks."""
     return -(-length // row.block_values) * row.block_bytes

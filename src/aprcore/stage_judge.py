@@ -49,8 +49,9 @@ class StageJudge:
         self._sides = sides
         self._top_k = top_k
         self._trace, self._oracle = sides.recorded()
-        self._finite: dict[StageKey, bool] = {}
-        self._oracle_finite: dict[StageKey, bool] = {}
+        # How many values of each tensor are not finite, on either side.
+        self._lost: dict[StageKey, int] = {}
+        self._oracle_lost: dict[StageKey, int] = {}
         self._verdicts: dict[StageKey, Verdict | None] = {}
         self._layouts: dict[tuple[str, int], Layout] = {}
         num_layers, features = sides.header.num_layers, sides.features
@@ -81,9 +82,9 @@ class StageJudge:
             traced = traced.reshape(-1)
         if not self._is_compared_alone(traced, oracle):
             if oracle is not None:
-                self._oracle_finite[key] = self._is_finite(key, oracle)
+                self._oracle_lost[key] = self._count_nonfinite(key, oracle)
             if traced is not None:
-                self._finite[key] = self._is_finite(key, traced)
+                self._lost[key] = self._count_nonfinite(key, traced)
         for side in (self._trace, self._oracle):
             if side is not None:
                 side.enter(key)
@@ -166,8 +167,8 @@ class StageJudge:
                 ours, theirs = dumped
                 assert ours is not None and theirs is not None
                 traced, oracle, comparison, permuted = self._aligned(key, ours, theirs, layout)
-                self._finite[key] = comparison.nonfinite_a == 0
-                self._oracle_finite[key] = comparison.nonfinite_b == 0
+                self._lost[key] = comparison.nonfinite_a
+                self._oracle_lost[key] = comparison.nonfinite_b
             else:
                 comparison = compare(traced, oracle, self._top_k)
         self.tensors = traced, oracle
@@ -251,8 +252,8 @@ class StageJudge:
         """What either side should hold; only for sides that hold something finite."""
         if self._trace is None and self._oracle is None:
             return None, None
-        trace_side = self._trace if traced is not None and self._finite[key] else None
-        oracle_side = self._oracle if oracle is not None and self._oracle_finite[key] else None
+        trace_side = self._trace if traced is not None and not self._lost[key] else None
+        oracle_side = self._oracle if oracle is not None and not self._oracle_lost[key] else None
         return expect_both(trace_side, oracle_side, key)
 
     def _canonical(
@@ -362,11 +363,9 @@ class StageJudge:
             bound_alone=self._sides.bound_alone,
             kernel=kernel,
             model=model,
-            traced_nonfinite=0
-            if self._finite.get(key, True)
-            else self._nonfinite_count(comparison),
-            inputs_finite=self._ancestors_finite(key, self._finite),
-            oracle_inputs_finite=self._ancestors_finite(key, self._oracle_finite),
+            traced_nonfinite=self._nonfinite_count(key, comparison),
+            inputs_finite=self._ancestors_finite(key, self._lost),
+            oracle_inputs_finite=self._ancestors_finite(key, self._oracle_lost),
             inputs_pass=all(verdict is Verdict.PASS for verdict in known),
             layout=layout,
         )
@@ -379,16 +378,17 @@ class StageJudge:
             self._layouts[key.stage, count] = found
         return found
 
-    @staticmethod
-    def _nonfinite_count(comparison: Comparison | None) -> int:
-        return 1 if comparison is None else comparison.nonfinite_a
+    def _nonfinite_count(self, key: StageKey, comparison: Comparison | None) -> int:
+        """NaN and infinities of what was traced, as far as it is compared."""
+        lost = self._lost.get(key, 0)
+        return lost if comparison is None or not lost else comparison.nonfinite_a
 
-    def _is_finite(self, key: StageKey, x: Floats) -> bool:
-        """Whether a tensor is finite wherever it counts: scores may be -inf above the diagonal."""
+    def _count_nonfinite(self, key: StageKey, x: Floats) -> int:
+        """NaN and infinities of a tensor where they count: scores may be -inf over the diagonal."""
         layout = self._layout(key, x.size)
-        return bool(np.isfinite(zero_above_diagonal(key, x, layout)).all())
+        return x.size - int(np.count_nonzero(np.isfinite(zero_above_diagonal(key, x, layout))))
 
-    def _ancestors_finite(self, key: StageKey, finite: dict[StageKey, bool]) -> bool:
+    def _ancestors_finite(self, key: StageKey, lost: dict[StageKey, int]) -> bool:
         """Whether the nearest recorded ancestors of a stage were finite."""
         unseen = [key]
         visited = set()
@@ -397,9 +397,9 @@ class StageJudge:
                 if source in visited:
                     continue
                 visited.add(source)
-                if source not in finite:
+                if source not in lost:
                     unseen.append(source)
-                elif not finite[source]:
+                elif lost[source]:
                     return False
         return True
 

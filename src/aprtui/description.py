@@ -29,6 +29,7 @@ from aprtui.rows import summarise_layer
 from aprtui.run_state import RunState
 from aprtui.text import visible
 from aprtui.theme import (
+    MARKS,
     PENDING,
     Mark,
     Paint,
@@ -62,6 +63,7 @@ def describe_run(state: RunState, paint: Paint) -> RenderableType:
         facts.append(("bound", Text(f"relative L2 {header.bound:g}")))
     if header.backend:
         facts.append(("backend", Text(visible(header.backend))))
+    facts += _second_side(state, paint)
     if header.prompt is not None:
         facts.append(("prompt", Text(quoted(header.prompt))))
     facts.append(("tokens", _tokens(header, paint)))
@@ -72,6 +74,31 @@ def describe_run(state: RunState, paint: Paint) -> RenderableType:
         label = ("note  ", paint("verdict-inherited", bold=True))
         parts.append(Padding(Text.assemble(label, visible(note)), (1, 0, 0, 0)))
     return Group(*parts)
+
+
+def _second_side(state: RunState, paint: Paint) -> list[Fact]:
+    """What the run is held against stage by stage, and what that comes to."""
+    header = state.header
+    if header is None or header.trusted is None:
+        return []
+    facts: list[Fact] = []
+    if header.backend is None:
+        facts.append(("against", _side(header.trusted, "ink-oracle", paint)))
+    else:
+        label = "opening…" if state.is_running else "not opened"
+        if state.device is not None:
+            label = visible(state.device.label)
+        if state.rejected is not None:
+            label = "rejected"
+            if not state.parity_faults:  # else those say why
+                label += f": {visible(state.rejected.line_reason, REASON_LIMIT)}"
+        facts.append(("gpu", Text(label)))
+    if state.report is not None and state.parity:
+        _, _, found = state.report.parity_summary().partition(": ")
+        mark = MARKS["FAIL" if state.parity_faults else "PASS"]
+        said = Text(f"{mark.glyph} ", paint(mark.ink, bold=True))
+        facts.append(("parity", said.append(visible(found, REASON_LIMIT), "not bold")))
+    return facts
 
 
 def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:

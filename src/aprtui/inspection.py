@@ -16,8 +16,8 @@ from aprcore.config import ModelConfig
 from aprcore.conversion.convert import describe_config
 from aprcore.errors import AprError
 from aprcore.formats.apr import AprFlag, AprHeader, read_apr
-from aprcore.formats.storage import StoredTensor
 from aprcore.formats.data_file import DataFile
+from aprcore.formats.storage import StoredTensor
 from aprcore.model import open_model
 
 SCHEMA = "apr-inspect-v1"

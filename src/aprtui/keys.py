@@ -54,7 +54,7 @@ EXPLORER_KEYS: tuple[BindingType, ...] = (
     Binding("tab", "next_pane", "next pane", id="explorer.next-pane", show=False,
             tooltip="Go to the next pane: stages, figures, differences"),
     # What to see of a picture
-    Binding("v", "picture('kind')", "kind of picture", id="picture.kind", show=False,
+    Binding("m", "picture('kind')", "kind of picture", id="picture.kind", show=False,
             tooltip="Heat map: |diff|, a side or the ratio; values: the next largest difference"),
     Binding("a", "picture('axes')", "axes", id="picture.axes", show=False,
             tooltip="Heat map: other axes"),

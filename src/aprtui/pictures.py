@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from aprcore.stages import StageKey
     from aprcore.tensor_source import TensorSource
 
-    Picture = Figures | Subject | Grid | CellValue | Histogram | ValueWindow
-
 # Pictures kept. The largest is a map of a large terminal: half a megabyte.
 PICTURES_KEPT = 48
 # Values of one window of the Values tab: more than a screen of them, at a cost of one read.
@@ -110,6 +108,10 @@ class Subject:
     """The answer to `SubjectAsk`: every kind of map, with the views of each."""
 
     views: dict[MapKind, tuple[MapView, ...]]
+
+
+if TYPE_CHECKING:
+    Picture = Figures | Subject | Grid | CellValue | Histogram | ValueWindow
 
 
 @dataclass

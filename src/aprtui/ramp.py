@@ -61,7 +61,7 @@ class Ramp:
         zero = Color.parse(ground)
         self._sequential = [zero, *_stretch(sequential)]
         self._signed = {
-            **{n: color for n, color in enumerate([zero, *_stretch(positive)])},
+            **dict(enumerate([zero, *_stretch(positive)])),
             **{-n: color for n, color in enumerate(_stretch(negative), 1)},
         }
         self._styles: dict[tuple[int, int, bool], Style] = {}

@@ -318,6 +318,15 @@ class TestNonFinite:
             Verdict.NONFINITE: 1,
         }  # fmt: skip
 
+    def test_a_trace_alone_says_how_many_values_are_lost(
+        self, tensors: Tensors, tmp_path: Path
+    ) -> None:
+        key = StageKey(1, "ffn_norm")
+        trace = write_stages(tmp_path / "t", edited(tensors, key, lambda x: x * np.nan))
+        report = found_at(run(Request(trace=trace)), key)
+        assert report.verdict is Verdict.NONFINITE
+        assert report.reason.startswith(f"{tensors[key].size} values are NaN or infinite")
+
     def test_masked_scores_do_not_excuse_a_nan_after_them(
         self, oracle: Path, tensors: Tensors, tmp_path: Path
     ) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import open_engine
+from aprcore.backends.engine import Engine, open_engine
+from aprcore.backends.numpy import NumpyBackend
+from aprcore.bisect import run as bisect_run
+from aprcore.errors import OracleError
 from aprcore.generate import Decoder
+from aprcore.parity import gate
 from aprcore.parity.gate import ParityRequest, check_parity
 from aprcore.parity.report import ParityReport
+from aprcore.request import Request
 from aprcore.stages import StageKey, stage_keys
 from aprcore.trace import TraceDirectory
 from aprtui.cli import main
@@ -23,6 +31,7 @@ from aprtui.demo import demo_path
 from models import build, random_config, write_apr
 from opencl_device import obstacle
 from tiny import NUM_LAYERS, SIZES, TOKENS, embedded_tokenizer, leftovers, opened, write_model
+from wrong_backends import NotFinite, WrongStride
 
 DEMO = demo_path() / "sound.apr"
 IDS = ",".join(map(str, TOKENS))
@@ -181,6 +190,51 @@ class TestTraceStep:
         assert diff[0] == 0
 
 
+class TestTwoSteps:
+    """Dumps of decoding steps, held against each other."""
+
+    @pytest.fixture(scope="class")
+    def steps(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("steps")
+        for step in ("1", "2"):
+            code = main(["run", str(DEMO), "--trace-step", step, "--save-tensor-dir",
+                         str(folder / step)])  # fmt: skip
+            assert code == 0
+        return folder
+
+    def test_the_same_step_agrees(self, steps: Path) -> None:
+        report = bisect_run(Request(trace=steps / "2", against=steps / "2"))
+        assert not report.diverges(strict=True)
+        shapes = {stage.key.stage: stage.layout.shape for stage in report.parity if stage.layout}
+        assert shapes["attn_scores"] == shapes["attn_softmax"] == (4, 1, 9)
+
+    def test_a_wrong_stage_is_named_with_its_position(self, steps: Path, tmp_path: Path) -> None:
+        key = StageKey(1, "attn_scores")
+        wrong = shutil.copytree(steps / "2", tmp_path / "gpu")
+        file = wrong / f"{key.path}.bin"
+        data = bytearray(file.read_bytes())
+        data[-4:] = struct.pack("<f", 100.0)  # the last position of the last head
+        file.write_bytes(data)
+        first = bisect_run(Request(trace=wrong, against=steps / "2")).first_parity_fault
+        assert first is not None and first.key == key
+        assert first.comparison is not None and first.layout is not None
+        assert first.layout.position(first.comparison.max_index) == (3, 0, 8)
+
+    @pytest.mark.parametrize("side", ["trace", "against"])
+    def test_another_step_or_a_full_pass_is_refused(self, steps: Path, side: str) -> None:
+        for other in (steps / "1", demo_path() / "oracle"):
+            pair = {"trace": other, "against": other} | {side: steps / "2"}
+            with pytest.raises(OracleError, match="same step of the same text"):
+                bisect_run(Request(**pair))
+
+    def test_a_model_cannot_judge_it(self, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        code, out, errors = called(
+            capsys, "bisect", DEMO, "--trace", steps / "2", "--against", steps / "2"
+        )
+        assert (code, out, len(errors)) == (2, "", 1)
+        assert "--trace and --against alone" in errors[0]
+
+
 class TestParity:
     def test_the_reference_agrees(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, errors = called(capsys, "parity", DEMO, "--against", "reference")
@@ -210,6 +264,26 @@ class TestParity:
         assert isinstance(report, ParityReport)
         assert not report.diverges, report.reason
         assert all(cache.relative_l2 <= 1e-5 for cache in report.caches)
+
+    @pytest.mark.parametrize("backend", [WrongStride, NotFinite])
+    def test_no_row_of_a_wrong_stage_looks_right(
+        self, backend: type[NumpyBackend], capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        @contextmanager
+        def opened(name: str, **options: Any) -> Iterator[Engine]:
+            yield Engine(NumpyBackend(1) if name == "numpy" else backend(1))
+
+        monkeypatch.setattr(gate, "open_engine", opened)
+        code, out, _ = called(capsys, "parity", DEMO, "--steps", "1", "--stages")
+        assert code == 1
+        rows = {name: row for row in out.splitlines() for name in [row[:30].strip()]}
+        assert "PASS" in rows["layer 0 · attn_norm"]
+        after = rows["layer 0 · post_ffn_residual"]
+        assert "INHERITED" in after and "PASS" not in after
+        assert "1.0000000" not in after
+        (step,) = (row for row in out.splitlines() if row.startswith("prompt "))
+        assert step.split()[3][:6] in ("0.4585", "NaN") and "FAIL" in step
 
     @pytest.mark.parametrize("steps", ["0", "17", "-1", "x", "1e1", "١"])
     def test_other_numbers_of_steps_are_refused(

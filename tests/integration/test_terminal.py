@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
-import pyte
 import pytest
 
-COMMAND = Path(sys.executable).with_name("aprtui")
+from pseudo_terminal import Terminal
+
 LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l"
 SHOW_CURSOR = b"\x1b[?25h"
-# Generous: a busy machine may take seconds to start an interpreter.
-PATIENCE_S = 60
-
-
-class Terminal:
-    """A program on a screen of 120 by 40."""
-
-    def __init__(self, *arguments: str, columns: int = 120, rows: int = 40) -> None:
-        self._screen = pyte.Screen(columns, rows)
-        self._stream = pyte.ByteStream(self._screen)
-        self.output = b""
-        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLORTERM")}
-        self.process = pexpect.spawn(
-            str(COMMAND), list(arguments), dimensions=(rows, columns),
-            env={**environment, "TERM": "xterm-256color"}, timeout=PATIENCE_S,
-        )  # fmt: skip
-
-    def read(self) -> str:
-        """What is on the screen now."""
-        try:
-            while True:
-                data = self.process.read_nonblocking(65536, timeout=0.2)
-                self.output += data
-                self._stream.feed(data)
-        except (pexpect.TIMEOUT, pexpect.EOF):
-            return "\n".join(self._screen.display)
-
-    def wait_for(self, wanted: str | Callable[[str], bool]) -> str:
-        """Wait until a text is on the screen, or until a condition on it holds."""
-        end = time.monotonic() + PATIENCE_S
-        while True:
-            screen = self.read()
-            if wanted in screen if isinstance(wanted, str) else wanted(screen):
-                return screen
-            assert time.monotonic() < end, f"{wanted!r} is not on the screen:\n{screen}"
-
-    def press(self, keys: str) -> None:
-        self.process.send(keys)
-
-    def end(self) -> int:
-        """Wait for the program to end; return its exit code."""
-        self.process.expect(pexpect.EOF)
-        self.output += self.process.before or b""
-        self.process.close()
-        assert self.process.exitstatus is not None, f"killed by {self.process.signalstatus}"
-        return int(self.process.exitstatus)
 
 
 @pytest.fixture
@@ -74,8 +25,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
     yield start
     for one in opened:
-        if one.process.isalive():
-            one.process.close(force=True)
+        one.kill()
 
 
 def assert_restored(one: Terminal) -> None:
@@ -92,7 +42,7 @@ def test_a_tour_of_the_demo(terminal) -> None:
     assert "layer 2 · qkv_matmul" in screen
     assert "rows permuted from pairs to halves" in screen
     one.press("?")
-    assert "command palette" in one.wait_for("─ Help ─")
+    one.wait_for("─ Help ─", "Go to the next divergence")
     one.press("\x1b")
     one.wait_for(lambda text: "─ Help ─" not in text)
     one.press("/")

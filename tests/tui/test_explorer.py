@@ -224,13 +224,6 @@ class TestOverlays:
 
         drive(ExplorerApp(failing_request), steps)
 
-    def test_palette_has_the_actions(self, failing_request: Request) -> None:
-        async def steps(pilot: Pilot[Any]) -> None:
-            names = {name for name, _, _ in explorer_of(pilot).palette_actions()}
-            assert {"next", "filter", "sort", "top-K", "help", "quit", "theme"} <= names
-
-        drive(ExplorerApp(failing_request), steps)
-
     def test_other_themes_can_be_worn(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             for theme in ("textual-light", "ansi-dark", "nord", "okabe-ito"):

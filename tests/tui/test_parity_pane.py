@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from demo_runs import OddBackend, bring, dump, kernel_run
 from driving import come_to_rest, drive, explorer_of, settle
+from rich.console import Console
 from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
@@ -20,11 +21,15 @@ from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.demo import demo_path
+from aprtui.description import describe_run
 from aprtui.measures import Measure
 from aprtui.rows import Row, SortOrder
 from aprtui.screens.devices import DevicesScreen
 from aprtui.screens.parity import ParityScreen
+from aprtui.theme import Paint
 from aprtui.widgets.rejection import Rejection
+from aprtui.widgets.run_title import RunTitle
+from aprtui.widgets.verdict_bar import VerdictBar
 from opencl_device import obstacle
 
 ROOT = StageKey(2, "attn_scores")
@@ -86,6 +91,11 @@ def text_of(pilot: Pilot[Any], name: str) -> str:
     return str(pilot.app.screen.query_one(name, Static).render())
 
 
+def finding_of_bar(pilot: Pilot[Any]) -> list[str]:
+    """The lines under the title."""
+    return str(explorer_of(pilot).query_one(VerdictBar).render()).split("\n")
+
+
 class TestTwoDumps:
     def test_open_in_the_pane(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
@@ -116,6 +126,20 @@ class TestTwoDumps:
 
         drive(ExplorerApp(two_dumps()), steps)
 
+    def test_both_sides_of_a_stage_fit_a_narrow_screen(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await pilot.press("home", "n")
+            parity = explorer_of(pilot).state.parity[ROOT]
+            shown = pilot.app.screen.query_one("#parity-figures", Static)
+            lines = str(shown.render()).splitlines()
+            assert shown.size.height == len(lines) == 2
+            assert all(len(line.rstrip()) <= 80 for line in lines)
+            for side in (parity.tested, parity.trusted):
+                assert side.kernel is not None
+                assert f"{side.kernel.relative_l2:.1e}" in lines[1]
+
+        drive(ExplorerApp(two_dumps()), steps, size=(80, 24))
+
     def test_without_a_model(self) -> None:
         request = replace(two_dumps(), model=None)
 
@@ -123,8 +147,20 @@ class TestTwoDumps:
             state = explorer_of(pilot).state
             assert Measure.TESTED not in state.measures
             assert state.parity_faults[0] == ROOT
+            finding, _ = finding_of_bar(pilot)
+            assert "✗ layer 2 · attn_scores  other vs trace FAIL" in finding
 
         drive(ExplorerApp(request), steps)
+
+    def test_equal_dumps_without_a_model_claim_nothing_of_kernels(self) -> None:
+        oracle = bring("cpu-dump", demo_path() / "oracle")
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            finding, _ = finding_of_bar(pilot)
+            assert "✓ against the other dump: no fault in 71 stages" in finding
+            assert "kernel" not in finding
+
+        drive(ExplorerApp(Request(trace=oracle, against=oracle)), steps)
 
     def test_one_side_only_has_no_pane(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
@@ -236,6 +272,23 @@ class TestDevice:
 
 
 class TestBanner:
+    def test_the_title_and_the_row_of_the_run_tell_of_the_device(self) -> None:
+        wrong = Request(model=bring("sound.apr", demo_path() / "sound.apr"),
+                        trace=dump(demo_path() / "sound.apr", OddBackend()),
+                        against=bring("cpu-dump", demo_path() / "oracle"))  # fmt: skip
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            assert "gpu: rejected" in str(explorer.query_one(RunTitle).render())
+            console = Console(width=80, color_system=None)
+            with console.capture() as capture:
+                console.print(describe_run(explorer.state, Paint(pilot.app.theme_variables)))
+            told = " ".join(capture.get().split())
+            assert "gpu rejected" in told
+            assert "parity ✗ first fault at " in told
+
+        drive(ExplorerApp(wrong, as_device), steps, size=(100, 30))
+
     @pytest.mark.parametrize("size", SIZES)
     def test_picture(self, snap_compare: Any, size: tuple[int, int]) -> None:
         trace = dump(demo_path() / "sound.apr", OddBackend())

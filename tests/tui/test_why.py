@@ -138,11 +138,12 @@ class TestKeys:
             assert screen.tab is DetailTab.WHY
             await pilot.press("w")
             assert screen.tab is DetailTab.TOP_K
-            await pilot.press("right_square_bracket")
-            assert screen.tab is DetailTab.WHY
             await pilot.press("left_square_bracket")
+            assert screen.tab is DetailTab.WHY
+            await pilot.press("right_square_bracket")
             assert screen.tab is DetailTab.TOP_K
-            await pilot.click(TabStrip, offset=(10, 0))
+            at = screen.query_one(TabStrip).render().plain.index("Why")
+            await pilot.click(TabStrip, offset=(at, 0))
             assert screen.tab is DetailTab.WHY
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)

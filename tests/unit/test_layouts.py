@@ -72,6 +72,11 @@ def test_sizes_that_cannot_be_known_are_left_out() -> None:
     assert "E" not in infer_sizes({key_of("attn_norm"): 7}, 2)
 
 
+def test_sizes_of_a_decoding_step() -> None:
+    counts = {key_of("attn_scores"): 4 * 1 * 9, key_of("q_post_rope"): 64}
+    assert dict(infer_sizes(counts, 1, 9)) == {"T": 1, "S": 9, "H": 4, "D": 16}
+
+
 class TestMask:
     @given(sizes, st.sampled_from([np.nan, -np.inf, -65504, -3.4e38, 123.0]))
     def test_nothing_above_the_diagonal_counts(self, sizes: dict[str, int], junk: float) -> None:

@@ -99,7 +99,9 @@ class TestStep:
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_what_is_not_finite_never_passes(self, bad: float) -> None:
-        assert "NaN or infinite" in self.judge([0, bad, 9, 10]).fault
+        found = self.judge([0, bad, 9, 10])
+        assert "NaN or infinite" in found.fault
+        assert (found.nonfinite_tested, found.nonfinite_cpu) == (1, 0)
         same = np.array([0, bad], dtype=np.float32)
         assert not compare_step(same, same, step=0, position=0, token=0).passed
 
@@ -215,6 +217,9 @@ class TestGate:
         assert (report.first.key, report.first.kernel) == (StageKey(0, "ffn_out"), True)
         faults = {stage.key.stage for stage in report.stages if stage.fault}
         assert faults == {"ffn_out"}
+        verdicts = {stage["path"]: stage["verdict"] for stage in to_json(report)["stages"]}
+        assert verdicts["layer-0/ffn_out"] == "FAIL"
+        assert verdicts["layer-0/post_ffn_residual"] == "INHERITED"
 
     @pytest.mark.parametrize("steps", [0, 17, -1])
     def test_other_numbers_of_steps_are_refused(self, path: Path, steps: int) -> None:
@@ -297,6 +302,22 @@ class TestFallback:
         source = self.guarded(model, OutOfMemory(pass_number), reasons)
         assert self.text(model, source) == expected
         assert reasons == ["the device is out of memory"]
+
+    def test_logits_that_are_lost_after_the_gate_are_the_cpu_s(
+        self, model: Model, expected: list[int]
+    ) -> None:
+        class Late(NumpyBackend):
+            """Breaks down at a length that the gate does not reach."""
+
+            def causal_softmax(self, scores: Any) -> Any:
+                lost = np.float32(np.nan if scores.shape[2] > len(TOKENS) + DEFAULT_STEPS else 1)
+                return super().causal_softmax(scores) * lost
+
+        reasons: list[str] = []
+        guarded = self.guarded(model, Late(1), reasons)
+        assert self.text(model, guarded) == expected
+        (reason,) = reasons
+        assert reason.startswith(f"step {DEFAULT_STEPS + 1}: logits are NaN or infinite")
 
     def test_stages_come_from_whoever_ran_the_step(self, model: Model) -> None:
         wanted = StageKey(0, "attention")

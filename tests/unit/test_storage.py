@@ -14,10 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aprcore.canonical import SplitHalves
+from aprcore.conversion.convert import TensorPlan, encode_tensor
+from aprcore.conversion.import_types import ImportTypes
 from aprcore.errors import FormatError, TruncatedError, UnsupportedError
+from aprcore.formats.apr_writer import TensorEntry
 from aprcore.formats.data_file import Cursor, DataFile
 from aprcore.formats.storage import PIECE_BYTES, StoredTensor
 from aprcore.quant import storage_size
+from stored_weights import random_bytes, random_tensor, stored_tensor
 
 Write = Callable[[bytes], DataFile]
 
@@ -228,6 +233,30 @@ class TestStoredTensor:
         assert weight.read_raw(1, 3).tobytes() == content[288:]
         with pytest.raises(ValueError, match="no bytes of their own"):
             tensor(write(content), "AprQ4", 4, 8).read_raw(0, 1)
+
+    @pytest.mark.parametrize(("dtype", "size"), [("Q8_0", 96), ("Q4_K", 600), ("AprQ4", 70)])
+    def test_any_part_of_a_vector_in_blocks_is_that_of_the_whole(
+        self, dtype: str, size: int
+    ) -> None:
+        vector = stored_tensor(dtype, (size,), random_bytes(dtype, (1, size), 4))
+        row = stored_tensor(dtype, (1, size), random_bytes(dtype, (1, size), 4))
+        whole = row.read(0, 1)[0]
+        for start, stop in ((0, size), (0, 5), (30, 40), (33, 64), (size - 1, size), (7, 7)):
+            assert np.array_equal(vector.read(start, stop), whole[start:stop]), (start, stop)
+
+    def test_values_of_a_vector_in_blocks_have_no_bytes_of_their_own(self, tmp_path: Path) -> None:
+        vector = random_tensor("Q8_0", (64,), 5)
+        with pytest.raises(ValueError, match="the Q8_0 vector 'w' have no bytes of their own"):
+            vector.read_raw(32, 64)
+        # Such a vector is copied as it is, and one in another order of rows is made float.
+        types = ImportTypes()
+        assert types.choose(vector) == ("Q8_0", "")
+        assert types.choose(SplitHalves("w", vector, 32)) == (
+            "F32", "rows of Q8_0 cannot be taken apart"
+        )  # fmt: skip
+        plan = TensorPlan(vector, TensorEntry("w", "Q8_0", (64,)), "")
+        copied = np.concatenate(list(encode_tensor(plan, tmp_path, {})))
+        assert copied.tobytes() == random_bytes("Q8_0", (64,), 5)
 
     @given(data=st.binary(min_size=1, max_size=200), offset=st.integers(-5, 210),
            size=st.integers(0, 210))  # fmt: skip

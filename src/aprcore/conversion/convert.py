@@ -26,7 +26,7 @@ from aprcore.errors import AprError, TokenizerError, WeightError
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.formats.storage import StoredTensor
 from aprcore.model import Model, open_model
-from aprcore.quant import FORMATS, Bytes, Float32, Layout
+from aprcore.quant import Bytes, Float32, rows_have_bytes
 from aprcore.rope import Rope
 from aprcore.steps import step_squares
 from aprcore.weights import Weight, row_chunks
@@ -265,8 +265,7 @@ def _plan_tensor(weight: Weight, types: ImportTypes) -> TensorPlan:
 
 
 def _copy_pieces(weight: Weight) -> Iterator[Encoded]:
-    row = FORMATS[weight.dtype]
-    if row.layout in (Layout.FLAT, Layout.SCALED):
+    if not rows_have_bytes(weight.dtype, weight.shape):
         assert isinstance(weight, StoredTensor)
         for done in range(0, weight.size_bytes, PIECE_BYTES):
             piece = np.empty(min(PIECE_BYTES, weight.size_bytes - done), np.uint8)

@@ -10,7 +10,7 @@ from aprcore.conversion.quantise import QUANTISED
 from aprcore.errors import AprError
 from aprcore.formats.apr import dtype_id
 from aprcore.formats.storage import StoredTensor
-from aprcore.quant import FORMATS, Bytes, Layout
+from aprcore.quant import FORMATS, Bytes, Layout, rows_have_bytes
 from aprcore.weights import Weight
 
 DTYPES = ("keep", "f32", "f16", "bf16")
@@ -98,9 +98,8 @@ def _reason_to_spare(weight: Weight, dtype: str, with_embeddings: bool) -> str:
 
 def can_copy(weight: Weight) -> bool:
     """Whether the stored bytes of `weight` can be taken as they are."""
-    row = FORMATS.get(weight.dtype)
-    if row is None:
+    if weight.dtype not in FORMATS:
         return False
-    if row.layout in (Layout.FLAT, Layout.SCALED):
+    if not rows_have_bytes(weight.dtype, weight.shape):
         return isinstance(weight, StoredTensor)
     return isinstance(weight, RawRows)

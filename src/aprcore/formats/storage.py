@@ -20,6 +20,7 @@ from aprcore.quant import (
     find_format,
     locate,
     row_bytes,
+    rows_have_bytes,
     storage_size,
 )
 from aprcore.steps import join_rows, step_squares
@@ -106,6 +107,8 @@ class StoredTensor:
         values = np.empty(count, np.float32) if out is None else _take(out, count)
         if self.dtype == "F32":
             self.file.read_into(self.offset_bytes + 4 * start * row_values, values)
+        elif count and self._is_vector_of_blocks:
+            self._expand_vector(start, values)
         elif count:
             self._expand(start * row_values, values)
         return values.reshape((stop - start, *self.shape[1:]))
@@ -115,11 +118,13 @@ class StoredTensor:
 
         Raises:
             IndexError: The rows are out of range.
-            ValueError: The type's blocks do not start anew at every row.
+            ValueError: Blocks do not start anew at every row; see `rows_have_bytes`.
         """
-        row = find_format(self.dtype)
-        if row.layout in (Layout.FLAT, Layout.SCALED):
-            raise ValueError(f"rows of {self.dtype} have no bytes of their own")
+        if not rows_have_bytes(self.dtype, self.shape):
+            kind = "vector" if len(self.shape) == 1 else "tensor"
+            raise ValueError(
+                f"rows of the {self.dtype} {kind} {self.name!r} have no bytes of their own"
+            )
         total_rows = self.shape[0] if self.shape else 1
         if not 0 <= start <= stop <= total_rows:
             raise IndexError(f"rows {start} to {stop} of {self.name!r}, which has {total_rows}")
@@ -161,12 +166,27 @@ class StoredTensor:
             scale=self._scale(),
         )
 
+    @property
+    def _is_vector_of_blocks(self) -> bool:
+        layout = find_format(self.dtype).layout
+        return len(self.shape) == 1 and layout in (Layout.ROWS, Layout.PADDED_ROWS)
+
     def _scale(self) -> float:
         """The scale of an AprQ8 tensor; 1 for every other."""
         if find_format(self.dtype).layout is not Layout.SCALED:
             return 1.0
         scale: float = struct.unpack("<f", self.file.read_bytes(self.offset_bytes, SCALE_BYTES))[0]
         return scale
+
+    def _expand_vector(self, first: int, values: Float32) -> None:
+        """Read and expand part of a vector in blocks, which need not begin or end at a block."""
+        row = find_format(self.dtype)
+        block, skip = divmod(first, row.block_values)
+        raw = np.empty(row_bytes(row, skip + values.size), np.uint8)
+        self.file.read_into(self.offset_bytes + block * row.block_bytes, raw)
+        whole = np.empty(raw.size // row.block_bytes * row.block_values, np.float32)
+        dequantize(self.dtype, raw, whole)
+        values[:] = whole[skip : skip + values.size]
 
     def _expand(self, first: int, values: Float32) -> None:
         """Read and expand the values from the flat index `first`, piece by piece."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from aprcore.backends.engine import Engine, open_engine
 from aprcore.errors import BackendError
 from aprcore.forward import Wants
@@ -66,7 +68,8 @@ class GuardedDecoder:
     """A device's decoder that has to agree with the CPU's in its first steps.
 
     Both run the prompt and the first decoding steps, on the CPU's choice of tokens; then the device
-    goes on alone. If it disagrees, or fails at any time, the CPU goes on from that very step.
+    goes on alone. If it disagrees, or fails at any time, or its logits are not finite, the CPU goes
+    on from that very step.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class GuardedDecoder:
         """What the device gives, or why it is to be given up."""
         try:
             if self._step > self._steps:
-                return tested.feed(tokens, wants)
+                return _if_finite(tested.feed(tokens, wants), self._step)
             before = self._trusted.copy(), tested.copy()
             theirs = tested.feed(tokens, wants)
             ours = self._trusted.feed(tokens)
@@ -135,3 +138,11 @@ class GuardedDecoder:
         missed = self._fed[len(self._trusted.tokens) :]
         if missed:
             self._trusted.feed(missed)
+
+
+def _if_finite(outcome: Outcome, step: int) -> Outcome | str:
+    """A step of a device that goes alone, or why it cannot be used: NaN chooses no token."""
+    lost = int(np.count_nonzero(~np.isfinite(outcome.logits)))
+    if not lost:
+        return outcome
+    return f"step {step}: logits are NaN or infinite: {lost} of {outcome.logits.size}"

@@ -108,7 +108,7 @@ def compare_step(
     return StepParity(
         step, position, token, found.cosine, found.relative_l2, found.max_abs_diff,
         logits.argmax_b, logits.argmax_a, logits.gap, logits.near_tie, cpu_s, tested_s,
-        f"step {step}: {fault}" if fault else "",
+        f"step {step}: {fault}" if fault else "", found.nonfinite_b, found.nonfinite_a,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aprcore.backends.engine import Engine
-from aprcore.compare import Comparison
+from aprcore.compare import NEAR_TIE_GAP, Comparison
 from aprcore.judge import FLOAT32_BOUND
 from aprcore.layouts import Layout
 from aprcore.parity.records import StageFault, StageParity
@@ -58,6 +58,7 @@ class StepParity:
         near_tie: The two differ, by too little to tell them apart.
         cpu_s, tested_s: Time of the step.
         fault: Why the step is rejected; nothing if it passes.
+        nonfinite_cpu, nonfinite_tested: NaN and infinities among either side's logits.
     """
 
     step: int
@@ -73,6 +74,8 @@ class StepParity:
     cpu_s: float
     tested_s: float
     fault: str = ""
+    nonfinite_cpu: int = 0
+    nonfinite_tested: int = 0
 
     @property
     def passed(self) -> bool:
@@ -147,6 +150,12 @@ class ParityReport:
 ParityEvent = ParityHeader | StageParity | StepParity | CacheParity | ParityReport
 
 
+# In JSON the tested side is the GPU.
+_STEP_NAMES = {
+    "argmax_tested": "argmax_gpu", "tested_s": "gpu_s", "nonfinite_tested": "nonfinite_gpu",
+}  # fmt: skip
+
+
 def to_json(report: ParityReport) -> dict[str, Any]:
     """The report as JSON of schema `GATE`; non-finite numbers are words."""
     header = report.header
@@ -157,10 +166,11 @@ def to_json(report: ParityReport) -> dict[str, Any]:
         "tokens": header.tokens,
         "cpu": _engine(header.cpu),
         "gpu": _engine(header.tested),
-        "bounds": {"cosine": COSINE_BOUND, "cache_relative_l2": CACHE_BOUND},
+        "bounds": {
+            "cosine": COSINE_BOUND, "near_tie_gap": NEAR_TIE_GAP, "cache_relative_l2": CACHE_BOUND,
+        },
         "steps": [
-            {("argmax_gpu" if k == "argmax_tested" else "gpu_s" if k == "tested_s" else k): v
-             for k, v in asdict(step).items()}
+            {_STEP_NAMES.get(name, name): value for name, value in asdict(step).items()}
             | {"passed": step.passed, "explained": step.explained}
             for step in report.steps
         ],
@@ -193,6 +203,8 @@ def _stage(stage: StageParity) -> dict[str, Any]:
     return _figures(stage.step, stage.key, stage.comparison, stage.layout) | {
         "kernel_relative_l2": None if kernel is None else kernel.relative_l2,
         "kernel_explained": None if kernel is None else kernel.passed,
+        "verdict": stage.verdict.value,
+        "reason": stage.reason,
         "fault": stage.fault,
         "cpu_s": stage.trusted.elapsed_s,
         "gpu_s": stage.tested.elapsed_s,
@@ -208,6 +220,8 @@ def _figures(step: int, key: StageKey, found: Comparison, layout: Layout) -> dic
         "layer": key.layer,
         "stage": key.stage,
         "path": key.path,
+        "count": found.count,
+        "finite_count": found.finite_count,
         "cosine": found.cosine,
         "relative_l2": found.relative_l2,
         "max_abs_diff": found.max_abs_diff,

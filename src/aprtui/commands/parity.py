@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,15 +138,20 @@ def _print_header(header: ParityHeader) -> None:
 
 
 def _print_stage(stage: StageParity) -> None:
-    from aprtui.formatting import format_cosine, format_ratio
+    from aprcore.judge import Verdict
+    from aprtui.formatting import figures_of, format_cosine, format_ratio
+    from aprtui.text import visible
 
     found, kernel = stage.comparison, stage.tested.kernel
     assert found is not None
     own = "-" if kernel is None else format_ratio(kernel.relative_l2)
-    word = f"FAIL  {stage.fault}" if stage.fault else "PASS"
+    word = stage.verdict.value
+    if stage.verdict is not Verdict.PASS:
+        word += f"  {visible(stage.reason, limit=2000)}"
+    cosine, relative_l2 = figures_of(found)
     print(
-        f"  {stage.key!s:<28} {format_cosine(found.cosine):>10}"
-        f" {format_ratio(found.relative_l2):>11} {format_ratio(found.max_abs_diff):>9}"
+        f"  {stage.key!s:<28} {format_cosine(cosine):>10}"
+        f" {format_ratio(relative_l2):>11} {format_ratio(found.max_abs_diff):>9}"
         f"  kernel {own:>7} {1e3 * stage.trusted.elapsed_s:>8.2f} ms"
         f" {1e3 * stage.tested.elapsed_s:>8.2f} ms  {word}",
         flush=True,
@@ -159,12 +165,16 @@ def _print_step(step: StepParity) -> None:
     word = "PASS" if step.passed else "FAIL"
     if step.passed and not step.explained:
         word += "  beyond float32 rounding, see --strict"
-    if step.argmax_tested != step.argmax_cpu:
+    has_nan = bool(step.nonfinite_cpu or step.nonfinite_tested)
+    if step.argmax_tested != step.argmax_cpu and not has_nan:
         word += f"  {step.argmax_tested} on the other side, relative gap {step.gap:.3g}"
         word += ", a near-tie" if step.near_tie else ""
+    cosine, relative_l2, max_abs_diff = step.cosine, step.relative_l2, step.max_abs_diff
+    if has_nan:  # they cover the finite values only
+        cosine = relative_l2 = max_abs_diff = math.nan
     print(
-        f"{name:<7} {step.position:>8} {step.token:>7} {format_cosine(step.cosine):>10}"
-        f" {format_ratio(step.relative_l2):>11} {format_ratio(step.max_abs_diff):>9}"
+        f"{name:<7} {step.position:>8} {step.token:>7} {format_cosine(cosine):>10}"
+        f" {format_ratio(relative_l2):>11} {format_ratio(max_abs_diff):>9}"
         f"  {step.argmax_cpu:>7} {step.cpu_s:>8.3f} {step.tested_s:>11.3f}  {word}",
         flush=True,
     )

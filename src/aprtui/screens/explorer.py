@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -346,21 +346,6 @@ class ExplorerScreen(RunningScreen):
     def action_help(self) -> None:
         """Show every key."""
         self.app.push_screen(HelpScreen(self.active_bindings.values()))
-
-    def palette_actions(self) -> Iterator[tuple[str, str, str]]:
-        """What the palette offers: (name, tooltip, action) of every key that works now."""
-        seen = set()
-        for active in self.active_bindings.values():
-            binding = active.binding
-            name = binding.description
-            if not binding.tooltip or binding.system or not active.enabled or name in seen:
-                continue
-            if active.node in (self, self.app) and binding.action != "command_palette":
-                seen.add(name)
-                space = "app." if active.node is self.app else ""
-                action = binding.action.removeprefix("app.")
-                yield name, binding.tooltip, f"{space}{action}"
-        yield "theme", "Change the colours", "app.change_theme"
 
 
 def _subject(request: Request) -> str:

@@ -10,7 +10,7 @@ from textual.widgets import Input
 from aprcore.stages import StageKey
 from aprtui.lineage import spoiled_by, trace_upstream
 from aprtui.measures import Measure
-from aprtui.rows import Filter, SortOrder, matching_keys, place_among
+from aprtui.rows import Filter, Row, SortOrder, matching_keys, place_among
 from aprtui.run_state import RunState
 from aprtui.widgets.breadcrumb import Breadcrumb
 from aprtui.widgets.stage_tree import StageHeadings, StageTree
@@ -46,6 +46,14 @@ class StageNavigation(Screen[None]):
         tree.user_moved = True
         tree.go_to(key)
         tree.focus()
+
+    def go_to_layer(self, layer: int) -> None:
+        """Unfold a layer and put the cursor on it; where rows are sorted, on its first stage."""
+        tree = self.tree_of_stages
+        first = self.state.keys_by_layer[layer][0]
+        self.go_to(first)
+        if Row(layer=layer) in tree.rows:
+            tree.go_to_row(Row(layer=layer))
 
     # Faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from rich.segment import Segment
@@ -10,6 +11,7 @@ from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.command import Provider
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.screen import Screen
@@ -18,7 +20,15 @@ from textual.strip import Strip
 from textual.widgets import Footer, Static
 
 from aprcore.stages import StageKey
-from aprtui.formatting import figures_of, format_cosine, format_position, format_ratio
+from aprtui.formatting import (
+    COSINE_PLACES,
+    NARROW_COSINE_PLACES,
+    figures_of,
+    format_cosine,
+    format_position,
+    format_ratio,
+)
+from aprtui.palette import ScreenCommands
 from aprtui.run_state import RunState
 from aprtui.text import visible
 from aprtui.theme import PENDING, Paint, judgment_mark, mark_of_verdict
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
 
 NAME_CELLS = 29  # "layer 127 · post_attn_residual", but for a cell that no model needs
 NARROW_NAME_CELLS = 23
+LEAST_LINES = 20  # of a screen that has two of them for the figures of a stage
 
 
 class Heading(NamedTuple):
@@ -224,6 +235,8 @@ def _oracle(side: SideJudgment, paint: Paint) -> Text:
 class ParityScreen(Screen[StageKey | None]):
     """Every stage on two sides. Ends with the stage to go to, or None."""
 
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ScreenCommands}
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "up", id="parity.up", show=False, tooltip="One stage up"),
         Binding("down", "move(1)", "down", id="parity.down", show=False, tooltip="One stage down"),
@@ -347,11 +360,20 @@ class ParityScreen(Screen[StageKey | None]):
         if found is not None and layout is not None and found.max_index >= 0:
             position = format_position(layout.axes, layout.position(found.max_index))
             line.append(f"max|diff| {format_ratio(found.max_abs_diff)} at {position}   ")
-        sides = (parity.tested, parity.trusted)
-        for name, side in zip(self._state.side_names, sides):
+        sides = tuple(zip(self._state.side_names, (parity.tested, parity.trusted)))
+        places = COSINE_PLACES if self.size.width >= 100 else NARROW_COSINE_PLACES
+        oracles = [
+            f"{name} {format_cosine(figures_of(side.oracle)[0], places)}"
+            for name, side in sides if side.oracle is not None
+        ]  # fmt: skip
+        if oracles:
+            line.append(f"oracle: {', '.join(oracles)}")
+        # The same height for every stage, or the table would jump under the cursor.
+        line.append("\n " if self.size.height >= LEAST_LINES else "   ")
+        for name, side in sides:
             line.append(f"{name} {1e3 * side.elapsed_s:.2f} ms")
-            if side.oracle is not None:
-                line.append(f", cosine with the oracle {format_cosine(figures_of(side.oracle)[0])}")
+            if side.kernel is not None:
+                line.append(", kernel ").append_text(_kernel(side.kernel, side.fault, paint))
             line.append("   ")
         return line
 

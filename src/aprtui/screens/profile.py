@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from rich.segment import Segment
@@ -10,6 +11,7 @@ from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.command import Provider
 from textual.reactive import reactive
 from textual.screen import Screen
 from textual.strip import Strip
@@ -18,6 +20,7 @@ from textual.widgets import Footer, Static
 
 from aprcore.stages import STAGES, StageKey
 from aprtui.formatting import format_ratio
+from aprtui.palette import ScreenCommands
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState
 from aprtui.theme import Paint, mark_of
@@ -155,6 +158,8 @@ class ProfilePlot(Widget):
 
 class ProfileScreen(Screen[StageKey | None]):
     """Curves over depth. Ends with the stage to go to, or None."""
+
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ScreenCommands}
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "left", id="profile.left", tooltip="The point to the left"),

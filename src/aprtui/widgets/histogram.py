@@ -158,5 +158,3 @@ def _series(found: Histogram) -> list[Series]:
         ("|diff|", "verdict-missing", found.diff),
     )
     return [Series(name, ink, counts.tolist()) for name, ink, counts in named if counts is not None]
-
-

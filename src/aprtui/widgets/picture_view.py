@@ -60,7 +60,8 @@ class PictureView(ScrollView, can_focus=True):
         self._is_waiting = False
         self._is_current = False
         self._ramp: Ramp | None = None
-        self._ramp_theme = ""
+        self._ground = Style.null()
+        self._theme = ""
 
     def open(self, report: StageReport, header: RunHeader) -> None:
         """Show another stage, or the same with other figures."""
@@ -73,6 +74,7 @@ class PictureView(ScrollView, can_focus=True):
     def forget(self, said: str) -> None:
         """Show no stage, and say why."""
         self.report = self.header = None
+        self.reserve(0)
         self.say(said)
 
     def start(self) -> None:
@@ -140,9 +142,17 @@ class PictureView(ScrollView, can_focus=True):
     @property
     def ramp(self) -> Ramp:
         """The theme's ramp."""
-        if self._ramp is None or self._ramp_theme != self.app.theme:
-            self._ramp, self._ramp_theme = ramp_of(self.app), self.app.theme
+        if self._ramp is None or self._theme != self.app.theme:
+            # The toolkit finds a widget's own style anew for every line: a tenth of a millisecond.
+            self._ramp, self._ground = ramp_of(self.app), self.rich_style
+            self._theme = self.app.theme
         return self._ramp
+
+    @property
+    def ground(self) -> Style:
+        """The widget's own style."""
+        _ = self.ramp
+        return self._ground
 
     def render_line(self, y: int) -> Strip:
         """A line of the picture, or of what is said in its place."""
@@ -155,7 +165,7 @@ class PictureView(ScrollView, can_focus=True):
 
     def strip(self, content: Text | list[Segment], style: Style | None = None) -> Strip:
         """A whole line of text or segments."""
-        ground = self.rich_style if style is None else self.rich_style + style
+        ground = self.ground if style is None else self.ground + style
         if isinstance(content, Text):
             # A text of one style renders without it.
             whole = Text.assemble(content) if content.spans else Text.assemble(

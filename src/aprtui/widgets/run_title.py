@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.text import Text
 from textual.widget import Widget
 
@@ -15,6 +17,8 @@ from aprtui.theme import Paint
 
 if TYPE_CHECKING:
     from aprcore.report import RunHeader, Side
+
+LEAST_GAP = 2
 
 
 def base_name(path: str) -> str:
@@ -42,11 +46,19 @@ class RunTitle(Widget):
         if header.oracle is not None:
             line.append("  vs  ", paint("ink-quiet"))
             line.append_text(self._side(header.oracle, "ink-oracle", paint))
-        facts = Text(self._facts(header) + " ", paint("ink-quiet"))
-        room = self.size.width - line.cell_len - facts.cell_len
-        if room >= 2:
-            line.append(" " * room).append_text(facts)
+        facts = self._facts(header)
+        if header.tested is not None and header.backend:
+            # Whether a device computes must not get lost behind what the run's row says anyway.
+            while len(facts) > 1 and self._room(line, facts) < LEAST_GAP:
+                facts = facts[1:]
+        room = self._room(line, facts)
+        if room >= LEAST_GAP:
+            line.append(" " * room).append(_joined(facts), paint("ink-quiet"))
         return line
+
+    def _room(self, line: Text, facts: Sequence[str]) -> int:
+        """Cells that are left between both parts of the line."""
+        return self.size.width - line.cell_len - cell_len(_joined(facts))
 
     @staticmethod
     def _side(side: Side, ink: str, paint: Paint) -> Text:
@@ -62,9 +74,13 @@ class RunTitle(Widget):
             return "cpu | gpu: rejected"
         return "cpu | gpu: " + ("opening…" if device is None else visible(device.label, 32))
 
-    def _facts(self, header: RunHeader) -> str:
+    def _facts(self, header: RunHeader) -> Sequence[str]:
         facts = [visible(header.architecture) if header.architecture else None]
         facts.append(plural(header.num_layers, "layer"))
         facts.append(None if header.tokens is None else plural(len(header.tokens), "token"))
         facts.append(self._backend(header))
-        return "   ".join(fact for fact in facts if fact)
+        return [fact for fact in facts if fact]
+
+
+def _joined(facts: Sequence[str]) -> str:
+    return "   ".join(facts) + " "

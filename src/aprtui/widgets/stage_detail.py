@@ -160,7 +160,9 @@ class StageDetail(VerticalScroll):
         if self._is_roomy or not needs_room:
             above.append(describe_judgments(report, state, paint, width))
         if needs_room:
-            why = explain_stage(report, state, paint, figures=not self._is_roomy) if is_why else None
+            why = (
+                explain_stage(report, state, paint, figures=not self._is_roomy) if is_why else None
+            )
             is_short = self.size.height < (SHORT_LINES if is_why else ROOMY_LINES)
             return (describe_shortly(report, paint) if is_short else Group(*above)), why
         return Group(*above), describe_figures(report, state.header, paint)

@@ -152,7 +152,10 @@ class StageTree(ScrollView, can_focus=True):
         if key.layer is not None:
             self.expanded.add(key.layer)
         self.rearrange()
-        row = Row(key=key)
+        self.go_to_row(Row(key=key))
+
+    def go_to_row(self, row: Row) -> None:
+        """Put the cursor on a row that is shown."""
         if row in self.rows:
             self._move_to(self.rows.index(row))
 

@@ -9,6 +9,7 @@ from rich.style import Style
 from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.geometry import Region
 from textual.strip import Strip
 
 from aprtui.formatting import format_compact, format_position, format_ratio, format_value
@@ -44,7 +45,7 @@ class TensorMap(PictureView):
         user_moved: Whether the user has taken the cursor; it then stays where it is.
     """
 
-    HINT = "v what · a axes · h head · + - 0 zoom · : go to"
+    HINT = "m what · a axes · h head · + - 0 zoom · : go to"
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -140,6 +141,10 @@ class TensorMap(PictureView):
                 self.say("")
             case CellAsk():
                 self.cell, self._cell_ask = picture, ask  # type: ignore[assignment]
+                below = self._lines_below
+                top = self.size.height - below
+                self.refresh(Region(0, top, self.size.width, below))
+                return
         self.refresh()
 
     def _choose_map(self) -> None:
@@ -285,10 +290,13 @@ class TensorMap(PictureView):
 
     def _look(self, window: MapWindow) -> None:
         self.user_moved = True
-        if window != self.window:
-            self.window = window
+        before, self.window = self.window, window
+        if before is None or window == before:
+            return
+        # Another part of the map is drawn when it comes, once.
+        if (before.top, before.left, before.zoom) == (window.top, window.left, window.zoom):
             self.refresh()
-            self.post_message(self.Wanted())
+        self.post_message(self.Wanted())
 
     @property
     def _step(self) -> tuple[int, int]:
@@ -493,7 +501,7 @@ class TensorMap(PictureView):
         return segments
 
     def _block(self, upper: int | None, lower: int | None, cells: int, wide: int) -> Segment:
-        """Some characters of one upper and one lower level; None is not finite, or below the map."""
+        """Some characters of an upper and a lower level; None is below the map."""
         ramp, is_signed = self.ramp, self._is_signed
         levels = [level for level in (upper, lower) if level is not None]
         if NOT_FINITE in levels:
@@ -665,4 +673,3 @@ NOT_FINITE = LEVELS + 1
 def _is_head(view: MapView) -> bool:
     """Whether a view is one head of several."""
     return view.rows == "query" and not view.is_reduced
-

@@ -33,7 +33,7 @@ NO_PAIR = "tokens are compared where both sides are there, in one layout"
 class Columns(NamedTuple):
     """Cells of each column of a line, without the gap of one after it; 0 for none."""
 
-    index: int
+    number: int
     text: int
     id: int
     bar: int
@@ -243,7 +243,7 @@ class TokenBars(PictureView):
         scale = _scale_text(columns.bar)
         places = self._cosine_cells
         cells = [
-            ("tok" if columns.index < 5 else "token").rjust(columns.index),
+            ("tok" if columns.number < 5 else "token").rjust(columns.number),
             "text".ljust(columns.text)[: columns.text],
             "id".rjust(columns.id)[: columns.id],
             "rel L2".rjust(7),
@@ -262,7 +262,7 @@ class TokenBars(PictureView):
         ink = paint("verdict-nonfinite") if bad else paint.cosine(cosine)
         quiet = paint("ink-quiet")
         places = self._cosine_cells
-        pieces: list[tuple[str, Style]] = [(str(number).rjust(columns.index), quiet)]
+        pieces: list[tuple[str, Style]] = [(str(number).rjust(columns.number), quiet)]
         if columns.text:
             text = quoted(self._texts[number]) if number < len(self._texts) else ""
             pieces.append((_fitted(text, columns.text), paint("ink-trace")))
@@ -288,7 +288,7 @@ class TokenBars(PictureView):
     @property
     def _head_start(self) -> int:
         columns = self._columns()
-        return columns.index + 1 + (columns.text + 1 if columns.text else 0)
+        return columns.number + 1 + (columns.text + 1 if columns.text else 0)
 
     @property
     def _head_cells(self) -> int:
@@ -315,7 +315,7 @@ class TokenBars(PictureView):
 
     def _head_line(self, number: int, found: TokenFigures) -> Text:
         columns, paint, ramp = self._columns(), self.paint, self.ramp
-        line = Text(str(number).rjust(columns.index) + " ", paint("ink-quiet"))
+        line = Text(str(number).rjust(columns.number) + " ", paint("ink-quiet"))
         if columns.text:
             text = quoted(self._texts[number]) if number < len(self._texts) else ""
             line.append(f"{_fitted(text, columns.text)} ", paint("ink-trace"))

@@ -37,7 +37,7 @@ class ValueGrid(PictureView):
         total: Values of the longer side.
     """
 
-    HINT = "v next largest difference · : go to"
+    HINT = "m next largest difference · : go to"
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "up", id="values.up", show=False, tooltip="One value up"),
@@ -65,6 +65,7 @@ class ValueGrid(PictureView):
         self._layout_shown: Layout | None = None
         self._ranks: dict[int, int] = {}
         self._ranked: list[int] = []
+        self._rank = 0  # of the largest difference that was gone to last
 
     def ask(self) -> Ask | None:
         """The first window in view that is missing."""
@@ -92,7 +93,7 @@ class ValueGrid(PictureView):
     def _begin(self, window: ValueWindow) -> None:
         self._is_current = True
         self._windows.clear()
-        self.index, self.total = 0, window.total
+        self.index, self.total, self._rank = 0, window.total, 0
         report = self.report
         layout = None if report is None else report.layout
         is_whole = layout is not None and math.prod(layout.shape) == self.total
@@ -158,10 +159,11 @@ class ValueGrid(PictureView):
         self.post_message(self.Wanted())
 
     def _go_to_next_rank(self) -> None:
-        """From one of the largest differences to the next."""
+        """From the largest difference to the next, and to the largest from anywhere else."""
         if self._ranked:
-            self._point(self._ranked[self._ranks.get(self.index, 0) % len(self._ranked)],
-                        is_far=True)  # fmt: skip
+            is_on_it = self._rank > 0 and self._ranked[self._rank - 1] == self.index
+            self._rank = self._rank % len(self._ranked) + 1 if is_on_it else 1
+            self._point(self._ranked[self._rank - 1], is_far=True)
 
     def _point(self, index: int, *, is_far: bool = False) -> None:
         before = self.index

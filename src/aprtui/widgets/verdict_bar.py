@@ -8,8 +8,10 @@ from rich.text import Text
 from textual.widget import Widget
 
 from aprcore.wording import finding_of, token_name
+from aprtui.measures import Measure
 from aprtui.run_state import RunState
-from aprtui.theme import MARKS, SEVERITY, Paint, mark_of
+from aprtui.text import visible
+from aprtui.theme import MARKS, SEVERITY, Paint, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
     from aprcore.report import LogitsReport
@@ -31,7 +33,11 @@ class VerdictBar(Widget):
         """Both lines for the present width."""
         paint = Paint(self.app.theme_variables)
         state = self._state
-        on = Text(" [n] next ", paint("ink-quiet")) if state.divergences else Text()
+        on = Text("", paint("ink-quiet"))
+        if state.divergences:
+            on.append(" [n] next ")
+        elif state.parity_faults:
+            on.append(" [g] both sides ")
         token = self._next_token(paint)
         if state.is_running:
             right = self._progress(paint)
@@ -60,16 +66,31 @@ class VerdictBar(Widget):
             return Text(" ✗ the run failed", paint("verdict-fail", bold=True))
         if state.header is None:
             return Text(f" · {self._opening}", paint("verdict-pending"))
+        if state.parity_faults:
+            return self._parity_fault(paint)
         if state.report is None:
             said = "no divergence so far" if state.measures else "tracing"
             return Text(f" · {said}", paint("verdict-pending"))
-        if not state.measures:
-            return Text(f" – {state.report.summary()}", paint("ink-oracle", bold=True))
+        if not (state.has_oracle or state.is_judged):
+            if not state.has_second_side:
+                return Text(f" – {state.report.summary()}", paint("ink-oracle", bold=True))
+            mark = MARKS["PASS"]
+            said = f" {mark.glyph} {state.report.parity_summary()}"
+            return Text(said, paint(mark.ink, bold=True))
         mark, stages = MARKS["PASS"], f"in {len(state.reports)} stages"
         said = f" {mark.glyph} no divergence {stages}"
         if not state.has_oracle:
             said = f" {mark.glyph} no kernel fault {stages}; weights are taken on trust"
         return Text(said, paint(mark.ink, bold=True))
+
+    def _parity_fault(self, paint: Paint) -> Text:
+        """The first stage that is wrong on one side only, which the run's exit code counts."""
+        state = self._state
+        first = state.parity[state.parity_faults[0]]
+        mark = mark_of_verdict(first.verdict)
+        line = Text(f" {mark.glyph} {first.key}", paint(mark.ink, bold=True))
+        line.append(f"  {state.title_of(Measure.PARITY)} {mark.word}:")
+        return line.append(f" {visible(first.reason)}", "not bold")
 
     def _progress(self, paint: Paint) -> Text:
         state = self._state

@@ -1,0 +1,623 @@
+"""The pictures of a tensor: what their keys do, and how they look."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from demo_runs import kernel_run
+from driving import come_to_rest, drive, explorer_of, settle
+from textual.pilot import Pilot
+
+from aprcore.errors import TraceError
+from aprcore.layouts import Layout
+from aprcore.pictures import MapKind, TensorPair
+from aprcore.report import StageReport
+from aprcore.request import Request
+from aprcore.stages import StageKey
+from aprtui.app import ExplorerApp
+from aprtui.map_window import FIGURE_COLUMNS, MapWindow, scales_for
+from aprtui.pictures import PICTURES_KEPT, PictureFailed, PictureMade, PictureMaker, ValuesAsk
+from aprtui.places import parse_place
+from aprtui.ramp import LEVELS, level_of
+from aprtui.settings import Settings
+from aprtui.widgets.picture_pane import PicturePane
+from aprtui.widgets.picture_view import COMPUTING, PictureView
+from aprtui.widgets.tab_strip import DetailTab, TabStrip
+from aprtui.widgets.tensor_map import TensorMap
+from aprtui.widgets.token_bars import TokenBars, bar
+from aprtui.widgets.value_grid import ValueGrid
+from conftest import FAULT, faulty, rounded, save, sound_tensors
+
+Compare = Callable[..., bool]
+SIZES = {"40x10": (40, 10), "80x24": (80, 24), "120x40": (120, 40), "200x60": (200, 60)}
+TABS = {"tokens": "2", "map": "3", "histogram": "4", "values": "5"}
+BROKEN = StageKey(1, "attn_norm")
+
+
+@pytest.fixture(autouse=True)
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal's colours decide how a map is drawn."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+
+
+@pytest.fixture
+def broken_request() -> Request:
+    """A trace with NaN and infinities at `BROKEN`, and a stage of another size."""
+    oracle = sound_tensors()
+    trace = rounded(oracle)
+    trace[BROKEN][2, 3] = np.inf
+    trace[BROKEN][4, 5:9] = np.nan
+    trace[StageKey(0, "ffn_up")] = trace[StageKey(0, "ffn_up")][:, :60].copy()
+    return Request(trace=save("engine-dump", trace), oracle=save("hf-stages", oracle))
+
+
+async def press(pilot: Pilot[Any], *keys: str) -> None:
+    """Press keys one after the other, and wait until every picture is there."""
+    for key in keys:
+        await pilot.press(key)
+        await pilot.pause(0.06)  # longer than the debounce of the detail pane
+        while pictures_of(pilot).is_busy:
+            await pilot.pause(0.01)
+    await pilot.pause()
+
+
+def pictures_of(pilot: Pilot[Any]) -> PicturePane:
+    return explorer_of(pilot).detail.pictures
+
+
+def map_of(pilot: Pilot[Any]) -> TensorMap:
+    view = pictures_of(pilot).views[DetailTab.MAP]
+    assert isinstance(view, TensorMap)
+    return view
+
+
+def tokens_of(pilot: Pilot[Any]) -> TokenBars:
+    view = pictures_of(pilot).views[DetailTab.TOKENS]
+    assert isinstance(view, TokenBars)
+    return view
+
+
+def values_of(pilot: Pilot[Any]) -> ValueGrid:
+    view = pictures_of(pilot).views[DetailTab.VALUES]
+    assert isinstance(view, ValueGrid)
+    return view
+
+
+def lines_of(view: PictureView) -> list[str]:
+    return [view.render_line(y).text.rstrip() for y in range(view.size.height)]
+
+
+def then_press(*keys: str) -> Callable[[Pilot[Any]], Any]:
+    async def run_before(pilot: Pilot[Any]) -> None:
+        await settle(pilot)
+        await press(pilot, *keys)
+        await come_to_rest(pilot)
+
+    return run_before
+
+
+class TestTabs:
+    def test_numbers_brackets_and_clicks_open_tabs(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            screen = explorer_of(pilot)
+            for number, tab in enumerate(DetailTab, 1):
+                await press(pilot, str(number))
+                assert screen.tab is tab
+                assert pictures_of(pilot).display is tab.is_picture
+            await press(pilot, "right_square_bracket")
+            assert screen.tab is DetailTab.TOP_K
+            await press(pilot, "left_square_bracket")
+            assert screen.tab is DetailTab.WHY
+            strip = screen.query_one(TabStrip)
+            at = strip.render().plain.index("Histogram")
+            await pilot.click(TabStrip, offset=(at, 0))
+            assert screen.tab is DetailTab.HISTOGRAM
+
+        drive(ExplorerApp(failing_request), steps)
+
+    @pytest.mark.parametrize("width", [80, 100, 120, 200])
+    def test_every_title_fits(self, failing_request: Request, width: int) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3")
+            strip = explorer_of(pilot).query_one(TabStrip)
+            assert len(strip.render().plain) <= strip.size.width
+            assert "Map" in strip.render().plain or "Heat map" in strip.render().plain
+
+        drive(ExplorerApp(failing_request), steps, size=(width, 30))
+
+    def test_focus_goes_in_and_comes_back(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            screen = explorer_of(pilot)
+            await press(pilot, "3")
+            row = screen.tree_of_stages.row
+            await press(pilot, "down")
+            assert screen.tree_of_stages.row != row  # the map takes no arrows from the tree
+            for enter in ("enter", "tab"):
+                await press(pilot, enter)
+                assert screen.focused is map_of(pilot)
+                await press(pilot, "5")
+                assert screen.focused is values_of(pilot)
+                await press(pilot, "3", "escape")
+                assert screen.focused is screen.tree_of_stages
+            await press(pilot, "enter", "1")
+            assert screen.focused is screen.tree_of_stages
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_a_picture_takes_the_tree_s_place_on_a_tiny_screen(
+        self, failing_request: Request
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            screen = explorer_of(pilot)
+            await press(pilot, "3")
+            assert screen.focused is map_of(pilot)
+            assert not screen.query_one("#stages").display
+            await press(pilot, "escape")
+            assert screen.query_one("#stages").display
+            assert screen.focused is screen.tree_of_stages
+
+        drive(ExplorerApp(failing_request), steps, size=(40, 10))
+
+    def test_rows_without_a_tensor_say_so(self, failing_request: Request, stopping: Any) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", "home")
+            assert "choose a stage" in lines_of(map_of(pilot))[0]
+            await press(pilot, "end")
+            assert "not judged yet" in lines_of(map_of(pilot))[0]
+
+        drive(ExplorerApp(failing_request, stopping(20)), steps)
+
+
+class TestTokens:
+    def test_a_line_per_token(self, failing_request: Request, with_texts: Any) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "2")
+            found = explorer_of(pilot).state.reports[FAULT].comparison
+            assert found is not None
+            lines = lines_of(tokens_of(pilot))
+            assert '"What"' in lines[1]
+            assert "3838" in lines[1]
+            assert lines[0].split()[:4] == ["tok", "text", "id", "rel"]
+            assert len([line for line in lines[1:] if line]) == 7
+
+        drive(ExplorerApp(failing_request, with_texts), steps)
+
+    def test_heads_are_shown_where_there_are_any(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            tokens = tokens_of(pilot)
+            await press(pilot, "2", "h", "enter", "down", "right")
+            assert tokens.by_head
+            assert (tokens.token, tokens.head) == (1, 1)
+            assert "token 1, head 1" in "\n".join(lines_of(tokens))
+            await press(pilot, "right", "right", "right", "right")
+            assert tokens.head == 3
+            await press(pilot, "h")
+            assert "rel L2" in lines_of(tokens)[0]
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_a_token_that_is_not_finite_is_marked(self, broken_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer_of(pilot).go_to(BROKEN)
+            await press(pilot, "2")
+            lines = lines_of(tokens_of(pilot))
+            assert "NaN" in lines[3]
+            assert "✕ 1 NaN/Inf" in lines[3]
+            assert "✕ 4 NaN/Inf" in lines[5]
+            assert "NaN" not in lines[4]
+
+        drive(ExplorerApp(broken_request), steps)
+
+    def test_bars_are_as_long_as_their_height(self) -> None:
+        assert bar(0, 8) == ""
+        assert bar(1, 8) == "█" * 8
+        assert bar(0.5, 8) == "████"
+        assert bar(1 / 64, 8) == "▏"
+
+
+class TestMap:
+    def test_begins_at_the_largest_difference(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3")
+            shown, report = map_of(pilot), explorer_of(pilot).state.reports[FAULT]
+            assert report.comparison is not None
+            assert shown.cell is not None
+            assert shown.cell.index == report.comparison.max_index
+            assert shown.cell.trace is not None
+            assert shown.cell.oracle is not None
+            assert abs(shown.cell.trace - shown.cell.oracle) == pytest.approx(
+                report.comparison.max_abs_diff
+            )
+            assert shown.kind is MapKind.DIFF
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_kinds_follow_each_other(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3")
+            kinds = []
+            for _ in range(4):
+                kinds.append(map_of(pilot).kind)
+                assert lines_of(map_of(pilot))[0].startswith(map_of(pilot).kind.value)
+                await press(pilot, "m")
+            assert kinds == list(MapKind)
+            assert map_of(pilot).kind is MapKind.DIFF
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_axes_and_heads_of_attention(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer_of(pilot).go_to(StageKey(1, "attn_scores"))
+            await press(pilot, "3")
+            shown = map_of(pilot)
+            names = []
+            for _ in range(4):
+                assert shown.view is not None
+                names.append(shown.view.name)
+                await press(pilot, "a")
+            assert names == ["all heads", "head × token", "head 0", "all heads"]
+            await press(pilot, "a")
+            assert shown.view.name == "head 0"
+            await press(pilot, "h")
+            assert shown.view.name == "head 1"
+            await press(pilot, "H", "H")
+            assert shown.view.name == "head 3"
+            assert shown.cell is not None
+            assert shown.cell.position["head"] == 3
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_arrows_move_the_cursor_and_zoom_goes_down_to_figures(
+        self, failing_request: Request
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", "enter", "home")
+            shown = map_of(pilot)
+            assert shown.window is not None
+            row = shown.window.row
+            await press(pilot, "right", "right")
+            assert (shown.window.row, shown.window.column) == (row, 2)
+            for _ in range(8):
+                await press(pilot, "plus")
+            assert shown.window.scale.wide >= FIGURE_COLUMNS
+            assert shown.cell is not None
+            assert shown.cell.position == {"token": row, "head": 0, "dim": 2}
+            before = shown.window
+            await press(pilot, "shift+right")
+            assert shown.window.left > before.left
+            assert shown.window.column - shown.window.left == before.column - before.left
+            await press(pilot, "0")
+            assert shown.window.zoom == 0
+
+        drive(ExplorerApp(failing_request), steps, size=(100, 30))
+
+    def test_figures_are_those_of_the_tensor(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", "m", "enter", "colon", "0", "enter")
+            await press(pilot, *["plus"] * 8)
+            oracle = faulty(sound_tensors())[FAULT].reshape(-1)
+            first = lines_of(map_of(pilot))[1].split()[1]
+            assert float(first) == pytest.approx(oracle[0], rel=0.05)
+
+        drive(ExplorerApp(failing_request), steps, size=(100, 30))
+
+    def test_what_is_not_finite_has_a_glyph(self, broken_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer_of(pilot).go_to(BROKEN)
+            await press(pilot, "3")
+            text = "\n".join(lines_of(map_of(pilot)))
+            assert text.count("✕" * 4) >= 1
+            assert "✕ 5 NaN/Inf" in text
+            assert "trace Inf" in text  # the cursor begins at the first that is not finite
+
+        drive(ExplorerApp(broken_request), steps)
+
+    def test_the_mouse_points_and_drags(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", *["plus"] * 8)
+            shown = map_of(pilot)
+            assert shown.window is not None
+            await pilot.click(TensorMap, offset=(4, 1))
+            await press(pilot)
+            assert (shown.window.row, shown.window.column) == (
+                shown.window.top, shown.window.left
+            )  # fmt: skip
+            before = shown.window
+            await pilot.mouse_down(TensorMap, offset=(30, 3))
+            await pilot.hover(TensorMap, offset=(10, 3))
+            await pilot.mouse_up(TensorMap, offset=(10, 3))
+            assert shown.window.left > before.left
+
+        drive(ExplorerApp(failing_request), steps, size=(100, 30))
+
+    def test_stays_where_it_is_from_layer_to_layer(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", "enter", "plus", "plus", "right", "escape")
+            before = map_of(pilot).window
+            explorer_of(pilot).go_to(StageKey(2, "q_post_rope"))
+            await press(pilot)
+            await come_to_rest(pilot)
+            assert map_of(pilot).window == before
+
+        drive(ExplorerApp(failing_request), steps)
+
+
+class TestValues:
+    def test_jumps_to_an_index_and_to_a_place(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "5", "enter", "colon", *"100", "enter")
+            values = values_of(pilot)
+            assert values.index == 100
+            assert explorer_of(pilot).focused is values
+            await press(pilot, "colon", *"6,3,7", "enter")
+            assert values.index == values.total - 1 == 7 * 4 * 8 - 1
+            await press(pilot, "colon", *"7,0,0", "enter")
+            assert pictures_of(pilot).is_asking  # there is no token 7: the question stays
+            await press(pilot, "escape")
+            assert not pictures_of(pilot).is_asking
+            assert values.index == values.total - 1
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_lines_are_the_tensor_s(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "5", "enter", "down", "down", "right")
+            values = values_of(pilot)
+            assert values.index == 10
+            trace, oracle = faulty(sound_tensors())[FAULT], sound_tensors()[FAULT]
+            cells = lines_of(values)[1 + 10 - values.scroll_offset.y].split()
+            assert cells[:4] == ["10", "0", "1", "2"]
+            assert float(cells[4]) == pytest.approx(trace.reshape(-1)[10], rel=1e-3)
+            assert float(cells[5]) == pytest.approx(oracle.reshape(-1)[10], rel=1e-3)
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_goes_through_the_largest_differences(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "5")
+            found = explorer_of(pilot).state.reports[FAULT].comparison
+            assert found is not None
+            for rank in range(3):
+                await press(pilot, "m")
+                assert values_of(pilot).index == found.top.indices[rank]
+                assert any(f"◀ #{rank + 1}" in line for line in lines_of(values_of(pilot)))
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_sides_of_other_sizes(self, broken_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer_of(pilot).go_to(StageKey(0, "ffn_up"))
+            await press(pilot, "5", "enter", "end")
+            values = values_of(pilot)
+            assert values.total == 7 * 64
+            assert "–" in lines_of(values)[-1]  # the trace has ended
+
+        drive(ExplorerApp(broken_request), steps)
+
+
+class Slow:
+    """Tensors that come when they are told to."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.opened: list[StageKey] = []
+
+    def open(self, report: StageReport) -> TensorPair:
+        self.opened.append(report.key)
+        assert self.release.wait(30)
+        raise TraceError("has changed since the run", where="engine-dump", hint="run again")
+
+    def close(self) -> None:
+        pass
+
+
+class TestMaking:
+    def test_waiting_is_said_and_then_what_went_wrong(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            slow = Slow()
+            pictures = pictures_of(pilot)
+            pictures.use(slow)
+            await pilot.press("3")
+            while COMPUTING not in lines_of(map_of(pilot))[0]:
+                await pilot.pause(0.01)
+            assert pictures.is_busy
+            await pilot.press("down", "up")  # keys are answered meanwhile
+            slow.release.set()
+            while pictures.is_busy:
+                await pilot.pause(0.01)
+            said = " ".join(lines_of(map_of(pilot)))
+            assert "engine-dump: has changed since the run" in said
+            assert "run again" in said
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_a_file_that_is_gone_is_no_crash(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            histogram = pictures_of(pilot).views[DetailTab.HISTOGRAM]
+            await press(pilot, "4")
+            assert "|value|" in lines_of(histogram)[0]
+            Path("hf-stages", "layer-1", "attn_scores.bin").write_bytes(b"")
+            explorer_of(pilot).go_to(StageKey(1, "attn_scores"))
+            await come_to_rest(pilot)
+            said = " ".join(lines_of(histogram))
+            assert said.startswith("no picture: ")
+            assert "hf-stages" in said
+            explorer_of(pilot).go_to(StageKey(1, "attention"))
+            await come_to_rest(pilot)
+            assert "|value|" in lines_of(histogram)[0]
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_pictures_are_made_while_the_run_goes_on(
+        self, failing_request: Request, stopping: Any
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            assert explorer_of(pilot).state.is_running
+            explorer_of(pilot).go_to(StageKey(0, "attn_norm"))
+            await press(pilot, "3")
+            await come_to_rest(pilot)
+            assert "token × dim" in lines_of(map_of(pilot))[0]
+
+        drive(ExplorerApp(failing_request, stopping(20)), steps)
+
+    def test_made_pictures_are_kept_and_cancelled_ones_are_not_posted(
+        self, failing_request: Request
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            screen = explorer_of(pilot)
+            assert screen.tensors is not None
+            maker, posted = PictureMaker(screen.tensors), []
+            report = screen.state.reports[FAULT]
+            maker.make(report, ValuesAsk(0), lambda: True, posted.append)
+            assert posted == []
+            for start in range(PICTURES_KEPT + 1):
+                maker.make(report, ValuesAsk(start), lambda: False, posted.append)
+            assert all(isinstance(message, PictureMade) for message in posted)
+            assert maker.find(FAULT, ValuesAsk(PICTURES_KEPT)) is not None
+            assert maker.find(FAULT, ValuesAsk(0)) is None  # the oldest gave way
+            closed = Slow()
+            closed.release.set()
+            PictureMaker(closed).make(report, ValuesAsk(0), lambda: False, posted.append)
+            assert isinstance(posted[-1], PictureFailed)
+
+        drive(ExplorerApp(failing_request), steps)
+
+
+class TestPlaces:
+    LAYOUT = Layout((7, 32), (7, 4, 8), ("token", "head", "dim"))
+
+    @pytest.mark.parametrize(
+        ("typed", "index"),
+        [("0", 0), (" 223 ", 223), ("-1", 223), ("6,3,7", 223), ("1 0 0", 32), ("-1, 0, -8", 192)],
+    )
+    def test_read(self, typed: str, index: int) -> None:
+        assert parse_place(typed, self.LAYOUT) == index
+
+    @pytest.mark.parametrize(
+        "typed", ["", "x", "224", "-225", "1,2", "7,0,0", "0,0,8", "1.5", "9" * 30, "٣"]
+    )
+    def test_refused_in_words(self, typed: str) -> None:
+        assert isinstance(parse_place(typed, self.LAYOUT), str)
+
+
+class TestWindow:
+    def test_the_first_zoom_has_the_whole_matrix_and_the_last_single_values(self) -> None:
+        for rows, columns in ((7, 32), (65536, 2048), (1, 152064), (3000, 3)):
+            scales = scales_for(rows, columns, 40, 60)
+            first, last = scales[0], scales[-1]
+            assert -(-rows // first.rows) * first.tall <= 40
+            assert -(-columns // first.columns) * first.wide <= 60
+            assert (last.rows, last.columns) == (1, 1)
+            assert last.wide >= FIGURE_COLUMNS
+            for far, near in pairwise(scales):
+                assert near.rows <= far.rows
+                assert near.wide >= far.wide
+
+    def test_the_cursor_is_always_in_view_and_the_window_inside(self) -> None:
+        random = np.random.default_rng(0)
+        window = MapWindow(1000, 700, 40, 60)
+        for _ in range(300):
+            step, amount = random.integers(0, 4), int(random.integers(-90, 90))
+            if step == 0:
+                window = window.move(amount, -amount)
+            elif step == 1:
+                window = window.pan(amount, amount)
+            elif step == 2:
+                window = window.zoomed(int(random.integers(-2, 3)))
+            else:
+                height, width = random.integers(1, 120), random.integers(1, 200)
+                window = window.resized(int(height), int(width), 1)
+            scale, (down, across) = window.scale, window.cells
+            assert 0 <= window.top <= window.row < window.top + down * scale.rows
+            assert 0 <= window.left <= window.column < window.left + across * scale.columns
+            assert window.row < 1000
+            assert window.column < 700
+            assert window.top % scale.rows == window.left % scale.columns == 0
+
+
+def test_levels_rise_with_magnitude_and_keep_the_sign() -> None:
+    values = [10.0**-n for n in range(12)]
+    levels = [level_of(value, 1.0, 8) for value in values]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] == LEVELS
+    assert levels[-1] == 1
+    assert level_of(0.0, 1.0, 8) == 0
+    assert level_of(-1.0, 1.0, 8) == -LEVELS
+    assert level_of(5.0, 1.0, 8) == LEVELS
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("tab", TABS.values(), ids=TABS)
+class TestLooks:
+    def test_fault(self, snap_compare: Compare, tab: str, size: Any) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        assert snap_compare(app, terminal_size=size, run_before=then_press(tab))
+
+
+@pytest.mark.parametrize("tab", TABS.values(), ids=TABS)
+class TestStates:
+    def test_without_an_oracle(self, snap_compare: Compare, tab: str) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled", oracle=False))
+        assert snap_compare(app, terminal_size=(120, 40), run_before=then_press(tab))
+
+    def test_not_finite(self, snap_compare: Compare, broken_request: Request, tab: str) -> None:
+        async def run_before(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            explorer_of(pilot).go_to(BROKEN)
+            await press(pilot, tab)
+            await come_to_rest(pilot)
+
+        app = ExplorerApp(broken_request)
+        assert snap_compare(app, terminal_size=(120, 40), run_before=run_before)
+
+    def test_gone(self, snap_compare: Compare, failing_request: Request, tab: str) -> None:
+        async def run_before(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            await press(pilot, tab)
+            Path("hf-stages", "layer-1", "attn_scores.bin").unlink()
+            explorer_of(pilot).go_to(StageKey(1, "attn_scores"))
+            await come_to_rest(pilot)
+
+        app = ExplorerApp(failing_request)
+        assert snap_compare(app, terminal_size=(80, 24), run_before=run_before)
+
+
+class TestPictures:
+    @pytest.mark.parametrize("size", [(40, 10), (120, 40)], ids=["40x10", "120x40"])
+    def test_heads(self, snap_compare: Compare, size: Any) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        keys = ["2", "h", "enter", "down", "right"]
+        assert snap_compare(app, terminal_size=size, run_before=then_press(*keys))
+
+    @pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
+    def test_figures(self, snap_compare: Compare, size: Any) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        keys = ["3", "enter", *["plus"] * 6]
+        assert snap_compare(app, terminal_size=size, run_before=then_press(*keys))
+
+    @pytest.mark.parametrize("theme", ["okabe-ito-light", "high-contrast", "monochrome"])
+    def test_themes(self, snap_compare: Compare, theme: str) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"), settings=Settings(theme=theme))
+        keys = ["3", "m", "enter", "right"]
+        assert snap_compare(app, terminal_size=(120, 40), run_before=then_press(*keys))
+
+    def test_no_color(self, snap_compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NO_COLOR", "1")
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        assert snap_compare(app, terminal_size=(120, 40), run_before=then_press("3", "enter"))
+
+    def test_pending(self, snap_compare: Compare, failing_request: Request, stopping: Any) -> None:
+        app = ExplorerApp(failing_request, stopping(20))
+        assert snap_compare(app, terminal_size=(80, 24), run_before=then_press("3", "end"))
+
+    def test_place(self, snap_compare: Compare) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        keys = ["5", "m", "colon", *"1,8"]
+        assert snap_compare(app, terminal_size=(80, 24), run_before=then_press(*keys))
