@@ -246,7 +246,7 @@ def write_dump(model: Path, directory: Path) -> None:
     tokens = oracle.sidecar.tokens or ()
     sidecar = replace(
         oracle.sidecar, model=None, dtype="float32", arithmetic="f32", backend="engine",
-        attention=None, versions=None, created_utc=None,
+        attention=None, versions={}, created_utc=None,
     )  # fmt: skip
     with open_model(model) as opened, TraceWriter(directory, sidecar) as writer:
         config = opened.config

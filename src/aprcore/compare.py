@@ -423,7 +423,7 @@ def _candidates(diff: Float64, largest: float, floor: _Floor) -> NDArray[np.int6
         first = np.flatnonzero(diff == 0)[:k]
         floor.offer(diff[first])
         return first
-    indices = np.flatnonzero(diff >= max(floor.value, _lower_bound(diff, k)))
+    (indices,) = (diff >= max(floor.value, _lower_bound(diff, k))).nonzero()
     diffs = diff[indices]
     if diffs.size > 2 * k:  # a few too many are cut off where they are put in order
         threshold = float(np.partition(diffs, diffs.size - k)[diffs.size - k])
@@ -445,7 +445,8 @@ def _lower_bound(diff: Float64, k: int) -> float:
     if diff.size < groups:
         return -1.0
     maxima = diff[: diff.size // groups * groups].reshape(-1, groups).max(axis=0)
-    return float(np.partition(maxima, groups - k)[groups - k])
+    maxima.partition(groups - k)
+    return float(maxima[groups - k])
 
 
 def _ranking(indices: NDArray[np.int64], a: Floats, b: Floats, start: int) -> Ranking:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.environment import read_environment
+from aprcore.environment import Environment, read_environment
 from aprcore.errors import AprError, FormatError
 from aprcore.layouts import Layout
 from aprcore.planes import MemoryPlane, Plane, TensorPair
@@ -49,7 +50,8 @@ def save_run(
     Args:
         path: Where to; an existing file is replaced.
         report: The finished run.
-        tensors: Where to get the tensors of diverging stages; None leaves them out.
+        tensors: Where to get the tensors of diverging stages; None leaves them out. A saved run
+            also says what made it, which is then said again.
         command: The command line that made the run.
 
     Raises:
@@ -57,12 +59,15 @@ def save_run(
     """
     import msgspec
 
-    about = {
-        "schema": SCHEMA,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(command),
-        "environment": asdict(read_environment()),
-    }
+    if isinstance(tensors, SavedRun):
+        about = tensors.about
+    else:
+        about = {
+            "schema": SCHEMA,
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": list(command),
+            "environment": asdict(read_environment()),
+        }
     with (
         write_whole(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive,
@@ -111,6 +116,8 @@ class SavedRun:
     Attributes:
         path: The file.
         about: What it says of itself: "made", "command", "environment".
+        command: The command line that made the run.
+        environment: Where it was made.
         report: The run.
     """
 
@@ -131,6 +138,7 @@ class SavedRun:
             raise self._broken(str(error)) from error
         try:
             self.about = self._read_about()
+            self.command, self.environment = self._read_origin()
             self.report = self._read_report()
         except BaseException:
             self._archive.close()
@@ -200,6 +208,15 @@ class SavedRun:
             )  # fmt: skip
         return about
 
+    def _read_origin(self) -> tuple[tuple[str, ...], Environment]:
+        import msgspec
+
+        try:
+            command = msgspec.convert(self.about.get("command"), tuple[str, ...])
+            return command, msgspec.convert(self.about.get("environment"), Environment)
+        except msgspec.MsgspecError as error:
+            raise self._broken(f"{ABOUT}: {error}") from error
+
     def _read_report(self) -> Report:
         import msgspec
 
@@ -208,6 +225,9 @@ class SavedRun:
             report = msgspec.msgpack.decode(data, type=Report, dec_hook=_decode_array)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise self._broken(f"{REPORT}: {error}") from error
+        for stage in report.stages:
+            if not _is_consistent(stage):
+                raise self._broken(f"{REPORT}: the sizes of {stage.key.path} contradict each other")
         return report
 
     def _member(self, name: str, most_bytes: int) -> bytes:
@@ -232,6 +252,22 @@ class SavedRun:
         return FormatError(
             f"is not a saved run, or broken: {what}", where=self.path, hint="save it again"
         )
+
+
+def _is_consistent(stage: StageReport) -> bool:
+    """Whether every index of a stage is in its layout, which names its place."""
+    layout, found = stage.layout, stage.comparison
+    if layout is None:
+        return True
+    count = math.prod(layout.factors)
+    if not layout.axes or len(layout.axes) != len(layout.factors):
+        return False
+    if min(layout.shape, default=-1) < 0 or math.prod(layout.shape) != count:
+        return False
+    if found is None:
+        return True
+    indices = found.top.indices
+    return found.count == count and bool(np.all((indices >= 0) & (indices < count)))
 
 
 def _encode_array(value: object) -> object:

@@ -11,7 +11,7 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.command import Provider
 
-from aprtui.keymap import check_keys, commands
+from aprtui.keymap import check_keys, shown_key
 from aprtui.screens.explorer import ExplorerScreen
 from aprtui.settings import Settings, is_first_use, remember_use
 from aprtui.theme import COSINE_VARIABLE, THEMES, VARIABLES
@@ -95,13 +95,7 @@ class ExplorerApp(App[None]):
             self.call_after_refresh(self._show_hint)
 
     def _show_hint(self) -> None:
-        hints = []
-        for name, what in HINTED.items():
-            binding = commands()[name].binding
-            if name in self.settings.keys:
-                chosen, *_ = Binding.make_bindings([Binding(self.settings.keys[name], "")])
-                binding = binding.with_key(chosen.key)
-            hints.append(f"{self.get_key_display(binding)} {what}")
+        hints = [f"{shown_key(self, name)} {what}" for name, what in HINTED.items()]
         self.notify(" · ".join(hints), timeout=HINT_S, markup=False)
 
     def _leave_on_signals(self) -> None:

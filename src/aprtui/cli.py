@@ -127,7 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _comes_from_interrupt(error):
             return INTERRUPTED
-        raise
+        import traceback
+
+        # Python's own exit code would be 1, and a crash must not pass for a divergence.
+        traceback.print_exc()
+        return _fail("this is a bug in aprtui; please report it with the command you ran")
     return code
 
 

@@ -55,7 +55,7 @@ def export(
         path: Where to.
         report: The run.
         tensors: Where the maps of failing stages come from, if from anywhere.
-        command: The command line of the run.
+        command: The command line of the run; a saved one has its own.
         picture: The screen as SVG; None where there is no screen.
 
     Raises:
@@ -64,7 +64,7 @@ def export(
     from aprcore.reports.collect import collect_maps
     from aprcore.reports.files import write_report
     from aprcore.request import SUFFIX
-    from aprcore.saved_run import save_run
+    from aprcore.saved_run import SavedRun, save_run
     from aprcore.whole_file import write_whole
 
     check_export_path(path, has_screen=picture is not None)
@@ -77,7 +77,11 @@ def export(
         case _:
             has_maps = tensors is not None and path.suffix.lower() == ".html"
             maps = collect_maps(report, tensors) if tensors is not None and has_maps else ()
-            write_report(path, report, maps=maps, command=command)
+            # What made a run is what reproduces it, not what opened it again, here or elsewhere.
+            environment = None
+            if isinstance(tensors, SavedRun):
+                command, environment = tensors.command, tensors.environment
+            write_report(path, report, maps=maps, command=command, environment=environment)
 
 
 def describe_row(state: RunState, row: Row) -> str:

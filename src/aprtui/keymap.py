@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from textual.app import App
 from textual.binding import Binding
@@ -16,7 +16,7 @@ from textual.dom import DOMNode
 from textual.keys import Keys, format_key
 from textual.screen import ModalScreen, Screen
 
-from aprtui.settings import SettingsError, nearest
+from aprtui.settings import Settings, SettingsError, nearest
 
 MODIFIERS = {"ctrl", "shift", "alt", "super", "hyper", "meta"}
 _NAMED_KEYS = {key.value for key in Keys}
@@ -44,6 +44,16 @@ def commands() -> dict[str, Command]:
         for binding in vars(node).get("BINDINGS", ())
         if isinstance(binding, Binding) and binding.id is not None
     }
+
+
+def shown_key(app: App[Any], name: str) -> str:
+    """The key of an action as the footer shows it: the first that the user chose, else its own."""
+    binding = commands()[name].binding
+    settings = getattr(app, "settings", None)
+    if isinstance(settings, Settings) and name in settings.keys:
+        chosen, *_ = Binding.make_bindings([Binding(settings.keys[name], "")])
+        binding = Binding(chosen.key, binding.action)
+    return app.get_key_display(binding)
 
 
 def check_keys(keys: Mapping[str, str], where: Path | None) -> None:

@@ -54,6 +54,21 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in line
 
 
+def test_a_crash_does_not_pass_for_a_divergence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from aprtui.commands import demo
+
+    def crash(_: object) -> int:
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr(demo, "run", crash)
+    assert main(["demo", "--no-screen"]) == 2
+    found = capsys.readouterr()
+    assert "Traceback" in found.err and "ZeroDivisionError: of ours" in found.err
+    assert found.err.splitlines()[-1].startswith("aprtui: this is a bug in aprtui")
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound model, its oracle, a wrong dump, and dumps that are damaged in every way."""

@@ -293,6 +293,15 @@ class TestParity:
         assert (code, out, len(errors)) == (2, "", 1)
         assert "1 to 16" in errors[0]
 
+    def test_a_device_that_would_not_be_used_is_refused(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, errors = called(
+            capsys, "parity", DEMO, "--against", "reference", "--device", "0"
+        )  # fmt: skip
+        assert (code, out, len(errors)) == (2, "", 1)
+        assert "--device is for OpenCL" in errors[0]
+
     def test_without_a_device_nothing_is_claimed(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, errors = called(capsys, "parity", DEMO, "--device", "no such device")
         assert (code, out) == (2, "")

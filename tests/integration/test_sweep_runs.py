@@ -20,6 +20,7 @@ import pytest
 
 from aprcore.stages import StageKey
 from aprtui.cli import main
+from aprtui.commands import sweep
 from opencl_device import obstacle
 from tiny import draw_weights, trace_model, write_model, write_stages
 
@@ -244,6 +245,7 @@ class TestLocal:
             (["cases.toml", "--report", "r.pdf"], ["r.pdf", ".md or .json"]),
             (["cases.toml", "--jobs", "2", "--scheduler", "tcp://h:1"], ["--jobs"]),
             (["cases.toml", "-o", "gone/r.jsonl"], ["gone/r.jsonl", "cannot be written"]),
+            (["cases.toml", "--report", "gone/r.md"], ["gone", "no such directory"]),
         ],
     )
     def test_a_wrong_argument_is_one_line(
@@ -259,11 +261,23 @@ class TestLocal:
             assert word in line
         assert [path.name for path in tmp_path.iterdir()] == ["cases.toml"]
 
-    def test_a_report_that_cannot_be_written_leaves_the_results(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_report_that_can_no_longer_be_written_leaves_the_results(
+        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Its folder went away while the cases ran."""
         cases = write_cases(tmp_path, root, "m.apr", layers=["all"])
-        code, _, err = called(capsys, cases, "--report", tmp_path / "gone/r.md")
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        run_to_end = sweep._run_to_end
+
+        def run_and_remove(*arguments: Any) -> Any:
+            finished = run_to_end(*arguments)
+            folder.rmdir()
+            return finished
+
+        monkeypatch.setattr(sweep, "_run_to_end", run_and_remove)
+        code, _, err = called(capsys, cases, "--report", folder / "r.md")
         assert code == 2 and "gone/r.md: cannot be written" in err
         assert len(lines_of(tmp_path / "cases.results.jsonl")) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -94,6 +95,12 @@ def text_of(pilot: Pilot[Any], name: str) -> str:
 def finding_of_bar(pilot: Pilot[Any]) -> list[str]:
     """The lines under the title."""
     return str(explorer_of(pilot).query_one(VerdictBar).render()).split("\n")
+
+
+def shown_title(pilot: Pilot[Any]) -> str:
+    """The explorer's first line as it was drawn last."""
+    lines = pilot.app.screen._compositor.render_strips()
+    return lines[0].text
 
 
 class TestTwoDumps:
@@ -269,6 +276,42 @@ class TestDevice:
             assert len(explorer.state.parity) == len(explorer.state.keys)
 
         drive(ExplorerApp(replace(device_run(), gpu=False)), steps)
+
+
+class TestTitle:
+    def test_names_the_device_while_the_run_goes_on(self) -> None:
+        closed, looked = threading.Event(), threading.Event()
+
+        def held_up(request: Request) -> Iterator[RunEvent]:
+            for event in as_device(request):
+                if isinstance(event, DeviceOpened):
+                    closed.wait(timeout=10)
+                yield event
+                if isinstance(event, DeviceOpened):
+                    looked.wait(timeout=10)
+
+        async def look(pilot: Pilot[Any]) -> None:
+            try:
+                while not isinstance(pilot.app.screen, ParityScreen):
+                    await pilot.pause(0.02)
+                await pilot.press("escape")
+                await come_to_rest(pilot)
+                assert "gpu: opening" in shown_title(pilot)
+                closed.set()
+                while explorer_of(pilot).state.device is None:
+                    await pilot.pause(0.02)
+                await come_to_rest(pilot)
+                assert explorer_of(pilot).state.is_running
+                assert "gpu: opencl: A Device" in shown_title(pilot)
+            finally:
+                closed.set()
+                looked.set()
+            await settle(pilot)
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            assert "gpu: rejected" in shown_title(pilot)
+
+        drive(ExplorerApp(two_dumps(), held_up), steps, wait=look)
 
 
 class TestBanner:

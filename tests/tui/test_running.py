@@ -124,6 +124,18 @@ class TestWatching:
         app = ExplorerApp(failing_request, options=ScreenOptions(watch=True))
         drive(app, steps)
 
+    def test_the_error_goes_when_the_files_can_be_used(self) -> None:
+        request = Request(trace=save("engine-dump", sound_tensors()), oracle=Path("hf-stages"))
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            assert isinstance(pilot.app.screen, ErrorScreen)
+            save("hf-stages", sound_tensors())
+            await until(pilot, lambda: explorer_of(pilot).state.report is not None)
+            await until(pilot, lambda: not isinstance(pilot.app.screen, ErrorScreen))
+            assert explorer_of(pilot).state.exit_code == 0
+
+        drive(ExplorerApp(request, options=ScreenOptions(watch=True)), steps)
+
     def test_every_change_is_seen(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             state = explorer_of(pilot).state

@@ -48,6 +48,22 @@ class TestKeys:
 
         drive(app, steps)
 
+    def test_every_line_that_names_a_key_names_the_users(self, failing_request: Request) -> None:
+        settings = with_keys(explorer_next="f8", explorer_changes="f9,z", explorer_rerun="ctrl+r")
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            bar = explorer_of(pilot).verdict_bar.render().plain
+            assert "[f8] next" in bar and "[n]" not in bar
+            await pilot.press("home", "u", "z")
+            told = "\n".join(note.message for note in pilot.app._notifications)
+            assert "f8 goes to the first divergence" in told
+            assert "^r runs again" in told
+            await pilot.press("ctrl+r")
+            await settle(pilot)
+            assert "f9 shows them" in "\n".join(n.message for n in pilot.app._notifications)
+
+        drive(ExplorerApp(failing_request, settings=settings), steps)
+
     def test_two_actions_change_places(self, failing_request: Request) -> None:
         settings = with_keys(explorer_next="p", explorer_previous="n")
         check_keys(settings.keys, WHERE)

@@ -174,7 +174,7 @@ def grid_of(values: Any, nonfinite: Any = 0, **parts: Any) -> Grid:
     x = np.asarray(values, dtype=np.float32)
     lost = np.broadcast_to(np.asarray(nonfinite, dtype=np.int64), x.shape)
     largest = float(np.abs(x).max()) if x.size else 0.0
-    told = {"rows": "token", "columns": "dim", "cell_rows": 1, "cell_columns": 1} | parts
+    told = {"rows": "token", "columns": "dim", "cell_rows": 1, "cell_columns": 1, "nan": lost} | parts
     return Grid(MapKind.DIFF, top=0, left=0, values=x, nonfinite=lost, largest=largest, **told)
 
 
@@ -549,7 +549,18 @@ class TestMaps:
         assert "layer 3 · attn_norm" in said
         assert "the largest is 4.0e+00 at token 1, dim 28 to 41" in said
         assert "1 of 6 cells are above a tenth of it" in said
-        assert "2 values NaN or infinite" in said
+        assert said.endswith("2 values NaN")
+        mixed = grid_of(values, [[0, 2, 0], [0, 0, 9]], nan=np.array([[0, 1, 0], [0, 0, 0]]))
+        assert lost_text(mixed) == "1 value NaN, 10 infinite"
+        assert lost_text(grid_of(values, 1, nan=np.zeros((2, 3)))) == "6 values infinite"
+        assert lost_text(grid_of(values)) == ""
+
+    def test_a_folded_vector_says_its_own_indices(self) -> None:
+        values = np.zeros((3, 4))
+        values[2, 1] = 1
+        grid = grid_of(values, rows="", columns="token id", fold=64, cell_rows=2, cell_columns=16)
+        said = describe_map(StageMap(StageKey(None, "lm_head"), grid))
+        assert "at token id 272 to 351" in said  # row 4, column 16 and the row below it
 
 
 class TestProfile:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from aprcore import saved_run
 from aprcore.bisect import bisect, run
 from aprcore.errors import AprError, FormatError
+from aprcore.layouts import Layout
 from aprcore.report import Report
 from aprcore.report_json import to_json
 from aprcore.request import Request
@@ -22,6 +25,7 @@ from aprcore.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
 from aprcore.stages import StageKey
 from aprcore.tensors import TensorStore, open_tensors
 from aprtui.demo import demo_path, load_faults
+from aprtui.exporting import export
 
 ROOT = StageKey(2, "attn_scores")
 
@@ -94,6 +98,25 @@ class TestRoundTrip:
         assert about["command"] == ["aprtui", "model.apr"]
         assert dict(about["environment"]["versions"])["numpy"] == np.__version__
 
+    def test_what_made_it_is_said_again_by_all_that_is_made_of_it(
+        self, saved: Path, tmp_path: Path
+    ) -> None:
+        """A report of it reproduces the run, and not the reading of a file."""
+        with closing(SavedRun(saved)) as found:
+            made = found.environment
+            here = replace(made, platform="elsewhere", processors=made.processors + 1)
+            found.about["environment"] = asdict(here)
+            save_run(tmp_path / "again.aprx", found.report, found, ["aprtui", "bisect", "run.aprx"])
+        with closing(SavedRun(tmp_path / "again.aprx")) as again:
+            assert again.command == ("aprtui", "model.apr")
+            assert again.environment == here
+            assert again.about["made"] == found.about["made"]
+            for name in ("r.html", "r.md", "r.json"):
+                export(tmp_path / name, again.report, again, ["aprtui", "again.aprx"], None)
+                text = (tmp_path / name).read_text()
+                assert "aprtui model.apr" in text and "again.aprx" not in text
+                assert "elsewhere" in text
+
     def test_large_tensors_are_left_out(
         self, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -152,6 +175,28 @@ class TestBroken:
         with pytest.raises(FormatError, match="saved run"):
             SavedRun(tmp_path / "run.aprx")
 
+    @pytest.mark.parametrize(
+        "layout",
+        [((1,), (1,), ()), ((1,), (1,), ("index",)), ((11, 48), (11, 47), ("token", "dim"))],
+    )
+    def test_sizes_that_contradict_each_other(
+        self, report: Report, tmp_path: Path, layout: Any
+    ) -> None:
+        odd = replace(report.stages[1], layout=Layout(*layout))
+        save_run(tmp_path / "odd.aprx", replace(report, stages=(odd,)))
+        with pytest.raises(FormatError, match="sizes of layer-0/attn_norm"):
+            SavedRun(tmp_path / "odd.aprx")
+
+    @pytest.mark.parametrize("key", ["command", "environment"])
+    def test_what_made_it_is_no_such_thing(self, saved: Path, tmp_path: Path, key: str) -> None:
+        with zipfile.ZipFile(saved) as archive:
+            about, data = json.loads(archive.read(ABOUT)), archive.read(REPORT)
+        with zipfile.ZipFile(tmp_path / "odd.aprx", "w") as archive:
+            archive.writestr(ABOUT, json.dumps(about | {key: 3}))
+            archive.writestr(REPORT, data)
+        with pytest.raises(FormatError, match="not a saved run"):
+            SavedRun(tmp_path / "odd.aprx")
+
     def test_a_member_that_unpacks_to_too_much(
         self, saved: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -167,7 +212,8 @@ class TestBroken:
         path = tmp_path_factory.mktemp("flip") / "run.aprx"
         save_run(path, replace(report, stages=report.stages[:3]))
         content = bytearray(path.read_bytes())
-        place = data.draw(st.integers(0, len(content) - 1))
+        # The time is in the file, so its length is no bound to draw by.
+        place = data.draw(st.integers(0, 1 << 30)) % len(content)
         content[place] ^= data.draw(st.integers(1, 255))
         path.write_bytes(content)
         try:

@@ -74,10 +74,14 @@ class ReferenceBackend:
         self, q: Float64, k: Float64, num_heads: int, num_kv_heads: int
     ) -> Float64:
         head_dim = q.shape[1] // num_heads
-        queries = q.reshape(-1, num_heads, head_dim)
-        keys = np.repeat(k.reshape(-1, num_kv_heads, head_dim), num_heads // num_kv_heads, axis=1)
-        scores = np.einsum("thd,shd->hts", queries, keys, optimize=True) / math.sqrt(head_dim)
-        return np.tril(scores, k.shape[0] - q.shape[0])
+        queries = q.reshape(q.shape[0], num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+        keys = k.reshape(k.shape[0], num_kv_heads, 1, head_dim).transpose(1, 2, 3, 0)
+        scores: Float64 = np.matmul(queries, keys).reshape(num_heads, q.shape[0], k.shape[0])
+        scores /= math.sqrt(head_dim)
+        past = k.shape[0] - q.shape[0]
+        for token in range(q.shape[0]):  # in place: a mask costs as much as the product
+            scores[:, token, past + token + 1 :] = 0
+        return scores
 
     def causal_softmax(self, scores: Float64) -> Float64:
         _, tokens, positions = scores.shape

@@ -185,8 +185,9 @@ def _no_mask(scene: Scene) -> Iterator[Trial]:
 
 
 def _mask_off(scene: Scene) -> Iterator[Trial]:
+    every = list(_all_scores(scene))
     for offset in (1, -1, 2, -2):
-        for name, scores in _all_scores(scene):
+        for name, scores in every:
             value = _softmax(scores, _causal(scene, offset))
             yield f"{offset:+d}{name}", value
             if offset < 0:  # a row without any position: engines give an even spread, or the first
@@ -207,7 +208,7 @@ def _mask_after(scene: Scene) -> Iterator[Trial]:
 def _wrong_axis(scene: Scene) -> Iterator[Trial]:
     scores, allowed = scene.inputs[0], _causal(scene)[None]
     everywhere = np.ones_like(scores, dtype=bool)
-    full = [("", scores), *list(_all_scores(scene))[:1]]
+    full = [("", scores), next(_all_scores(scene))]
     for axis, name in ((1, "queries"), (0, "heads")):
         yield name, _softmax(scores, allowed & everywhere, axis)
         for _, every in full:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from aprcore.backends.base import Int64
 from aprcore.causes.scene import EVERY, LINEAR, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import best_factor, round_number
 from aprcore.stages import BY_NAME, STAGES, StageKey
@@ -19,6 +20,11 @@ SMALLEST_FACTOR = 1e-3
 # Matching needs this many values for each index, and has a table of indices squared.
 FEWEST_MATCHED = 3
 MOST_MATCHED = 4096
+# So many indices are matched first: where half of them come from nowhere, or are best where they
+# are although they are wrong, the rest is not looked at.
+FIRST_MATCHED = 32
+# A match leaves at most this share of an index's energy: rounding, of 4-bit weights too, is less.
+MOST_LEFT = 0.25
 # Factors of the scores are those of attention's scale.
 FACTORED = frozenset(BY_NAME) - {"attn_scores"}
 ADVICE_STALE = "which buffer the kernel writes: the output is an earlier tensor"
@@ -103,9 +109,13 @@ def _permuted(scene: Scene) -> Iterator[Trial]:
             continue
         table = np.moveaxis(plain, axis, 0).reshape(count, -1)
         found = np.moveaxis(observed, axis, 0).reshape(count, -1)[places]
-        distance = np.square(table).sum(axis=1)[None] - 2 * found @ table.T
+        if places.size > FIRST_MATCHED:
+            first = np.linspace(0, places.size - 1, FIRST_MATCHED).astype(np.int64)
+            nearest, left = _match(found[first], table)
+            if np.mean((nearest == places[first]) | (left > MOST_LEFT)) > 0.5:
+                continue
         sources = np.arange(count)
-        sources[places] = distance.argmin(axis=1)
+        sources[places], _ = _match(found, table)
         moved = [f"{p} from {sources[p]}" for p in places if sources[p] != p]
         if not moved:
             continue
@@ -114,6 +124,14 @@ def _permuted(scene: Scene) -> Iterator[Trial]:
         what = "swapped" if pair else ("permuted" if is_permutation else "taken from others")
         listed = ", ".join(moved[:4]) + (", ..." if len(moved) > 4 else "")
         yield f"{name}s {what}: {listed}", np.take(plain, sources, axis=axis)
+
+
+def _match(found: Float64, table: Float64) -> tuple[Int64, Float64]:
+    """The nearest row of a table for each row, and what share of the row's energy it leaves."""
+    distance = np.square(table).sum(axis=1)[None] - 2 * found @ table.T
+    energy = np.square(found).sum(axis=1)
+    left = np.maximum(distance.min(axis=1) + energy, 0.0)
+    return distance.argmin(axis=1), left / np.where(energy > 0, energy, 1.0)
 
 
 def _clamped(scene: Scene) -> Iterator[Trial]:

@@ -30,6 +30,8 @@ NEGLIGIBLE_RATIO = 1e-3
 # Values looked at before all are, and those that figures are taken from.
 SAMPLED_VALUES = 4096
 MOST_COMPARED = 1 << 20
+# Of alternatives that fail, figures only rank the list of those that were tried.
+MOST_RANKED = 1 << 16
 # Standard deviations within which what an alternative leaves in a region counts as noise.
 CHANCE = 2.5
 # A region larger than this share of the tensor is no local fault.
@@ -136,10 +138,13 @@ class Experiment:
         """The variance to allow an alternative."""
         return self._variance_at(value, room, slice(None)).reshape(self._shape)
 
-    def _variance_at(self, value: Float64, room: Room, places: Int64 | slice) -> Float64:
-        """The same at some flat indices."""
+    def _variance_at(
+        self, value: Float64, room: Room, places: Int64 | slice, energy: float | None = None
+    ) -> Float64:
+        """The same at some flat indices; `energy` is the mean square of `value`, if known."""
         variance = (self._wide if room.is_wide else self._predicted).reshape(-1)[places]
-        energy = float(np.square(value).mean())
+        if energy is None:
+            energy = _mean_square(value)
         if self._energy:  # larger values are rounded more coarsely
             variance = variance * max(1.0, energy / self._energy)
         roundoff = self.scene.profile.arithmetic.stored.roundoff
@@ -150,20 +155,29 @@ class Experiment:
     def hold(self, value: Float64) -> Outcome | None:
         """The outcome of one alternative; None if it says the same as the plain operation."""
         value = value.reshape(self._shape)
-        if not np.isfinite(value).all() or self._is_plain(value):
+        energy = _mean_square(value)
+        is_finite = math.isfinite(energy) or bool(np.isfinite(value).all())
+        if not is_finite or self._is_plain(value):
             return None
-        if not self._may_pass(value):
-            return Outcome(*self.figures(value), False, math.inf)
-        whole = self._outcome(value, None)
-        if whole.explains or self.region is None:
-            return whole
-        local = self._within(value, self.region)
-        return self._widest(value, local) if local.explains else whole
+        if not self._may_pass(value, self._sample, energy):
+            return self._failure(value)
+        if self._may_pass(value, self._sample_of_rest, energy):
+            whole = self._outcome(value, None)
+            if whole.explains or self.region is None:
+                return whole
+        if self.region is not None:
+            local = self._within(value, self.region)
+            if local.explains:
+                return self._widest(value, local)
+        return self._failure(value)
 
-    def _may_pass(self, value: Float64) -> bool:
-        """Whether a sample of the wrong values allows it: one beyond its own limit is enough."""
-        places = self._sample
-        variance = self._variance_at(value, self._room, places)
+    def _failure(self, value: Float64) -> Outcome:
+        """The outcome of an alternative that explains nothing."""
+        return Outcome(*self.figures(value, MOST_RANKED), False, math.inf)
+
+    def _may_pass(self, value: Float64, places: Int64, energy: float) -> bool:
+        """Whether a sample of the values allows it: one beyond its own limit is enough."""
+        variance = self._variance_at(value, self._room, places, energy)
         error = np.square(self._observed.reshape(-1)[places] - value.reshape(-1)[places])
         return bool((error <= allowed_ratio(1.0) * variance).all())
 
@@ -173,8 +187,14 @@ class Experiment:
         if self.region is None:
             count = self._plain.size
             return np.linspace(0, count - 1, min(count, SAMPLED_VALUES)).astype(np.int64)
-        wrong = np.flatnonzero(self.region.mask)
-        return wrong[np.linspace(0, wrong.size - 1, min(wrong.size, SAMPLED_VALUES)).astype(int)]
+        return _spread(np.flatnonzero(self.region.mask))
+
+    @cached_property
+    def _sample_of_rest(self) -> NDArray[np.int64]:
+        """Some of the values beside the region, which an alternative for all must explain too."""
+        if self.region is None:
+            return np.empty(0, np.int64)
+        return _spread(np.flatnonzero(~self.region.mask))
 
     def _within(self, value: Float64, region: Region) -> Outcome:
         return self._outcome(np.where(region.mask, value, self._plain), region)
@@ -193,14 +213,18 @@ class Experiment:
 
     def _is_plain(self, value: Float64) -> bool:
         """Whether an alternative is the plain operation but for rounding."""
-        change = np.square(value - self._plain)
-        return bool((change <= 4 * self._wide + SMALLEST_ENERGY * self._energy).all())
+        places = self._sample  # which mostly tells, without a pass over all values
+        plain, wide = self._plain.reshape(-1)[places], self._wide.reshape(-1)[places]
+        floor = SMALLEST_ENERGY * self._energy
+        if not (np.square(value.reshape(-1)[places] - plain) <= 4 * wide + floor).all():
+            return False
+        return bool((np.square(value - self._plain) <= 4 * self._wide + floor).all())
 
     def _outcome(self, value: Float64, region: Region | None) -> Outcome:
-        explains = self._passes(value, self._room)
-        if explains and region is not None:
-            explains = self._fits_within(value, region)
-        return Outcome(*self.figures(value), explains, self.misfit(value), region)
+        explains = region is None or self._fits_within(value, region)
+        if not explains or not self._passes(value, self._room):
+            return self._failure(value)
+        return Outcome(*self.figures(value), True, self.misfit(value), region)
 
     def _fits_within(self, value: Float64, region: Region) -> bool:
         """Whether what is left in a region is of the size of noise there.
@@ -208,9 +232,10 @@ class Experiment:
         Parts of a tensor are judged so that none of millions fails by chance. One alternative of a
         hundred, on a few values, is held to less.
         """
-        variance = self._variance(value, self._room)[region.mask].sum()
-        error = np.square(self._observed - value)[region.mask].sum()
-        count = self._independent(float(region.mask.sum()))
+        places = np.flatnonzero(region.mask)
+        variance = self._variance_at(value, self._room, places).sum()
+        error = np.square(self._observed.reshape(-1)[places] - value.reshape(-1)[places]).sum()
+        count = self._independent(float(places.size))
         allowed = CALIBRATION * (1 + CHANCE * math.sqrt(2 / count) + CHANCE**2 / count)
         return bool(error <= allowed * variance)
 
@@ -221,9 +246,9 @@ class Experiment:
             return count
         return max(1.0, count * min(1.0, dof / self.scene.num_tokens))
 
-    def figures(self, value: Float64) -> tuple[float, float]:
-        """Relative L2 and cosine of the observed output against a value."""
-        step = max(1, self._plain.size // MOST_COMPARED)
+    def figures(self, value: Float64, most: int = MOST_COMPARED) -> tuple[float, float]:
+        """Relative L2 and cosine of the observed output against a value, of about `most` values."""
+        step = max(1, self._plain.size // most)
         found = compare(self._observed.reshape(-1)[::step], value.reshape(-1)[::step])
         return found.relative_l2, found.cosine
 
@@ -238,6 +263,18 @@ class Experiment:
         count = self._independent(float(self._observed.size))
         better = max(better, NEGLIGIBLE_RATIO)
         return count * (worse / better - 1) / 2 > DECISIVE_NATS
+
+
+def _mean_square(x: Float64) -> float:
+    """The mean of squares in one pass; infinite or NaN where a value is. 0 for no values."""
+    flat = x.reshape(-1)
+    return float(np.vdot(flat, flat)) / max(1, flat.size)
+
+
+def _spread(places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most `SAMPLED_VALUES` of some indices, evenly spread."""
+    count = min(places.size, SAMPLED_VALUES)
+    return places[np.linspace(0, places.size - 1, count).astype(np.int64)]
 
 
 def part_scene(scene: Scene, start: int, stop: int) -> Scene:

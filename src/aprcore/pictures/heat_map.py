@@ -7,13 +7,14 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.layouts import Layout
 from aprcore.parallel import available_threads, for_each
+from aprcore.pictures.map_views import FoldedPlane, map_layout, views
 from aprcore.pictures.pooling import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     Level,
     Levels,
+    NonFinite,
     pool_counts,
     pool_farthest,
     round_cell,
@@ -28,11 +29,9 @@ from aprcore.pictures.records import (
     check,
     never,
 )
-from aprcore.planes import Plane, TensorPair, matrix_shape, ranges
+from aprcore.planes import TensorPair, matrix_shape, ranges
 
 Float32 = NDArray[np.float32]
-Int64 = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 # A window of up to as many values is read and pooled on the spot, exactly as asked for: two sides
 # of it are 16 MB, and take some 20 ms. A smaller tensor is kept whole.
@@ -46,54 +45,6 @@ _BUILD_VALUES = 128 * 1024
 _BUILD_THREADS = 4
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
-
-
-def views(layout: Layout) -> tuple[MapView, ...]:
-    """What there is to see of a tensor of this layout, the most telling first."""
-    rows, columns = matrix_shape(layout)
-    match layout.axes:
-        case ("head", "token", "position"):
-            heads, queries, keys = layout.factors
-            return (
-                MapView("all heads", "head, query", "key", rows, columns),
-                MapView("head × token", "head", "token", heads, queries, is_reduced=True),
-                *(
-                    MapView(f"head {head}", "query", "key", queries, keys, head * queries)
-                    for head in range(heads)
-                ),
-            )
-        case ("token", "head", "dim"):
-            tokens, heads, _ = layout.factors
-            return (
-                MapView("token × dim", "token", "dim", rows, columns),
-                MapView("head × token", "head", "token", heads, tokens, is_reduced=True),
-            )
-        case ("token", other):
-            return (MapView(f"token × {other}", "token", other, rows, columns),)
-    last = layout.axes[-1]
-    return (MapView(last, "token" if last == "token id" else "", last, rows, columns),)
-
-
-def map_kinds(pair: TensorPair) -> tuple[MapKind, ...]:
-    """What maps of a pair can show."""
-    kinds = [MapKind.DIFF] if pair.comparable else []
-    kinds += [MapKind.TRACE] if pair.trace is not None else []
-    kinds += [MapKind.ORACLE] if pair.oracle is not None else []
-    return (*kinds, *([MapKind.RATIO] if pair.comparable else []))
-
-
-def map_layout(pair: TensorPair, kind: MapKind) -> Layout:
-    """The layout of what a kind of map shows.
-
-    Raises:
-        ValueError: The pair has no such map.
-    """
-    side = {MapKind.TRACE: pair.trace, MapKind.ORACLE: pair.oracle}.get(kind)
-    if side is not None:
-        return side.layout
-    if kind in (MapKind.TRACE, MapKind.ORACLE):
-        raise ValueError(f"{pair.key} has no {kind.value}")
-    return pair.both()[0].layout
 
 
 class HeatMap:
@@ -136,9 +87,12 @@ class HeatMap:
         self.shape = self.view.num_rows, self.view.num_columns
         self._pair = pair
         self._signed = kind in (MapKind.TRACE, MapKind.ORACLE)
-        self._shown: tuple[Plane | None, Plane | None] = (
-            None if kind is MapKind.ORACLE else pair.trace,
-            None if kind is MapKind.TRACE else pair.oracle,
+        self._shown = tuple(
+            FoldedPlane(side, self.view.fold) if side is not None and self.view.fold else side
+            for side in (
+                None if kind is MapKind.ORACLE else pair.trace,
+                None if kind is MapKind.TRACE else pair.oracle,
+            )
         )
         self._whole: Level | None = None
         self._levels: Levels | None = None
@@ -183,10 +137,10 @@ class HeatMap:
         rows = min(max(0, rows), -(-(height - top) // cell_rows))
         columns = min(max(0, columns), -(-(width - left) // cell_columns))
         rectangle = top, left, cell_rows, cell_columns, rows, columns
-        shown, counts = self._pool(*rectangle) if level is None else level.window(*rectangle)
+        shown, bad = self._pool(*rectangle) if level is None else level.window(*rectangle)
         return Grid(
             self.kind, self.view.rows, self.view.columns, top, left, cell_rows, cell_columns,
-            shown, counts, self.largest,
+            shown, bad.all, bad.nan, self.largest, self.view.fold,
         )  # fmt: skip
 
     def overview(self, max_rows: int, max_columns: int) -> Grid:
@@ -202,8 +156,10 @@ class HeatMap:
             AprError: A file is gone or has changed.
         """
         if not self.view.is_reduced:
-            index = (self.view.first_row + row) * matrix_shape(self._layout)[1] + column
-            return self._at(index)
+            length = matrix_shape(self._layout)[1]
+            if self.view.fold:
+                return self._at(min(row * self.view.fold + column, length - 1))
+            return self._at((self.view.first_row + row) * length + column)
         length = self._layout.factors[-1]
         by_token = self._layout.axes[0] == "token"
         tokens, heads = self.shape[1], self.shape[0]
@@ -237,10 +193,10 @@ class HeatMap:
             else:
                 part = slice(*window[:2]), slice(*window[2:])
                 shown = self._whole.values[part]
-                bad = self._whole.nonfinite[part] > 0
+                bad = NonFinite(self._whole.nonfinite[part] > 0, self._whole.nan[part] > 0)
             row, column = divmod(_farthest(shown, bad), right - left)
             found = float(abs(shown[row, column]))
-            if bad is not None and bad[row, column]:
+            if bad is not None and bad.all[row, column]:
                 return self.value(top + first + row, left + column)
             if found > best:
                 best, place = found, (top + first + row, left + column)
@@ -256,7 +212,7 @@ class HeatMap:
 
     def _show(
         self, row_start: int, row_stop: int, col_start: int, col_stop: int
-    ) -> tuple[Float32, Bools | None]:
+    ) -> tuple[Float32, NonFinite | None]:
         """What is shown in a window of the matrix, as `_shown_values`."""
         first = self.view.first_row
         a, b = (
@@ -266,17 +222,17 @@ class HeatMap:
         )  # fmt: skip
         return _shown_values(self.kind, a, b)
 
-    def _show_flat(self, start: int, stop: int) -> tuple[Float32, Bools | None]:
+    def _show_flat(self, start: int, stop: int) -> tuple[Float32, NonFinite | None]:
         """What is shown of consecutive values, as `_shown_values`."""
         a, b = (None if side is None else side.read_flat(start, stop) for side in self._shown)
         return _shown_values(self.kind, a, b)
 
     def _pool(
         self, top: int, left: int, cell_rows: int, cell_columns: int, rows: int, columns: int
-    ) -> tuple[Float32, Int64]:
-        """Cells of a window straight from the tensor."""
+    ) -> tuple[Float32, NonFinite]:
+        """Cells of a window straight from the tensor, and how many values of each are not finite."""
         shown = np.zeros((rows, columns), np.float32)
-        counts = np.zeros((rows, columns), np.int64)
+        counts = NonFinite(*(np.zeros((rows, columns), np.int64) for _ in range(2)))
         bottom = min(top + rows * cell_rows, self.shape[0])
         right = min(left + columns * cell_columns, self.shape[1])
         step = max(1, PIECE_VALUES // max(1, cell_rows * (right - left)))
@@ -285,17 +241,19 @@ class HeatMap:
             x, bad = self._show(top + first * cell_rows, stop, left, right)
             shown[first:last] = pool_farthest(x, cell_rows, cell_columns, signed=self._signed)
             if bad is not None:
-                counts[first:last] = pool_counts(bad, cell_rows, cell_columns)
+                for total, part in zip(counts, bad):
+                    total[first:last] = pool_counts(part, cell_rows, cell_columns)
         return shown, counts
 
     def _read_whole(self, is_cancelled: IsCancelled) -> Level:
         height, width = self.shape
-        level = Level(1, 1, np.empty(self.shape, np.float32), np.zeros(self.shape, np.uint8))
+        counts = (np.zeros(self.shape, np.uint8) for _ in range(2))
+        level = Level(1, 1, np.empty(self.shape, np.float32), *counts)
         for first, last in ranges(height, max(1, PIECE_VALUES // max(1, width))):
             check(is_cancelled)
             level.values[first:last], bad = self._show(first, last, 0, width)
             if bad is not None:
-                level.nonfinite[first:last] = bad
+                level.nonfinite[first:last], level.nan[first:last] = bad
                 level.has_nonfinite = True
         return level
 
@@ -303,7 +261,8 @@ class HeatMap:
         """Heads by tokens: of every run along the last axis the value of largest magnitude."""
         *outer, length = self._layout.factors
         groups = math.prod(outer)
-        shown, counts = np.zeros(groups, np.float32), np.zeros(groups, np.int64)
+        shown = np.zeros(groups, np.float32)
+        counts = NonFinite(*(np.zeros(groups, np.int64) for _ in range(2)))
         for first, last in ranges(groups, max(1, PIECE_VALUES // max(1, length))):
             check(is_cancelled)
             x, bad = self._show_flat(first * length, last * length)
@@ -312,11 +271,12 @@ class HeatMap:
             x = x.reshape(-1, length)
             shown[first:last] = pool_farthest(x, 1, length, signed=self._signed)[:, 0]
             if bad is not None:
-                counts[first:last] = bad.reshape(-1, length).sum(axis=1)
-        matrix, number = shown.reshape(outer), counts.reshape(outer)
+                for total, part in zip(counts, bad):
+                    total[first:last] = part.reshape(-1, length).sum(axis=1)
+        matrices = [x.reshape(outer) for x in (shown, *counts)]
         if self._layout.axes[0] == "token":
-            matrix, number = np.ascontiguousarray(matrix.T), np.ascontiguousarray(number.T)
-        return Level(1, 1, matrix, number, bool(counts.any()))
+            matrices = [np.ascontiguousarray(x.T) for x in matrices]
+        return Level(1, 1, *matrices, has_nonfinite=bool(counts.all.any()))
 
     def _build_levels(self, is_cancelled: IsCancelled) -> float:
         """Fill the levels of a large tensor; its largest magnitude."""
@@ -340,16 +300,16 @@ class HeatMap:
         return max(peaks, default=0.0)
 
 
-def _farthest(shown: Float32, bad: Bools | None) -> int:
+def _farthest(shown: Float32, bad: NonFinite | None) -> int:
     """The flat index of the first value that is not finite, else of the largest magnitude."""
-    if bad is not None and bad.any():
-        return int(bad.argmax())
+    if bad is not None and bad.all.any():
+        return int(bad.all.argmax())
     return int(np.abs(shown).argmax()) if shown.size else 0
 
 
 def _shown_values(
     kind: MapKind, a: Float32 | None, b: Float32 | None
-) -> tuple[Float32, Bools | None]:
+) -> tuple[Float32, NonFinite | None]:
     """What a map shows, with 0 for what is not finite, and where that is (None: nowhere).
 
     Args:
@@ -359,7 +319,7 @@ def _shown_values(
     if kind in (MapKind.TRACE, MapKind.ORACLE):
         side = a if kind is MapKind.TRACE else b
         assert side is not None
-        return _without_nonfinite(side)
+        return _without_nonfinite(side, side)
     assert a is not None and b is not None
     with np.errstate(all="ignore"):
         shown = np.subtract(a, b)
@@ -370,7 +330,7 @@ def _shown_values(
             np.copyto(shown, 0, where=equal)
         if shown.size and not np.isfinite(shown.max()):
             _clamp_overflow(kind, a, b, shown)
-    return _without_nonfinite(shown)
+    return _without_nonfinite(shown, a, b)
 
 
 def _clamp_overflow(kind: MapKind, a: Float32, b: Float32, shown: Float32) -> None:
@@ -382,9 +342,12 @@ def _clamp_overflow(kind: MapKind, a: Float32, b: Float32, shown: Float32) -> No
     shown[over] = np.where(np.isinf(true), true, np.minimum(true, _LARGEST))
 
 
-def _without_nonfinite(x: Float32) -> tuple[Float32, Bools | None]:
+def _without_nonfinite(x: Float32, *sides: Float32) -> tuple[Float32, NonFinite | None]:
+    """`x` with 0 for what is not finite, and where that is; NaN where one of the sides is."""
     # NaN and infinities pass through a maximum or a minimum: no mask for sound tensors.
     if x.size == 0 or (np.isfinite(x.max()) and np.isfinite(x.min())):
         return x, None
     bad = ~np.isfinite(x)
-    return np.where(bad, np.float32(0), x), bad
+    # Not of `x`: the difference of two infinities is NaN, too.
+    nan = np.logical_or.reduce([np.isnan(side) for side in sides])
+    return np.where(bad, np.float32(0), x), NonFinite(bad, nan)

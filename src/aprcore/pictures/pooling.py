@@ -8,7 +8,7 @@ is one level of coarse cells per proportion, all of the same area.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,18 @@ BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 _STRIDED_COLUMNS = 16
 
 
+class NonFinite(NamedTuple):
+    """Where the values of a matrix are not finite, or how many of each cell's values are not.
+
+    Attributes:
+        all: NaN and infinities.
+        nan: Those that are NaN.
+    """
+
+    all: NDArray[Any]
+    nan: NDArray[Any]
+
+
 @dataclass(slots=True)
 class Level:
     """Pooled cells of a whole matrix.
@@ -33,6 +45,7 @@ class Level:
         rows, columns: Values per cell; cells at the edges have fewer.
         values: Per cell the finite value of largest magnitude, 0 where there is none.
         nonfinite: Per cell how many values are NaN or infinite.
+        nan: Per cell how many of those are NaN.
         has_nonfinite: Whether any is.
         signed: Whether there may be negative values.
     """
@@ -41,12 +54,13 @@ class Level:
     columns: int
     values: Float32
     nonfinite: NDArray[Any]
+    nan: NDArray[Any]
     has_nonfinite: bool = False
     signed: bool = True
 
     def window(
         self, top: int, left: int, cell_rows: int, cell_columns: int, rows: int, columns: int
-    ) -> tuple[Float32, Int64]:
+    ) -> tuple[Float32, NonFinite]:
         """Values and counts of cells, [rows, columns], that are multiples of this level's.
 
         Args:
@@ -62,8 +76,9 @@ class Level:
         )
         values = pool_farthest(self.values[part], tall, wide, signed=self.signed)
         if not self.has_nonfinite:
-            return values, np.zeros(values.shape, np.int64)
-        return values, pool_counts(self.nonfinite[part], tall, wide)
+            return values, NonFinite(*(np.zeros(values.shape, np.int64) for _ in range(2)))
+        counts = (pool_counts(x[part], tall, wide) for x in (self.nonfinite, self.nan))
+        return values, NonFinite(*counts)
 
 
 def pool_farthest(x: Float32, rows: int, columns: int, *, signed: bool) -> Float32:
@@ -136,13 +151,14 @@ class Levels:
         self.levels = []
         for rows, columns in BLOCKS:
             cells = -(-shape[0] // rows), -(-shape[1] // columns)
-            counts = np.zeros(cells, np.uint8)  # costs no memory until something is written
+            # Zeros cost no memory until something is written.
+            counts = (np.zeros(cells, np.uint8) for _ in range(2))
             self.levels.append(
-                Level(rows, columns, np.zeros(cells, np.float32), counts, signed=signed)
+                Level(rows, columns, np.zeros(cells, np.float32), *counts, signed=signed)
             )
         self._signed = signed
 
-    def add(self, top: int, left: int, x: Float32, bad: NDArray[np.bool_] | None) -> float:
+    def add(self, top: int, left: int, x: Float32, bad: NonFinite | None) -> float:
         """Pool a piece of the matrix; returns its largest magnitude.
 
         Args:
@@ -159,11 +175,12 @@ class Levels:
         if bad is None:
             return largest
         for level in self.levels:
-            counts = pool_columns(pool_rows(bad.view(np.uint8), level.rows, np.add),
-                                  level.columns, np.add)  # fmt: skip
             level.has_nonfinite = True
-            part = level.nonfinite[top // level.rows :, left // level.columns :]
-            part[: counts.shape[0], : counts.shape[1]] = counts
+            for total, where in zip((level.nonfinite, level.nan), bad):
+                counts = pool_columns(pool_rows(where.view(np.uint8), level.rows, np.add),
+                                      level.columns, np.add)  # fmt: skip
+                part = total[top // level.rows :, left // level.columns :]
+                part[: counts.shape[0], : counts.shape[1]] = counts
         return largest
 
     def finest(self, cell_rows: int, cell_columns: int) -> Level:

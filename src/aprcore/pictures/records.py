@@ -64,6 +64,8 @@ class MapView:
         first_row: Row of the tensor's own matrix at which it begins: those of one head.
         is_reduced: Whether each of its values stands for a run of the tensor's, by the largest
             magnitude: head x token.
+        fold: Values per row of a vector that is folded into a matrix, as text is into lines; 0
+            where the rows are the tensor's own. The last row may be short: it ends in zeros.
     """
 
     name: str
@@ -73,6 +75,7 @@ class MapView:
     num_columns: int
     first_row: int = 0
     is_reduced: bool = False
+    fold: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +91,10 @@ class Grid:
             sign for a side; 0 where there is none. Magnitudes beyond float32 are its largest.
         nonfinite: Per cell: how many of its values are NaN or infinite. A ratio is infinite where
             only the oracle is 0, and 0 where both sides are.
+        nan: Per cell: how many of those are NaN, on either side where both are compared; the others
+            are infinite.
         largest: The largest finite magnitude of the whole map, for a scale that panning keeps.
+        fold: As in `MapView`.
     """
 
     kind: MapKind
@@ -100,7 +106,9 @@ class Grid:
     cell_columns: int
     values: Floats
     nonfinite: NDArray[np.int64]
+    nan: NDArray[np.int64]
     largest: float
+    fold: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,9 @@ def check_report_path(path: Path) -> None:
 
 
 def write_report(
-    path: Path, report: Report, *, maps: Sequence[StageMap] = (), command: Sequence[str] = ()
-) -> None:
+    path: Path, report: Report, *, maps: Sequence[StageMap] = (), command: Sequence[str] = (),
+    environment: Environment | None = None,
+) -> None:  # fmt: skip
     """Write a report as HTML, Markdown or JSON; the file is whole or as it was before.
 
     Args:
@@ -47,12 +48,13 @@ def write_report(
         report: The finished run.
         maps: Pictures of failing stages; only HTML has a place for them.
         command: The command line of the run, to reproduce it.
+        environment: Where the run was made; None: here.
 
     Raises:
         AprError: The suffix is of no kind of report, or the file cannot be written.
     """
     check_report_path(path)
-    environment = read_environment()
+    environment = environment or read_environment()
     match path.suffix.lower():
         case ".html":
             text = render_page(report, maps, command, environment)

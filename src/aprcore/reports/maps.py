@@ -88,18 +88,31 @@ def describe_map(shown: StageMap) -> str:
     said = [f"{grid.kind.value} of {shown.key}{down}, {grid.columns} across"]
     if grid.largest > 0:
         row, column = np.unravel_index(int(np.abs(grid.values).argmax()), (rows, columns))
-        places = [_reach(grid.rows, grid.top, grid.cell_rows, int(row))] if grid.rows else []
-        places.append(_reach(grid.columns, grid.left, grid.cell_columns, int(column)))
+        first = grid.top + int(row) * grid.cell_rows
+        places = [_reach(grid.rows, first, grid.cell_rows)] if grid.rows else []
+        # A cell of a folded vector covers a piece of each of its rows, and what is between them.
+        first = grid.left + first * grid.fold + int(column) * grid.cell_columns
+        length = grid.cell_columns + (grid.cell_rows - 1) * grid.fold
+        places.append(_reach(grid.columns, first, length))
         place = ", ".join(places)
         large = int((np.abs(grid.values) >= grid.largest / 10).sum())
         said.append(f"the largest is {format_ratio(grid.largest)} at {place}")
         said.append(f"{large:,} of {plural(rows * columns, 'cell')} are above a tenth of it")
     else:
         said.append("no finite value differs from zero")
-    lost = int(np.asarray(grid.nonfinite).sum())
-    if lost:
-        said.append(f"{plural(lost, 'value')} NaN or infinite")
-    return "; ".join(said)
+    lost = lost_text(grid)
+    return "; ".join([*said, lost] if lost else said)
+
+
+def lost_text(grid: Grid) -> str:
+    """How many values are not finite: "3 values NaN, 1 infinite"; empty if none is."""
+    nan = int(np.asarray(grid.nan).sum())
+    infinite = int(np.asarray(grid.nonfinite).sum()) - nan
+    if nan and infinite:
+        return f"{plural(nan, 'value')} NaN, {infinite:,} infinite"
+    if nan or infinite:
+        return f"{plural(nan or infinite, 'value')} {'NaN' if nan else 'infinite'}"
+    return ""
 
 
 def cell_text(grid: Grid) -> str:
@@ -124,8 +137,7 @@ def row_labels(shown: StageMap) -> list[tuple[str, float]]:
     return [(f"{n} {quoted(texts[n])}" if n < len(texts) else str(n), 1.0) for n in numbers]
 
 
-def _reach(axis: str, start: int, size: int, cell: int) -> str:
-    first = start + cell * size
+def _reach(axis: str, first: int, size: int) -> str:
     return f"{axis} {first}" if size == 1 else f"{axis} {first} to {first + size - 1}"
 
 

@@ -50,6 +50,7 @@ from aprcore.reports.maps import (
     cell_text,
     describe_map,
     encode_png,
+    lost_text,
     row_labels,
 )
 from aprcore.reports.markup import Markup, element, join
@@ -272,8 +273,10 @@ def _map(shown: StageMap, place: str) -> Markup:
         f" {format_ratio(grid.largest)} (logarithmic)",
         class_="scale",
     )
-    lost = int(grid.nonfinite.sum())
-    swatch = [element("span", class_="lost"), f" {plural(lost, 'value')} NaN or infinite; "]
+    if grid.fold:
+        across = f"{grid.columns}, {grid.fold} a line,"
+    lost = lost_text(grid)
+    swatch = [element("span", class_="lost"), f" {lost}; "]
     largest = f"; the largest at {place}" if place else ""
     return element(
         "figure",

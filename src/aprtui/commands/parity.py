@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "--against", choices=BACKENDS, default=BACKENDS[0],
         help="what to hold against the CPU (default: opencl); reference is plain float64",
     )  # fmt: skip
-    add_device_option(parser)
+    add_device_option(parser, "default: the best one")
     add_thread_option(parser)
     parser.add_argument(
         "--strict", action="store_true",
@@ -63,10 +63,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable.
     """
-    from aprcore.errors import BackendError
+    from aprcore.errors import BackendError, PlanError
     from aprcore.parity.gate import ParityRequest
     from aprcore.plan import check_prompt, parse_tokens
 
+    if args.device is not None and args.against != "opencl":
+        raise PlanError(f"--device is for OpenCL, and --against says {args.against}",
+                        hint="leave one of them out")  # fmt: skip
     request = ParityRequest(
         model=args.model,
         prompt=None if args.prompt is None else check_prompt(args.prompt),

@@ -39,13 +39,13 @@ def add_gpu_options(parser: argparse.ArgumentParser) -> None:
         "--require-gpu", action="store_true",
         help="as --gpu, but end with exit code 2 where the CPU would carry on",
     )  # fmt: skip
-    add_device_option(parser)
+    add_device_option(parser, "implies --gpu")
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """`--device`."""
+def add_device_option(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """`--device`, and what it means beside choosing one."""
     parser.add_argument(
-        "--device", metavar="NAME|INDEX", help="which device (see `aprtui devices`); implies --gpu"
+        "--device", metavar="NAME|INDEX", help=f"which device (see `aprtui devices`); {meaning}"
     )
 
 

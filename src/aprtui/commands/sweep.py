@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "cases", type=Path, metavar="CASES.toml",
-        help="[[matrix]] tables with models, oracles, prompts, backends, layers; see docs/guide.md",
+        help="[[matrix]] tables with models, oracles, prompts, backends, layers; see docs/sweep.md",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, metavar="RESULTS.jsonl",
@@ -88,13 +88,16 @@ def run(args: argparse.Namespace) -> int:
     from aprcore.errors import PlanError
     from aprcore.sweep.plan import read_sweep
     from aprcore.sweep.results import ResultsFile
+    from aprcore.whole_file import check_writable
 
     if args.scheduler is not None and args.jobs is not None:
         raise PlanError("--jobs is for this machine; the workers of a cluster are as they are",
                         hint="leave one out")  # fmt: skip
-    if args.report is not None and args.report.suffix not in SUFFIXES:
+    if args.report is not None and args.report.suffix.lower() not in SUFFIXES:
         raise PlanError("cannot tell the kind of report", where=args.report,
                         hint=f"end its name in {' or '.join(SUFFIXES)}")  # fmt: skip
+    if args.report is not None:
+        check_writable(args.report)
     sweep = read_sweep(args.cases)
     output = args.output or args.cases.with_suffix(".results.jsonl")
     with ResultsFile(output, fresh=args.fresh) as results, _make_runner(args, sweep) as runner:
@@ -298,21 +301,16 @@ def _write_report(path: Path, sweep: Sweep, finished: SweepFinished) -> None:
     """Write the report; nothing is left half written.
 
     Raises:
-        TraceError: It cannot be written.
+        AprError: It cannot be written.
     """
     import json
 
-    from aprcore.errors import TraceError
     from aprcore.sweep.report import to_json, to_markdown
+    from aprcore.whole_file import write_whole
 
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         text = json.dumps(to_json(sweep, finished), indent=1, allow_nan=False) + "\n"
     else:
         text = to_markdown(sweep, finished)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TraceError(f"cannot be written ({error.strerror})", where=path) from error
+    with write_whole(path) as file:
+        file.write(text.encode())

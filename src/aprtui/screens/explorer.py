@@ -144,8 +144,10 @@ class ExplorerScreen(RunningScreen):
         self.tree_of_stages.rearrange()
         self.verdict_bar.refresh()
         self.profile_strip.refresh()
-        if isinstance(self.app.screen, ProfileScreen | ParityScreen):
-            self.app.screen.refresh_run()
+        screen = self.app.screen
+        # One that was opened a moment ago has no widgets yet, and draws itself when it has.
+        if isinstance(screen, ProfileScreen | ParityScreen) and screen.is_mounted:
+            screen.refresh_run()
         row = self.tree_of_stages.row
         if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
             self._show_detail()

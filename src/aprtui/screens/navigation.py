@@ -8,6 +8,7 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from aprcore.stages import StageKey
+from aprtui.keymap import shown_key
 from aprtui.lineage import spoiled_by, trace_upstream
 from aprtui.measures import Measure
 from aprtui.rows import Filter, Row, SortOrder, matching_keys, place_among
@@ -87,7 +88,7 @@ class StageNavigation(Screen[None]):
         """Go one step towards where this stage's error began."""
         here = self.tree_of_stages.row.key
         if here is None:
-            self.notify("choose a stage first; n goes to the first divergence")
+            self._ask_for_a_stage()
             return
         lineage = trace_upstream(self.state, here)
         if lineage is None:
@@ -101,7 +102,7 @@ class StageNavigation(Screen[None]):
         """Go one step back, or down to the first stage that this one spoils."""
         here = self.tree_of_stages.row.key
         if here is None:
-            self.notify("choose a stage first; n goes to the first divergence")
+            self._ask_for_a_stage()
             return
         target = self.breadcrumb.before(here)
         if target is None:
@@ -111,6 +112,10 @@ class StageNavigation(Screen[None]):
             return
         self.breadcrumb.walk(here, target)
         self.go_to(target)
+
+    def _ask_for_a_stage(self) -> None:
+        key = shown_key(self.app, "explorer.next")
+        self.notify(f"choose a stage first; {key} goes to the first divergence", markup=False)
 
     # Rows
 

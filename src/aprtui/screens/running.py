@@ -10,6 +10,7 @@ from textual import on, work
 from textual.worker import Worker, get_current_worker
 
 from aprtui.exporting import describe_row, export
+from aprtui.keymap import shown_key
 from aprtui.screen_options import ScreenOptions
 from aprtui.screens.changes import ChangesScreen
 from aprtui.screens.devices import DevicesScreen
@@ -79,6 +80,9 @@ class RunningScreen(StageNavigation):
             self.run_worker(before.close, thread=True, group="close", exit_on_error=False)
         self.state.open(event.header)
         self.has_divergence = False
+        if isinstance(self.app.screen, ErrorScreen):
+            # Files that changed have started the run; what was wrong with them is over.
+            self.app.screen.dismiss(False)
         self.show_opened(event.header)
 
     def on_unmount(self) -> None:
@@ -136,7 +140,7 @@ class RunningScreen(StageNavigation):
     @on(DeviceFound)
     def _name_device(self, event: DeviceFound) -> None:
         self.state.device = event.device
-        self.show_soon()
+        self.show_all()
 
     @on(PathGivenUp)
     def _tell_rejection(self, event: PathGivenUp) -> None:
@@ -174,7 +178,9 @@ class RunningScreen(StageNavigation):
 
         before, after = self.state.previous, self.state.report
         if before is not None and after is not None:
-            self.notify(f"{compare_runs(before, after).summary()} · x shows them", markup=False)
+            key = shown_key(self.app, "explorer.changes")
+            told = f"{compare_runs(before, after).summary()} · {key} shows them"
+            self.notify(told, markup=False)
 
     def action_devices(self) -> None:
         """Show the devices; one that is chosen is run on."""
@@ -193,7 +199,8 @@ class RunningScreen(StageNavigation):
         """Show what has changed since the run before."""
         before, after = self.state.previous, self.state.report
         if before is None:
-            self.notify("there is no run before this one; r runs again")
+            key = shown_key(self.app, "explorer.rerun")
+            self.notify(f"there is no run before this one; {key} runs again", markup=False)
         elif after is None:
             self.notify("the run is not over yet")
         else:

@@ -8,6 +8,7 @@ from rich.text import Text
 from textual.widget import Widget
 
 from aprcore.wording import finding_of, token_name
+from aprtui.keymap import shown_key
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
 from aprtui.text import visible
@@ -35,9 +36,9 @@ class VerdictBar(Widget):
         state = self._state
         on = Text("", paint("ink-quiet"))
         if state.divergences:
-            on.append(" [n] next ")
+            on.append(f" [{shown_key(self.app, 'explorer.next')}] next ")
         elif state.parity_faults:
-            on.append(" [g] both sides ")
+            on.append(f" [{shown_key(self.app, 'explorer.parity')}] both sides ")
         token = self._next_token(paint)
         if state.is_running:
             right = self._progress(paint)
