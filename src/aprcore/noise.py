@@ -149,9 +149,9 @@ def _degrees(predicted: Float64, sums: Float64, summed: tuple[int, ...]) -> Floa
 
 
 def _ratios(measured: Float64, predicted: Float64) -> Float64:
-    if predicted.size and predicted.min() > 0:  # as a rule: a third of the time
-        return np.asarray(measured / predicted)
     with np.errstate(divide="ignore", invalid="ignore"):
+        if predicted.size and predicted.min() > 0:  # as a rule; it takes a third of the time
+            return np.asarray(measured / predicted)
         ratio = np.where(predicted > 0, measured / predicted, np.inf)
     return np.asarray(np.where(measured == 0, 0.0, ratio))
 

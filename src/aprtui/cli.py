@@ -35,9 +35,6 @@ UNUSABLE = 2
 # As shells report a signal: 128 + SIGINT, 128 + SIGPIPE. Not 0: nobody has seen the verdict.
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
-# Two lists of some thousand token ids must fit: a user compares them.
-LINE_LIMIT = 20_000
-
 COMMANDS = {
     "explore": explore,
     "bisect": bisect,
@@ -96,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit code."""
     from aprcore.errors import AprError
-    from aprtui.text import visible
+    from aprtui.text import ERROR_LIMIT, visible
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # where the terminal has no ✓, say "\\u2713"
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -110,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(args.run(args))
         sys.stdout.flush()
     except AprError as error:
-        return _fail(visible(str(error), limit=LINE_LIMIT))
+        return _fail(visible(str(error), limit=ERROR_LIMIT))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -119,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk behind stdout, a file name that is too long
         _drop_output()
         where = "" if error.filename is None else f"{error.filename}: "
-        return _fail(visible(f"{where}{error.strerror or error}", limit=LINE_LIMIT))
+        return _fail(visible(f"{where}{error.strerror or error}", limit=ERROR_LIMIT))
     except MemoryError:
         return _fail("out of memory; try fewer tokens, layers or stages")
     except SystemExit as end:  # argparse has printed its line

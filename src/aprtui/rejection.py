@@ -8,8 +8,7 @@ import sys
 def announce(reason: str, backend: str = "opencl") -> None:
     """Print the line, whatever else is printed."""
     from aprcore.parity.fallback import rejection_line
-    from aprtui.cli import LINE_LIMIT
-    from aprtui.text import visible
+    from aprtui.text import ERROR_LIMIT, visible
 
-    line = visible(rejection_line(backend, reason), limit=LINE_LIMIT)
+    line = visible(rejection_line(backend, reason), limit=ERROR_LIMIT)
     print(line, file=sys.stderr, flush=True)

@@ -16,6 +16,10 @@ from typing import Any
 
 from aprcore.errors import AprError
 
+# How many of the largest differences the explorer shows: more than 200 rows take too long to fill.
+TOP_K_STEPS = (5, 10, 20, 50, 100, 200)
+DEFAULT_TOP_K = 10
+
 DEFAULT_THEME = "okabe-ito"
 # Name to what it is for; `aprtui.theme` paints them.
 THEMES: Mapping[str, str] = {
@@ -84,7 +88,6 @@ def read_settings(path: Path) -> Settings:
         SettingsError: It has an unknown key, or a value that is not allowed.
     """
     from aprcore.formats.fields import read_toml
-    from aprtui.widgets.divergence_table import TOP_K_STEPS
 
     # A file that was only touched is no fault, though as data it would be.
     is_empty = path.is_file() and path.stat().st_size == 0

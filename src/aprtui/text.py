@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from aprcore.wording import visible
 
-__all__ = ("byte_count", "visible", "visible_lines")
+# Characters of an error. Two lists of some thousand token ids must fit: a user compares them.
+ERROR_LIMIT = 20_000
+
+__all__ = ("ERROR_LIMIT", "byte_count", "visible", "visible_lines")
 
 
 def visible_lines(text: str) -> str:

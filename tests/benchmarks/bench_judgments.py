@@ -79,9 +79,9 @@ class Side(bench_trace.Side):
 
 def compared(kind: str) -> Callable[[], float]:
     """Our trace, each stage compared with the oracle's; opening is not counted."""
-    from aprcore.request import TOP_K
     from aprcore.compare import compare
     from aprcore.matching import open_sides
+    from aprcore.request import TOP_K
 
     def run() -> float:
         with open_sides(request(kind)) as sides:

@@ -21,7 +21,8 @@ from aprtui.rows import RUN_ROW, Row, SortOrder
 from aprtui.screens.error import ErrorScreen
 from aprtui.screens.explorer import ExplorerScreen
 from aprtui.screens.help import HelpScreen
-from aprtui.widgets.divergence_table import TOP_K_STEPS, DivergenceTable
+from aprtui.settings import TOP_K_STEPS
+from aprtui.widgets.divergence_table import DivergenceTable
 from aprtui.widgets.stage_tree import StageTree
 
 Steps = Callable[[Pilot[Any]], Any]

@@ -26,6 +26,7 @@ from aprcore.pictures import (
     MemoryPlane,
     TensorPair,
     histogram,
+    levels_of,
     map_kinds,
     token_figures,
     values,
@@ -127,6 +128,15 @@ class TestMaps:
             min(columns, -(-(width - grid.left) // cell_columns)),
         )
         check_grid(grid, whole)
+        nan = {MapKind.TRACE: np.isnan(a), MapKind.ORACLE: np.isnan(b)}.get(
+            kind, np.isnan(a) | np.isnan(b)
+        )
+        for cell in np.ndindex(grid.values.shape):
+            rows_of, columns_of = (
+                slice(at + i * size, at + (i + 1) * size)
+                for at, i, size in zip((grid.top, grid.left), cell, (cell_rows, cell_columns))
+            )
+            assert grid.nan[cell] == nan[rows_of, columns_of].sum()
         finite = np.abs(whole[np.isfinite(whole)])
         assert grid.largest == pytest.approx(finite.max(initial=0), rel=1e-6)
 
@@ -144,7 +154,8 @@ class TestMaps:
             planes.append(FilePlane(folder / name, KEY, matrix_layout(*shape), HEADER.size))
         pair = TensorPair(KEY, *planes)
         kinds = (MapKind.DIFF, MapKind.ORACLE)
-        return {kind: (HeatMap(pair, kind), shown(kind, a, b)) for kind in kinds}
+        flat = views(matrix_layout(*shape))[-1]
+        return {kind: (HeatMap(pair, kind, flat), shown(kind, a, b)) for kind in kinds}
 
     @settings(deadline=None, max_examples=60)
     @given(data=st.data())
@@ -183,6 +194,7 @@ class TestMaps:
         assert rows * grid.cell_rows >= whole.shape[0]
         assert columns * grid.cell_columns >= whole.shape[1]
         assert grid.nonfinite.sum() == np.count_nonzero(~np.isfinite(whole)) > 0
+        assert grid.nan.sum() == np.count_nonzero(np.isnan(whole)) > 0
         assert np.abs(grid.values).max() == grid.largest
 
     def test_a_peak_is_where_the_cell_says(self, large: Any) -> None:
@@ -208,6 +220,22 @@ class TestMaps:
         assert ratio.values[0].tolist() == [2.0, LARGEST, 0.0]
         assert diff.nonfinite.tolist() == [[0, 0, 0]]
         assert ratio.nonfinite.tolist() == [[0, 0, 1]]
+        assert ratio.nan.tolist() == [[0, 0, 0]]
+
+    @pytest.mark.parametrize("kind", [MapKind.DIFF, MapKind.RATIO])
+    def test_the_difference_of_infinities_is_not_called_nan(self, kind: MapKind) -> None:
+        a = np.array([[math.inf, math.inf, math.nan, 1.0]])
+        b = np.array([[math.inf, -math.inf, math.inf, math.inf]])
+        grid = HeatMap(pair_of(a, b, matrix_layout(1, 4)), kind).overview(1, 4)
+        assert grid.nonfinite.tolist() == [[1, 1, 1, 1]]
+        assert grid.nan.tolist() == [[0, 0, 1, 0]]
+
+    def test_levels_of_a_map(self) -> None:
+        x = np.array([[0.0, 1e-9, 1e-8, 1.1e-8, 0.5, 1.0, -1.0, -1e-4, math.nan, -math.inf]])
+        grid = HeatMap(pair_of(x, None, matrix_layout(1, 10)), MapKind.TRACE).overview(1, 10)
+        assert levels_of(grid, 1.0, 8, 20).tolist() == [[0, 1, 1, 1, 20, 20, -20, -10, 21, 22]]
+        assert levels_of(grid, 0.01, 8, 20)[0, 4:7].tolist() == [20, 20, -20]
+        assert levels_of(grid, 0.0, 8, 20).tolist() == [[0] * 8 + [21, 22]]
 
     @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
     def test_an_empty_tensor_has_an_empty_map(self, shape: tuple[int, int]) -> None:
@@ -276,6 +304,44 @@ class TestViews:
     def test_a_vector_is_one_row(self, layout: Layout) -> None:
         (view,) = views(layout)
         assert (view.num_rows, view.num_columns, view.columns) == (1, 9, layout.axes[0])
+
+    @pytest.mark.parametrize(
+        ("count", "fold"), [(64, 8), (100, 8), (2048, 64), (50257, 256), (152064, 512)]
+    )
+    def test_a_long_vector_is_folded(self, count: int, fold: int) -> None:
+        x = draw((count,), 3, bad=2)
+        pair = pair_of(x, x * 2, Layout((count,), (count,), ("token id",)))
+        heat_map = HeatMap(pair, MapKind.TRACE)
+        assert heat_map.view.fold == fold
+        assert heat_map.shape == (-(-count // fold), fold)
+        assert 0.5 <= heat_map.shape[0] / fold <= 2
+        grid = heat_map.overview(99_999, 99_999)
+        bad = ~np.isfinite(x)
+        assert grid.values.reshape(-1)[:count].tolist() == np.where(bad, 0, x).tolist()
+        assert not grid.values.reshape(-1)[count:].any()
+        assert grid.nonfinite.sum() == bad.sum()
+        for index in (0, fold - 1, fold, count // 2, count - 1):
+            found = heat_map.value(*divmod(index, fold))
+            assert (found.index, found.position) == (index, {"token id": index})
+        assert heat_map.value(heat_map.shape[0] - 1, fold - 1).index == count - 1
+        flat = HeatMap(pair, MapKind.TRACE, views(pair.both()[0].layout)[1])
+        assert flat.shape == (1, count)
+        assert flat.largest == heat_map.largest
+
+    def test_a_very_long_vector_in_a_file_is_folded(self, tmp_path: Path) -> None:
+        count = 3 * 8192**2 // 16 + 5
+        layout = Layout((count,), (count,), ("index",))
+        x = draw((count,), 4)
+        write_stage_file(tmp_path / "x", KEY.layer, x)
+        plane = FilePlane(tmp_path / "x", KEY, layout, HEADER.size)
+        heat_map = HeatMap(TensorPair(KEY, plane, None), MapKind.TRACE)
+        rows, columns = heat_map.shape
+        assert rows * columns > DIRECT_VALUES
+        whole = np.zeros((rows, columns), np.float32)
+        whole.reshape(-1)[:count] = x
+        for grid in (heat_map.overview(40, 60), heat_map.grid(rows - 9, columns - 9, 1, 1, 9, 9),
+                     heat_map.grid(5, 7, 3, 2, 30, 50)):  # fmt: skip
+            check_grid(grid, whole)
 
     def test_sides_of_different_sizes_are_shown_apart(self) -> None:
         small, large = matrix_layout(2, 3), matrix_layout(4, 3)

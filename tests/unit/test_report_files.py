@@ -41,7 +41,15 @@ from aprcore.report import (
 from aprcore.report_json import to_json
 from aprcore.reports.collect import collect_maps
 from aprcore.reports.files import check_report_path, write_report
-from aprcore.reports.maps import DECADES, SHADES, StageMap, describe_map, encode_png, row_labels
+from aprcore.reports.maps import (
+    DECADES,
+    SHADES,
+    StageMap,
+    describe_map,
+    encode_png,
+    lost_text,
+    row_labels,
+)
 from aprcore.reports.markdown import MOST_CHARACTERS, code, escape, paragraph
 from aprcore.reports.profile import curves_of, draw_profile
 from aprcore.request import Request

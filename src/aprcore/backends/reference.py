@@ -74,8 +74,9 @@ class ReferenceBackend:
         self, q: Float64, k: Float64, num_heads: int, num_kv_heads: int
     ) -> Float64:
         head_dim = q.shape[1] // num_heads
-        queries = q.reshape(q.shape[0], num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-        keys = k.reshape(k.shape[0], num_kv_heads, 1, head_dim).transpose(1, 2, 3, 0)
+        group = num_heads // num_kv_heads
+        queries = q.reshape(-1, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+        keys = k.reshape(-1, num_kv_heads, 1, head_dim).transpose(1, 2, 3, 0)  # (K, 1, D, S)
         scores: Float64 = np.matmul(queries, keys).reshape(num_heads, q.shape[0], k.shape[0])
         scores /= math.sqrt(head_dim)
         past = k.shape[0] - q.shape[0]

@@ -34,13 +34,15 @@ def views(layout: Layout) -> tuple[MapView, ...]:
                 MapView("head × token", "head", "token", heads, tokens, is_reduced=True),
             )
         case ("token", other):
-            return (MapView(f"token × {other}", "token", other, rows, columns),)
-    last = layout.axes[-1]
-    flat = MapView(last, "token" if last == "token id" else "", last, rows, columns)
+            flat = MapView(f"token × {other}", "token", other, rows, columns)
+        case _:
+            last = layout.axes[-1]
+            flat = MapView(last, "token" if last == "token id" else "", last, rows, columns)
     if rows != 1 or columns < FOLDED_VALUES:
         return (flat,)
-    fold = fold_width(columns)
-    return MapView(f"{last}, {fold} a row", "", last, -(-columns // fold), fold, fold=fold), flat
+    fold, name = fold_width(columns), flat.columns
+    folded = MapView(f"{name}, {fold} a line", "", name, -(-columns // fold), fold, fold=fold)
+    return folded, flat
 
 
 def map_kinds(pair: TensorPair) -> tuple[MapKind, ...]:

@@ -24,8 +24,8 @@ from aprtui.screens.parity import ParityScreen
 from aprtui.screens.profile import ProfileScreen
 from aprtui.screens.running import RunningScreen
 from aprtui.session import StageJudged
+from aprtui.settings import DEFAULT_TOP_K, TOP_K_STEPS
 from aprtui.text import visible
-from aprtui.widgets.divergence_table import DEFAULT_TOP_K, TOP_K_STEPS
 from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.profile_strip import ProfileStrip
 from aprtui.widgets.rejection import Rejection

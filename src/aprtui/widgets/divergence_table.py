@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from aprcore.layouts import Layout
     from aprcore.report import StageReport
 
-TOP_K_STEPS = (5, 10, 20, 50, 100, 200)
-DEFAULT_TOP_K = 10
 SHORT_AXES = {"token": "tok", "head": "hd", "position": "pos", "token id": "id", "index": "at"}
 # Cells from which there is a rank and values have all their decimals.
 WIDE_CELLS = 56
