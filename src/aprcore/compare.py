@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.parallel import available_threads, for_each
+from aprcore.ranking import (
+    NOWHERE,
+    Floor,
+    Ranking,
+    find_candidates,
+    join_rankings,
+    rank,
+)
 
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
@@ -31,40 +39,6 @@ BLOCK_VALUES = 8 * 1024
 # Sums taken in another order differ by their rounding; a tensor that only just passes must not be
 # ruled out by it.
 _ORDER_MARGIN = 1 + 1e-6
-
-# Relative gap under which two candidates for the next token count as tied (FORMATS.md).
-NEAR_TIE_GAP = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One position: flat index, both values and |a - b|."""
-
-    index: int
-    a: float
-    b: float
-    abs_diff: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """The largest differences in order, as arrays because a report keeps thousands of them.
-
-    Attributes:
-        indices: Flat indices: unequal non-finite positions first, then by |a - b|, ties by index.
-        a, b: The values there, float64.
-    """
-
-    indices: NDArray[np.int64]
-    a: Float64
-    b: Float64
-
-    def __len__(self) -> int:
-        return int(self.indices.size)
-
-    def __iter__(self) -> Iterator[Difference]:
-        for index, a, b in zip(self.indices.tolist(), self.a.tolist(), self.b.tolist()):
-            yield Difference(index, a, b, abs(a - b))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,36 +104,6 @@ class Statistics:
         return self.nans + self.infinities
 
 
-@dataclass(frozen=True, slots=True)
-class LogitsComparison:
-    """What two sets of logits would make the model say.
-
-    Attributes:
-        argmax_a, argmax_b: The greedy tokens (the first of equals).
-        top_a, top_b: Token ids with the largest logits, best first.
-        values_a, values_b: Their logits.
-        kl: KL(softmax(b) || softmax(a)) in nats; NaN if a logit is not finite.
-        gap: How far the tested side's token lies below the best on the reference side,
-            (max b - b[argmax a]) / (max b - min b).
-        near_tie: The tokens differ, but by no more than `NEAR_TIE_GAP`.
-    """
-
-    argmax_a: int
-    argmax_b: int
-    top_a: tuple[int, ...]
-    top_b: tuple[int, ...]
-    values_a: tuple[float, ...]
-    values_b: tuple[float, ...]
-    kl: float
-    gap: float
-    near_tie: bool
-
-    @property
-    def agree(self) -> bool:
-        """Whether both sides choose the same token."""
-        return self.argmax_a == self.argmax_b
-
-
 def compare(a: Floats, b: Floats, k: int = 0) -> Comparison:
     """Compare two tensors of the same number of values.
 
@@ -176,7 +120,7 @@ def compare(a: Floats, b: Floats, k: int = 0) -> Comparison:
         raise ValueError(f"cannot compare {a.size} values with {b.size}")
     starts = range(0, a.size, CHUNK_VALUES)
     parts: list[_Part | None] = [None] * len(starts)
-    floor = _Floor(k, is_shared=len(starts) > 1)
+    floor = Floor(k, is_shared=len(starts) > 1)
     threads = min(available_threads(), len(starts)) if len(starts) > 1 else 1
 
     def share(first: int) -> None:
@@ -196,7 +140,7 @@ def compare_pieces(pieces: Iterable[tuple[Floats, Floats]], k: int = 0) -> Compa
             read before the next is asked for, so buffers may be reused.
         k: How many of the largest differences to keep.
     """
-    floor = _Floor(k)
+    floor = Floor(k)
     parts = []
     start = 0
     for a, b in pieces:
@@ -254,60 +198,6 @@ def describe(x: Floats) -> Statistics:
     )
 
 
-def compare_logits(
-    a: Floats, b: Floats, *, k: int = 5, temperature: float = 1.0
-) -> LogitsComparison:
-    """Compare two sets of logits of one token, [V] each, in float64.
-
-    NaN counts as the lowest logit when tokens are ranked.
-
-    Raises:
-        ValueError: The sizes differ or are zero, or the temperature is not positive.
-    """
-    if a.size != b.size or a.size == 0:
-        raise ValueError(f"cannot compare {a.size} logits with {b.size}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    wide_a, wide_b = (x.reshape(-1).astype(np.float64) for x in (a, b))
-    rank_a, rank_b = (np.where(np.isnan(x), -np.inf, x) for x in (wide_a, wide_b))
-    top_a, top_b = (_largest(x, k) for x in (rank_a, rank_b))
-    argmax_a, argmax_b = int(top_a[0]), int(top_b[0])
-    spread = float(rank_b.max()) - float(rank_b.min())
-    gap = 0.0 if argmax_a == argmax_b else math.nan
-    if argmax_a != argmax_b and math.isfinite(spread):
-        gap = float(rank_b[argmax_b] - rank_b[argmax_a]) / spread if spread > 0 else 0.0
-    kl = math.nan
-    if np.isfinite(wide_a).all() and np.isfinite(wide_b).all():
-        log_a, log_b = (_log_softmax(x / temperature) for x in (wide_a, wide_b))
-        kl = max(0.0, float(np.exp(log_b) @ (log_b - log_a)))
-    return LogitsComparison(
-        argmax_a=argmax_a,
-        argmax_b=argmax_b,
-        top_a=tuple(int(i) for i in top_a),
-        top_b=tuple(int(i) for i in top_b),
-        values_a=tuple(float(x) for x in wide_a[top_a]),
-        values_b=tuple(float(x) for x in wide_b[top_b]),
-        kl=kl,
-        gap=gap,
-        near_tie=argmax_a != argmax_b and gap <= NEAR_TIE_GAP,
-    )
-
-
-def _largest(x: Float64, k: int) -> NDArray[np.int64]:
-    """Indices of the k largest values, best first, the first of equals first."""
-    if x.size > 4 * k:  # sorting a whole vocabulary takes longer than comparing it
-        floor = np.partition(x, x.size - k)[x.size - k]
-        candidates = np.flatnonzero(x >= floor)
-    else:
-        candidates = np.arange(x.size)
-    return candidates[np.argsort(-x[candidates], kind="stable")[:k]]
-
-
-def _log_softmax(x: Float64) -> Float64:
-    shifted = x - x.max()
-    return np.asarray(shifted - math.log(float(np.exp(shifted).sum())), dtype=np.float64)
-
-
 @dataclass(slots=True)
 class _Part:
     """Sums over one chunk, and its candidates for the largest differences with their values."""
@@ -328,32 +218,6 @@ class _Part:
     ranked: Ranking
 
 
-class _Floor:
-    """The k-th largest difference seen so far (the largest for k = 0): below it, no ranking.
-
-    Threads share it without a lock on the reading side: a stale floor is only lower, which costs
-    work and never a candidate.
-    """
-
-    def __init__(self, k: int, *, is_shared: bool = True) -> None:
-        self.k = k
-        self._is_shared = is_shared  # a tensor of one chunk has nothing to learn from it
-        self.value = 0.0
-        self._best = np.empty(0)
-        self._lock = threading.Lock()
-
-    def offer(self, diffs: Float64) -> None:
-        if not self._is_shared:
-            return
-        with self._lock:
-            merged = np.sort(np.concatenate([self._best, diffs]))[-max(1, self.k) :]
-            self._best = merged
-            if merged.size >= self.k:
-                self.value = float(merged[0])
-
-
-_NOWHERE = np.empty(0, dtype=np.int64)
-_NO_RANKING = Ranking(_NOWHERE, np.empty(0), np.empty(0))
 _scratch = threading.local()
 
 
@@ -366,7 +230,7 @@ def _buffers(size: int) -> Float64:
     return buffers[:, :size]
 
 
-def _compare_chunk(a: Floats, b: Floats, start: int, floor: _Floor) -> _Part:
+def _compare_chunk(a: Floats, b: Floats, start: int, floor: Floor) -> _Part:
     # Blocks of one length: what is left over at the end of the last is a few values of padding.
     count_of_blocks = max(1, -(-a.size // BLOCK_VALUES))
     block = -(-a.size // count_of_blocks)
@@ -380,7 +244,7 @@ def _compare_chunk(a: Floats, b: Floats, start: int, floor: _Floor) -> _Part:
         wide_b[:] = b
         np.subtract(wide_a, wide_b, out=diff)
         aa, bb, dd = np.vecdot(blocks, blocks).sum(axis=1).tolist()
-    unequal = _NOWHERE
+    unequal = NOWHERE
     nonfinite_a = nonfinite_b = 0
     first = -1
     count = a.size
@@ -398,62 +262,19 @@ def _compare_chunk(a: Floats, b: Floats, start: int, floor: _Floor) -> _Part:
         count -= int(bad.sum())
         aa, bb, dd = np.vecdot(blocks, blocks).sum(axis=1).tolist()
     ab = float(np.vecdot(blocks[0], blocks[1]).sum())
-    ranked, largest_index, largest = _NOWHERE, -1, -1.0
+    ranked, largest_index, largest = NOWHERE, -1, -1.0
     if count and (floor.value == 0 or max(diff.max(), -diff.min()) >= floor.value):
         np.abs(diff, out=diff)
         if bad is not None:
             diff[bad] = -1  # neither the largest difference nor one of the k largest
         place = int(diff.argmax())
         largest_index, largest = place + start, float(diff[place])
-        ranked = _candidates(diff, largest, floor)
+        ranked = find_candidates(diff, largest, floor)
     return _Part(
         a.size, aa, bb, ab, dd, count, nonfinite_a, nonfinite_b, unequal.size, first,
         largest, largest_index,
-        leading=_ranking(unequal[: floor.k], a, b, start), ranked=_ranking(ranked, a, b, start),
+        leading=rank(unequal[: floor.k], a, b, start), ranked=rank(ranked, a, b, start),
     )  # fmt: skip
-
-
-def _candidates(diff: Float64, largest: float, floor: _Floor) -> NDArray[np.int64]:
-    """Positions of a chunk that may be among the k largest of the tensor; `diff` is |a - b|."""
-    k = floor.k
-    if k == 0:
-        floor.offer(np.array([largest]))
-        return _NOWHERE
-    if largest == 0:  # equal tensors: the first k finite positions
-        first = np.flatnonzero(diff == 0)[:k]
-        floor.offer(diff[first])
-        return first
-    (indices,) = (diff >= max(floor.value, _lower_bound(diff, k))).nonzero()
-    diffs = diff[indices]
-    if diffs.size > 2 * k:  # a few too many are cut off where they are put in order
-        threshold = float(np.partition(diffs, diffs.size - k)[diffs.size - k])
-        # Of ties at the threshold (zeros, say) the first k suffice.
-        ties = np.flatnonzero(diffs == threshold)[:k]
-        kept = np.sort(np.concatenate([np.flatnonzero(diffs > threshold), ties]))
-        indices, diffs = indices[kept], diffs[kept]
-    floor.offer(diffs)
-    return indices
-
-
-def _lower_bound(diff: Float64, k: int) -> float:
-    """A value that at least k of a chunk's reach, and not many more.
-
-    Deals the values into 4 k groups or more: where k groups have a maximum that large, k values
-    are. Ten times faster than ranking all of them.
-    """
-    groups = max(4 * k, diff.size // 64)
-    if diff.size < groups:
-        return -1.0
-    maxima = diff[: diff.size // groups * groups].reshape(-1, groups).max(axis=0)
-    maxima.partition(groups - k)
-    return float(maxima[groups - k])
-
-
-def _ranking(indices: NDArray[np.int64], a: Floats, b: Floats, start: int) -> Ranking:
-    if indices.size == 0:
-        return _NO_RANKING
-    wide_a, wide_b = (x[indices].astype(np.float64) for x in (a, b))
-    return Ranking(indices + start, wide_a, wide_b)
 
 
 def _merge(parts: list[_Part], k: int) -> Comparison:
@@ -485,23 +306,15 @@ def _merge(parts: list[_Part], k: int) -> Comparison:
 
 
 def _top(parts: list[_Part], k: int) -> Ranking:
-    leading = _join([part.leading for part in parts])
-    ranked = _join([part.ranked for part in parts])
+    leading = join_rankings([part.leading for part in parts])
+    ranked = join_rankings([part.ranked for part in parts])
     # Indices ascend within a part and from part to part: a stable sort puts ties in their order.
     order = np.argsort(-np.abs(ranked.a - ranked.b), kind="stable")[: max(0, k - len(leading))]
     best = Ranking(ranked.indices[order], ranked.a[order], ranked.b[order])
-    joined = _join([leading, best])
+    joined = join_rankings([leading, best])
     if len(joined) <= k:
         return joined
     return Ranking(joined.indices[:k], joined.a[:k], joined.b[:k])
-
-
-def _join(rankings: list[Ranking]) -> Ranking:
-    present = [ranking for ranking in rankings if len(ranking)]
-    if len(present) < 2:
-        return present[0] if present else _NO_RANKING
-    columns = [[r.indices, r.a, r.b] for r in present]
-    return Ranking(*(np.concatenate(column) for column in zip(*columns)))
 
 
 def _cosine(ab: float, aa: float, bb: float) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aprcore.causes.records import Explanation
-from aprcore.compare import Comparison, LogitsComparison, Statistics
+from aprcore.compare import Comparison, Statistics
 from aprcore.judge import Judgment, Verdict
 from aprcore.layouts import Layout
+from aprcore.logits import LogitsComparison
 from aprcore.parity.records import StageParity
 from aprcore.reference_weights import Quantisation
 from aprcore.stages import StageKey

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes import Explanation, explain, explain_nonfinite
-from aprcore.compare import Comparison, compare, compare_logits, describe, may_be_permuted
+from aprcore.compare import Comparison, compare, describe, may_be_permuted
 from aprcore.judge import Evidence, Judgment, Verdict, decide, within
 from aprcore.layouts import (
     MASKED_STAGES,
@@ -22,6 +22,7 @@ from aprcore.layouts import (
     layout_of,
     zero_above_diagonal,
 )
+from aprcore.logits import compare_logits
 from aprcore.noise import allowed_ratio, assess
 from aprcore.reference_weights import measure_quantisation
 from aprcore.replay import Expectation, expect_both

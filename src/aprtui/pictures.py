@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from textual.message import Message
 
+from aprtui.ramp import DECADES, LEVELS, VALUE_DECADES
+
 if TYPE_CHECKING:
     from aprcore.layouts import Layout
     from aprcore.pictures import (
@@ -110,8 +112,30 @@ class Subject:
     views: dict[MapKind, tuple[MapView, ...]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shades:
+    """The answer to `GridAsk`.
+
+    Attributes:
+        grid: The values.
+        levels: Their levels (`aprtui.ramp`), row by row.
+        top: Where the scale ends.
+        decades: Powers of ten that it spans.
+    """
+
+    grid: Grid
+    levels: list[list[int]]
+    top: float
+    decades: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of cells."""
+        return len(self.levels), len(self.levels[0]) if self.levels else 0
+
+
 if TYPE_CHECKING:
-    Picture = Figures | Subject | Grid | CellValue | Histogram | ValueWindow
+    Picture = Figures | Subject | Shades | CellValue | Histogram | ValueWindow
 
 
 @dataclass
@@ -199,9 +223,10 @@ class PictureMaker:
                 return Subject({kind: pictures.views(layouts[kind]) for kind in kinds})
             case GridAsk():
                 shown = self._open_map(pair, ask.kind, ask.view, is_cancelled)
-                return shown.grid(
+                grid = shown.grid(
                     ask.top, ask.left, ask.cell_rows, ask.cell_columns, ask.rows, ask.columns
                 )
+                return _shade(grid, report)
             case CellAsk():
                 shown = self._open_map(pair, ask.kind, ask.view, is_cancelled)
                 return shown.peak(ask.top, ask.left, ask.rows, ask.columns, is_cancelled)
@@ -221,6 +246,21 @@ class PictureMaker:
             self._map = None
             self._map = HeatMap(pair, kind, view, is_cancelled)
         return self._map
+
+
+def _shade(grid: Grid, report: StageReport) -> Shades:
+    """A grid in levels.
+
+    A difference is seen against the size of the oracle's values, so that rounding looks dark and a
+    fault bright at every stage; only a larger one widens the scale.
+    """
+    from aprcore.pictures import MapKind, levels_of
+
+    top = 1.0 if grid.kind is MapKind.RATIO else grid.largest
+    if grid.kind is MapKind.DIFF and report.comparison is not None:
+        top = max(top, report.comparison.rms_b)
+    decades = VALUE_DECADES if grid.kind in (MapKind.TRACE, MapKind.ORACLE) else DECADES
+    return Shades(grid, levels_of(grid, top, decades, LEVELS).tolist(), top, decades)
 
 
 def _figures(pair: TensorPair, is_cancelled: Callable[[], bool]) -> Figures:

@@ -27,7 +27,11 @@ DECADES = 8
 VALUE_DECADES = 3
 
 DENSITIES = "·░▒▓█"
-NONFINITE = "✕"
+# What is not finite: a NaN, an infinity, and either where they are counted together.
+NAN_GLYPH, INFINITE_GLYPH = "✕", "∞"
+NONFINITE = NAN_GLYPH
+# Their levels: beyond those of values, as `aprcore.pictures.levels_of` has them.
+NAN_LEVEL, INFINITE_LEVEL = LEVELS + 1, LEVELS + 2
 _CIVIDIS = (
     "#00224E", "#123570", "#3B496C", "#575D6D", "#707173", "#8A8678", "#A59C74", "#C3B369",
     "#E1CC55", "#FEE838",

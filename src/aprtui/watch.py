@@ -20,9 +20,18 @@ DEPTH = 2
 Signature = frozenset[tuple[str, int, int, int]]
 
 
-def signature_of(paths: Iterable[Path]) -> Signature:
-    """Every file below some paths with its inode, size and time of change; absent ones left out."""
-    return frozenset(entry for path in paths for entry in _look(path, DEPTH))
+def signature_of(paths: Iterable[Path], ours: Path | None = None) -> Signature:
+    """Every file below some paths with its inode, size and time of change; absent ones left out.
+
+    Args:
+        paths: Files and directories to look at.
+        ours: A file that does not count, as a run itself writes it.
+    """
+    found = frozenset(entry for path in paths for entry in _look(path, DEPTH))
+    if ours is None:
+        return found
+    left_out = ours.absolute()
+    return frozenset(entry for entry in found if Path(entry[0]).absolute() != left_out)
 
 
 def _look(path: Path, depth: int) -> Iterator[tuple[str, int, int, int]]:
@@ -42,7 +51,7 @@ def _look(path: Path, depth: int) -> Iterator[tuple[str, int, int, int]]:
 
 def wait_for_change(
     paths: Iterable[Path], before: Signature, is_cancelled: Callable[[], bool],
-    interval_s: float = INTERVAL_S,
+    interval_s: float = INTERVAL_S, ours: Path | None = None,
 ) -> bool:  # fmt: skip
     """Block until files differ from what they were and have come to rest.
 
@@ -51,6 +60,7 @@ def wait_for_change(
         before: What they were like when they were last read.
         is_cancelled: Asked at every look.
         interval_s: Seconds between two looks.
+        ours: As for `signature_of`.
 
     Returns:
         Whether they changed; False if it was cancelled.
@@ -59,7 +69,7 @@ def wait_for_change(
     latest = before
     while not is_cancelled():
         time.sleep(interval_s)
-        now = signature_of(watched)
+        now = signature_of(watched, ours)
         # An engine that is still writing would be read half done.
         if now not in (before, frozenset()) and now == latest:
             return True

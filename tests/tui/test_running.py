@@ -17,7 +17,7 @@ from textual.widgets import DataTable, Input
 
 from aprcore.bisect import run
 from aprcore.request import Request
-from aprcore.saved_run import SavedRun
+from aprcore.saved_run import SavedRun, save_run
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.rows import Row
@@ -25,6 +25,7 @@ from aprtui.screen_options import ScreenOptions
 from aprtui.screens.changes import ChangesScreen
 from aprtui.screens.error import ErrorScreen
 from aprtui.screens.export import ExportScreen
+from aprtui.watch import INTERVAL_S
 from conftest import FAULT, faulty, rounded, save, sound_tensors
 
 
@@ -134,6 +135,36 @@ class TestWatching:
             await until(pilot, lambda: not isinstance(pilot.app.screen, ErrorScreen))
             assert explorer_of(pilot).state.exit_code == 0
 
+        drive(ExplorerApp(request, options=ScreenOptions(watch=True)), steps)
+
+    def test_a_run_saved_beside_its_dump_does_not_start_the_next(
+        self, failing_request: Request
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            await until(pilot, saved.exists)
+            # Several looks at the files, the first of which see it appear.
+            await pilot.pause(5 * INTERVAL_S)
+            assert explorer.state.number == 1
+
+        saved = Path("engine-dump") / "run.aprx"
+        drive(ExplorerApp(failing_request, options=ScreenOptions(watch=True, save=saved)), steps)
+
+    def test_a_saved_run_that_is_replaced_is_opened_again(self, failing_request: Request) -> None:
+        def write() -> None:
+            report = run(failing_request)
+            save_run(Path("run.aprx"), report)
+
+        write()
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            assert explorer.state.exit_code == 1
+            mend()
+            write()
+            await until(pilot, lambda: explorer.state.report and not explorer.state.divergences)
+
+        request = Request(saved=Path("run.aprx"))
         drive(ExplorerApp(request, options=ScreenOptions(watch=True)), steps)
 
     def test_every_change_is_seen(self, failing_request: Request) -> None:

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from aprcore.compare import (
     CHUNK_VALUES,
-    NEAR_TIE_GAP,
     Comparison,
     compare,
-    compare_logits,
     compare_pieces,
     describe,
     may_be_permuted,
 )
+from aprcore.logits import NEAR_TIE_GAP, compare_logits
 
 # Sums over one chunk and then over the chunks: a few hundred float64 roundings at worst.
 SUM_BOUND = 1e-12

@@ -11,9 +11,10 @@ import pytest
 
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.bisect import run
-from aprcore.compare import compare, compare_logits
+from aprcore.compare import compare
 from aprcore.forward import forward
 from aprcore.judge import Verdict
+from aprcore.logits import compare_logits
 from aprcore.model import Model, open_model
 from aprcore.report import Report
 from aprcore.request import Request

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.compare import compare, compare_logits, describe
+from aprcore.compare import compare, describe
 from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
+from aprcore.logits import compare_logits
 from aprcore.report import LogitsReport, Report, RunHeader, Side, StageReport
 from aprcore.report_json import json_ready, stage_to_json, to_json
 from aprcore.stages import StageKey

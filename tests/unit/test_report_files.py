@@ -22,11 +22,12 @@ import pytest
 from markdown_it import MarkdownIt
 
 from aprcore.bisect import run
-from aprcore.compare import compare, compare_logits, describe
+from aprcore.compare import compare, describe
 from aprcore.environment import format_command, read_environment, without_home
 from aprcore.errors import AprError
 from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
+from aprcore.logits import compare_logits
 from aprcore.parity.records import SideJudgment, StageParity
 from aprcore.pictures import Grid, MapKind
 from aprcore.report import (
@@ -182,8 +183,9 @@ def grid_of(values: Any, nonfinite: Any = 0, **parts: Any) -> Grid:
     x = np.asarray(values, dtype=np.float32)
     lost = np.broadcast_to(np.asarray(nonfinite, dtype=np.int64), x.shape)
     largest = float(np.abs(x).max()) if x.size else 0.0
-    told = {"rows": "token", "columns": "dim", "cell_rows": 1, "cell_columns": 1, "nan": lost} | parts
-    return Grid(MapKind.DIFF, top=0, left=0, values=x, nonfinite=lost, largest=largest, **told)
+    told = {"rows": "token", "columns": "dim", "cell_rows": 1, "cell_columns": 1} | parts
+    told = {"nonfinite": lost, "nan": lost} | told
+    return Grid(MapKind.DIFF, top=0, left=0, values=x, largest=largest, **told)
 
 
 class Page(HTMLParser):

@@ -80,6 +80,20 @@ def test_what_a_writer_has_not_moved_into_place_does_not_count(tmp_path: Path) -
     assert signature_of([tmp_path]) == before
 
 
+def test_what_a_run_writes_itself_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved beside the dump, under whatever spelling of the folder, it would run for ever."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm_head.bin").write_bytes(b"x")
+    ours = tmp_path / "run.aprx"
+    before = signature_of([Path()], ours)
+    ours.write_bytes(b"a run")
+    assert signature_of([Path()], ours) == before != signature_of([Path()])
+    until = time.monotonic() + 6 * QUICK_S
+    assert not wait_for_change([Path()], before, lambda: time.monotonic() > until, QUICK_S, ours)
+
+
 def test_nothing_happens(tmp_path: Path) -> None:
     assert not change_after([tmp_path], lambda: None, limit_s=6 * QUICK_S)
 

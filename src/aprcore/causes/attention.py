@@ -164,11 +164,13 @@ def _causal(scene: Scene, offset: int = 0) -> NDArray[np.bool_]:
 
 def _softmax(scores: Float64, allowed: NDArray[np.bool_], axis: int = 2) -> Float64:
     """Softmax over the allowed positions, zero elsewhere and where none is allowed."""
-    masked = np.where(allowed, scores, -np.inf)
-    top = masked.max(axis=axis, keepdims=True)
-    powers = np.exp(masked - np.where(np.isfinite(top), top, 0.0))
+    powers = np.where(allowed, scores, -np.inf)
+    top = powers.max(axis=axis, keepdims=True)
+    powers -= np.where(np.isfinite(top), top, 0.0)
+    np.exp(powers, out=powers)
     total = powers.sum(axis=axis, keepdims=True)
-    return powers / np.where(total > 0, total, 1.0)
+    powers /= np.where(total > 0, total, 1.0)
+    return powers
 
 
 def _all_scores(scene: Scene) -> Iterator[tuple[str, Float64]]:

@@ -20,9 +20,10 @@ SMALLEST_FACTOR = 1e-3
 # Matching needs this many values for each index, and has a table of indices squared.
 FEWEST_MATCHED = 3
 MOST_MATCHED = 4096
-# So many indices are matched first: where half of them come from nowhere, or are best where they
-# are although they are wrong, the rest is not looked at.
+# So many indices are matched first, by so many values of each: where most of them come from
+# nowhere, or are best where they are although they are wrong, the rest is not looked at.
 FIRST_MATCHED = 32
+FIRST_VALUES = 1024
 # A match leaves at most this share of an index's energy: rounding, of 4-bit weights too, is less.
 MOST_LEFT = 0.25
 # Factors of the scores are those of attention's scale.
@@ -107,15 +108,11 @@ def _permuted(scene: Scene) -> Iterator[Trial]:
         places = np.flatnonzero(wrong.any(axis=others))
         if plain.size // count < FEWEST_MATCHED or not 1 < count <= MOST_MATCHED:
             continue
-        table = np.moveaxis(plain, axis, 0).reshape(count, -1)
-        found = np.moveaxis(observed, axis, 0).reshape(count, -1)[places]
-        if places.size > FIRST_MATCHED:
-            first = np.linspace(0, places.size - 1, FIRST_MATCHED).astype(np.int64)
-            nearest, left = _match(found[first], table)
-            if np.mean((nearest == places[first]) | (left > MOST_LEFT)) > 0.5:
-                continue
+        to, by = np.moveaxis(observed, axis, 0), np.moveaxis(plain, axis, 0)
+        if places.size > FIRST_MATCHED and not _come_from_others(to, by, places):
+            continue
         sources = np.arange(count)
-        sources[places], _ = _match(found, table)
+        sources[places], _ = _match(to[places].reshape(places.size, -1), by.reshape(count, -1))
         moved = [f"{p} from {sources[p]}" for p in places if sources[p] != p]
         if not moved:
             continue
@@ -124,6 +121,15 @@ def _permuted(scene: Scene) -> Iterator[Trial]:
         what = "swapped" if pair else ("permuted" if is_permutation else "taken from others")
         listed = ", ".join(moved[:4]) + (", ..." if len(moved) > 4 else "")
         yield f"{name}s {what}: {listed}", np.take(plain, sources, axis=axis)
+
+
+def _come_from_others(found: Float64, table: Float64, places: Int64) -> bool:
+    """Whether some of the wrong indices, by some of their values, are other indices' values."""
+    some = places[np.linspace(0, places.size - 1, FIRST_MATCHED).astype(np.int64)]
+    step = max(1, table[0].size // FIRST_VALUES)
+    few = table[..., ::step].reshape(len(table), -1)
+    nearest, left = _match(found[some][..., ::step].reshape(some.size, -1), few)
+    return float(np.mean((nearest == some) | (left > MOST_LEFT))) <= 0.5
 
 
 def _match(found: Float64, table: Float64) -> tuple[Int64, Float64]:

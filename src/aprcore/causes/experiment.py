@@ -154,7 +154,7 @@ class Experiment:
 
     def hold(self, value: Float64) -> Outcome | None:
         """The outcome of one alternative; None if it says the same as the plain operation."""
-        value = value.reshape(self._shape)
+        value = np.ascontiguousarray(value).reshape(self._shape)
         energy = _mean_square(value)
         is_finite = math.isfinite(energy) or bool(np.isfinite(value).all())
         if not is_finite or self._is_plain(value):

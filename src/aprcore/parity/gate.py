@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.engine import Engine, open_engine
-from aprcore.compare import compare, compare_logits
+from aprcore.compare import compare
 from aprcore.errors import PlanError
 from aprcore.generate import Decoder, prompt_tokens
 from aprcore.judge import FLOAT32_BOUND
+from aprcore.logits import compare_logits
 from aprcore.parity.records import StageFault, StageParity
 from aprcore.parity.report import (
     CACHE_BOUND,

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aprcore.backends.engine import Engine
-from aprcore.compare import NEAR_TIE_GAP, Comparison
+from aprcore.compare import Comparison
 from aprcore.judge import FLOAT32_BOUND
 from aprcore.layouts import Layout
+from aprcore.logits import NEAR_TIE_GAP
 from aprcore.parity.records import StageFault, StageParity
 from aprcore.report_json import json_ready
 from aprcore.stages import StageKey
@@ -54,7 +55,7 @@ class StepParity:
         token: That token.
         cosine, relative_l2, max_abs_diff: The tested side against the CPU, where both are finite.
         argmax_cpu, argmax_tested: What either would say next.
-        gap: As `aprcore.compare.LogitsComparison.gap`.
+        gap: As `aprcore.logits.LogitsComparison.gap`.
         near_tie: The two differ, by too little to tell them apart.
         cpu_s, tested_s: Time of the step.
         fault: Why the step is rejected; nothing if it passes.

@@ -27,6 +27,6 @@ from aprcore.planes import FilePlane, MemoryPlane, Plane, TensorPair
 __all__ = [
     "EDGE_BITS", "OUTLIER_RMS", "Cancelled", "CellValue", "FilePlane", "Grid", "HeatMap",
     "Histogram", "IsCancelled", "MapKind", "MapView", "MemoryPlane", "Plane", "TensorPair",
-    "TokenFigures", "ValueWindow", "histogram", "levels_of", "map_kinds", "map_layout", "token_figures",
-    "values", "views",
+    "TokenFigures", "ValueWindow", "histogram", "levels_of", "map_kinds", "map_layout",
+    "token_figures", "values", "views",
 ]  # fmt: skip

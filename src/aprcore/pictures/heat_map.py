@@ -193,7 +193,7 @@ class HeatMap:
             else:
                 part = slice(*window[:2]), slice(*window[2:])
                 shown = self._whole.values[part]
-                bad = NonFinite(self._whole.nonfinite[part] > 0, self._whole.nan[part] > 0)
+                bad = NonFinite(*(count[part] > 0 for count in self._whole.bad))
             row, column = divmod(_farthest(shown, bad), right - left)
             found = float(abs(shown[row, column]))
             if bad is not None and bad.all[row, column]:
@@ -230,9 +230,9 @@ class HeatMap:
     def _pool(
         self, top: int, left: int, cell_rows: int, cell_columns: int, rows: int, columns: int
     ) -> tuple[Float32, NonFinite]:
-        """Cells of a window straight from the tensor, and how many values of each are not finite."""
+        """Cells of a window straight from the tensor, and what of each is not finite."""
         shown = np.zeros((rows, columns), np.float32)
-        counts = NonFinite(*(np.zeros((rows, columns), np.int64) for _ in range(2)))
+        counts = NonFinite.none((rows, columns))
         bottom = min(top + rows * cell_rows, self.shape[0])
         right = min(left + columns * cell_columns, self.shape[1])
         step = max(1, PIECE_VALUES // max(1, cell_rows * (right - left)))
@@ -247,13 +247,14 @@ class HeatMap:
 
     def _read_whole(self, is_cancelled: IsCancelled) -> Level:
         height, width = self.shape
-        counts = (np.zeros(self.shape, np.uint8) for _ in range(2))
-        level = Level(1, 1, np.empty(self.shape, np.float32), *counts)
+        values = np.empty(self.shape, np.float32)
+        level = Level(1, 1, values, NonFinite.none(self.shape, np.uint8))
         for first, last in ranges(height, max(1, PIECE_VALUES // max(1, width))):
             check(is_cancelled)
             level.values[first:last], bad = self._show(first, last, 0, width)
             if bad is not None:
-                level.nonfinite[first:last], level.nan[first:last] = bad
+                for where, part in zip(level.bad, bad):
+                    where[first:last] = part
                 level.has_nonfinite = True
         return level
 
@@ -262,7 +263,7 @@ class HeatMap:
         *outer, length = self._layout.factors
         groups = math.prod(outer)
         shown = np.zeros(groups, np.float32)
-        counts = NonFinite(*(np.zeros(groups, np.int64) for _ in range(2)))
+        counts = NonFinite.none((groups,))
         for first, last in ranges(groups, max(1, PIECE_VALUES // max(1, length))):
             check(is_cancelled)
             x, bad = self._show_flat(first * length, last * length)
@@ -276,7 +277,8 @@ class HeatMap:
         matrices = [x.reshape(outer) for x in (shown, *counts)]
         if self._layout.axes[0] == "token":
             matrices = [np.ascontiguousarray(x.T) for x in matrices]
-        return Level(1, 1, *matrices, has_nonfinite=bool(counts.all.any()))
+        matrix, *lost = matrices
+        return Level(1, 1, matrix, NonFinite(*lost), bool(counts.all.any()))
 
     def _build_levels(self, is_cancelled: IsCancelled) -> float:
         """Fill the levels of a large tensor; its largest magnitude."""

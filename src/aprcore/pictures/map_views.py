@@ -68,8 +68,8 @@ def map_layout(pair: TensorPair, kind: MapKind) -> Layout:
 
 
 def fold_width(count: int) -> int:
-    """Values per row of a folded vector: the power of two that makes it most nearly square."""
-    return 1 << round((max(1, count) - 1).bit_length() / 2)
+    """Values per row of a folded vector: the least power of two that leaves it no taller."""
+    return 1 << -(-(max(1, count) - 1).bit_length() // 2)
 
 
 class FoldedPlane:

@@ -8,10 +8,10 @@ is one level of coarse cells per proportion, all of the same area.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -36,6 +36,11 @@ class NonFinite(NamedTuple):
     all: NDArray[Any]
     nan: NDArray[Any]
 
+    @classmethod
+    def none(cls, shape: tuple[int, ...], dtype: DTypeLike = np.int64) -> Self:
+        """Counts of what is finite everywhere."""
+        return cls(np.zeros(shape, dtype), np.zeros(shape, dtype))
+
 
 @dataclass(slots=True)
 class Level:
@@ -44,8 +49,7 @@ class Level:
     Attributes:
         rows, columns: Values per cell; cells at the edges have fewer.
         values: Per cell the finite value of largest magnitude, 0 where there is none.
-        nonfinite: Per cell how many values are NaN or infinite.
-        nan: Per cell how many of those are NaN.
+        bad: Per cell how many values are not finite.
         has_nonfinite: Whether any is.
         signed: Whether there may be negative values.
     """
@@ -53,8 +57,7 @@ class Level:
     rows: int
     columns: int
     values: Float32
-    nonfinite: NDArray[Any]
-    nan: NDArray[Any]
+    bad: NonFinite
     has_nonfinite: bool = False
     signed: bool = True
 
@@ -76,8 +79,8 @@ class Level:
         )
         values = pool_farthest(self.values[part], tall, wide, signed=self.signed)
         if not self.has_nonfinite:
-            return values, NonFinite(*(np.zeros(values.shape, np.int64) for _ in range(2)))
-        counts = (pool_counts(x[part], tall, wide) for x in (self.nonfinite, self.nan))
+            return values, NonFinite.none(values.shape)
+        counts = (pool_counts(count[part], tall, wide) for count in self.bad)
         return values, NonFinite(*counts)
 
 
@@ -152,10 +155,8 @@ class Levels:
         for rows, columns in BLOCKS:
             cells = -(-shape[0] // rows), -(-shape[1] // columns)
             # Zeros cost no memory until something is written.
-            counts = (np.zeros(cells, np.uint8) for _ in range(2))
-            self.levels.append(
-                Level(rows, columns, np.zeros(cells, np.float32), *counts, signed=signed)
-            )
+            values, bad = np.zeros(cells, np.float32), NonFinite.none(cells, np.uint8)
+            self.levels.append(Level(rows, columns, values, bad, signed=signed))
         self._signed = signed
 
     def add(self, top: int, left: int, x: Float32, bad: NonFinite | None) -> float:
@@ -176,7 +177,7 @@ class Levels:
             return largest
         for level in self.levels:
             level.has_nonfinite = True
-            for total, where in zip((level.nonfinite, level.nan), bad):
+            for total, where in zip(level.bad, bad):
                 counts = pool_columns(pool_rows(where.view(np.uint8), level.rows, np.add),
                                       level.columns, np.add)  # fmt: skip
                 part = total[top // level.rows :, left // level.columns :]

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(model: Any, tokens: Any, logits: Any, written: int, directory: Path | None) -> None:
-    from aprcore.compare import compare_logits
     from aprcore.errors import TokenizerError
+    from aprcore.logits import compare_logits
     from aprtui.text import visible
 
     try:

@@ -62,7 +62,7 @@ class RunningScreen(StageNavigation):
     def start_run(self) -> None:
         """Run the request; a run that is under way is given up."""
         # Before anything is read: what changes while the run reads it will be read again.
-        before = signature_of(self._files()) if self.options.watch else None
+        before = self._look_at_files() if self.options.watch else None
         self.engine_worker = self._run_engine()
         if before is not None:
             self._watch_files(before)
@@ -159,14 +159,19 @@ class RunningScreen(StageNavigation):
         asked = self.request
         given = (
             asked.model, asked.trace, asked.oracle, asked.against, asked.names,
-            asked.reference_weights,
+            asked.reference_weights, asked.saved,
         )  # fmt: skip
         return [path for path in given if path is not None]
+
+    def _look_at_files(self) -> Signature:
+        # What every run writes would start the next one, where it is saved beside its dump.
+        return signature_of(self._files(), self.options.save)
 
     @work(thread=True, exclusive=True, exit_on_error=False, group="watch")
     def _watch_files(self, before: Signature) -> None:
         worker = get_current_worker()
-        if wait_for_change(self._files(), before, lambda: worker.is_cancelled):
+        files, ours = self._files(), self.options.save
+        if wait_for_change(files, before, lambda: worker.is_cancelled, ours=ours):
             self.post_message(FilesChanged())
 
     @on(FilesChanged)

@@ -16,8 +16,8 @@ from aprtui.formatting import format_ratio, format_short, format_value, quoted
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
-    from aprcore.compare import Ranking
     from aprcore.layouts import Layout
+    from aprcore.ranking import Ranking
     from aprcore.report import StageReport
 
 SHORT_AXES = {"token": "tok", "head": "hd", "position": "pos", "token id": "id", "index": "at"}

@@ -105,7 +105,8 @@ class PicturePane(Vertical):
             self._waiting_timer = self.set_timer(PATIENCE_S, self._say_waiting)
         self._make(maker, view.report, ask)
 
-    @work(thread=True, exclusive=True, exit_on_error=False, group="picture")
+    # Described, for else the toolkit writes out every argument: a report's arrays in 10 ms.
+    @work(thread=True, exclusive=True, exit_on_error=False, group="picture", description="picture")
     def _make(self, maker: PictureMaker, report: StageReport, ask: Ask) -> None:
         worker = get_current_worker()
         maker.make(report, ask, lambda: worker.is_cancelled, self.post_message)

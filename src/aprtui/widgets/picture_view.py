@@ -9,7 +9,8 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
+from textual.filter import ANSIToTruecolor
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
@@ -154,6 +155,18 @@ class PictureView(ScrollView, can_focus=True):
         _ = self.ramp
         return self._ground
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Lines as they are: the toolkit would add the widget's style to every piece of them again.
+
+        They have no frame, and their colours are true ones already.
+        """
+        strips = [self.render_line(y) for y in crop.line_range]
+        for line_filter in self.get_line_filters():
+            if not isinstance(line_filter, ANSIToTruecolor):
+                ground = self.background_colors[1]
+                strips = [strip.apply_filter(line_filter, ground) for strip in strips]
+        return [strip.crop(*crop.column_span) for strip in strips]
+
     def render_line(self, y: int) -> Strip:
         """A line of the picture, or of what is said in its place."""
         if not self._said:
@@ -173,7 +186,7 @@ class PictureView(ScrollView, can_focus=True):
             )  # fmt: skip
             rendered = whole.render(self.app.console)
             content = [Segment(segment.text, segment.style) for segment in rendered]
-        return Strip(content).apply_style(ground).adjust_cell_length(self.size.width, ground)
+        return Strip(content).apply_style(ground).adjust_cell_length(self.outer_size.width, ground)
 
     def reserve(self, lines: int) -> None:
         """Say how many lines there are to scroll through."""
