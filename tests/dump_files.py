@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.config import ModelConfig
+from aprcore.dumps.source import StageSource
 from aprcore.stages import StageKey
-from aprcore.trace import StageSource
 
 Arrays = dict[str, NDArray[Any]]
 

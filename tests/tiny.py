@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.numpy import NumpyBackend
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.forward import trace
 from aprcore.model import Model, open_model
-from aprcore.sidecar import Sidecar
 from aprcore.stages import STAGES, WEIGHT_SHAPES, Scope, StageKey, resolve_shape
-from aprcore.trace import TraceWriter
 
 Float32 = NDArray[np.float32]
 Tensors = dict[StageKey, Float32]

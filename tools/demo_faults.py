@@ -19,6 +19,8 @@ from aprcore.backends.numpy import NumpyBackend
 from aprcore.bisect import run
 from aprcore.compare import compare
 from aprcore.conversion.convert import import_model
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.writer import TraceWriter
 from aprcore.formats.apr import read_apr
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.forward import forward
@@ -26,7 +28,6 @@ from aprcore.model import Model, open_model
 from aprcore.report import Report
 from aprcore.request import Request
 from aprcore.stages import StageKey
-from aprcore.trace import TraceDirectory, TraceWriter
 from aprcore.weights import read_all
 from wrong_engine import Mistake, run_engine
 

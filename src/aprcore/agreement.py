@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from aprcore.dumps.source import StageSource
 from aprcore.errors import OracleError, PlanError, TokenizerError
 from aprcore.plan import DEFAULT_PROMPT
 from aprcore.request import Request
 from aprcore.stages import BY_NAME
-from aprcore.trace import StageSource
 
 if TYPE_CHECKING:
     from aprcore.model import Model

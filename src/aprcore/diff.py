@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.compare import Comparison, compare, compare_pieces
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.stage_file import read_stage_file
 from aprcore.errors import AprError, FormatError
 from aprcore.judge import Verdict
 from aprcore.report_json import json_ready
 from aprcore.stages import computation_order
-from aprcore.trace import TraceDirectory, read_stage_file
 from aprcore.weights import Weight, row_chunks, row_values
 
 DIFF_SCHEMA = "apr-stage-diff-v1"

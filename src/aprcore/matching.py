@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.agreement import Dumps, agree_on_tokens
-from aprcore.dump_names import Dialect
-from aprcore.dumps import is_tensor_file, open_dump
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.name_map import read_name_map
+from aprcore.dumps.names import Dialect
+from aprcore.dumps.open import is_tensor_file, open_dump
+from aprcore.dumps.source import StageSource
 from aprcore.errors import OracleError, PlanError
 from aprcore.judge import cumulative_bound
 from aprcore.layouts import infer_sizes
-from aprcore.name_map import read_name_map
 from aprcore.plan import DEFAULT_PROMPT, Plan, check_layers
 from aprcore.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtype
 from aprcore.reference_weights import open_reference
@@ -29,7 +31,6 @@ from aprcore.report import RunHeader, Side
 from aprcore.request import Request
 from aprcore.sides import Sides, token_texts
 from aprcore.stages import BY_NAME, StageKey, computation_order, parse_path, stage_keys
-from aprcore.trace import StageSource, TraceDirectory
 
 if TYPE_CHECKING:
     from aprcore.model import Model

@@ -24,12 +24,12 @@ from aprcore.capture import (
     explained,
 )
 from aprcore.config import ARCHITECTURES
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.errors import OracleError
 from aprcore.formats.huggingface import CONFIG_NAME, HuggingFaceFiles, read_huggingface
 from aprcore.model import fingerprint
-from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import TraceWriter
 
 Progress = Callable[[int, int], None]  # tensors written, tensors in all
 

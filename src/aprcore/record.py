@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.numpy import NumpyBackend
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.errors import PlanError
 from aprcore.forward import needed_keys, trace
 from aprcore.plan import Plan
-from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import TraceWriter
 
 if TYPE_CHECKING:
     from aprcore.generate import StepTraced

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.backends.estimate import Profile
+from aprcore.dumps.source import StageSource
 from aprcore.errors import AprError
 from aprcore.layouts import layout_of, zero_above_diagonal
 from aprcore.precision import Arithmetic, arithmetic_of_dtype
 from aprcore.replay import RecordedSide
 from aprcore.report import RunHeader
 from aprcore.stages import StageKey, computation_order, stage_keys
-from aprcore.trace import StageSource
 
 if TYPE_CHECKING:
     from aprcore.backends.base import Backend

@@ -19,6 +19,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.source import StageSource
+from aprcore.dumps.stage_file import HEADER
 from aprcore.errors import TraceError
 from aprcore.layouts import Layout, alternatives, last_token, layout_of, zero_above_diagonal
 from aprcore.matching import open_sides
@@ -29,7 +32,6 @@ from aprcore.saved_run import SavedRun
 from aprcore.sides import Sides
 from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
 from aprcore.tensor_source import TensorSource
-from aprcore.trace import HEADER, StageSource, TraceDirectory
 
 Floats = NDArray[np.floating[Any]]
 Float32 = NDArray[np.float32]

@@ -17,12 +17,12 @@ import numpy as np
 from figures import Figure, interleave, median_ratio, milliseconds, report, timed
 
 from aprcore.bisect import bisect
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.judge import Verdict
 from aprcore.report import Report, StageReport
 from aprcore.request import Request
-from aprcore.sidecar import Sidecar
 from aprcore.stages import BY_NAME, Scope, StageKey, stage_keys
-from aprcore.trace import TraceWriter
 
 FILES = 1_900
 TOKENS = tuple(range(16))

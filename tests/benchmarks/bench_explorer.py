@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import itertools
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -25,16 +26,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from aprcore.compare import compare
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.judge import Verdict
 from aprcore.layouts import Layout, layout_of
 from aprcore.pictures import MemoryPlane, TensorPair
 from aprcore.report import Report, RunHeader, Side, StageReport
 from aprcore.request import Request
-from aprcore.sidecar import Sidecar
 from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
-from aprcore.trace import TraceWriter
 
 if TYPE_CHECKING:
+    from textual.screen import Screen
+
     from aprcore.tensor_source import TensorSource
     from aprtui.app import ExplorerApp
 
@@ -118,6 +121,7 @@ async def key_latencies_ms(presses: int) -> tuple[list[float], list[float]]:
     waits, works = [], []
     keys = ["down", "down", "right", "up", "s", "n", "k", "left"]
     async with app.run_test(size=(120, 40)) as pilot:
+        write_screens(app)
         while not app.explorer.is_open:
             await pilot.pause(0.01)
         for key in itertools.islice(itertools.cycle(keys), presses):
@@ -175,6 +179,20 @@ async def tab_latencies_ms(presses: int) -> dict[str, tuple[list[float], list[fl
     return found
 
 
+def write_screens(app: ExplorerApp) -> None:
+    """Have an app without a terminal make what it would write to one, which it would leave out."""
+    from textual._compositor import CompositorUpdate
+
+    display = app._display
+
+    def write(screen: Screen[Any], renderable: Any) -> None:
+        display(screen, renderable)
+        if isinstance(renderable, CompositorUpdate):
+            renderable.render_segments(app.console).encode()
+
+    app._display = write  # type: ignore[method-assign]
+
+
 class Repaints:
     """When an app's screen was drawn, by the clock of `time.perf_counter`.
 
@@ -194,6 +212,7 @@ class Repaints:
         self.work_s = 0.0
         self._start_work = 0.0
         self._app = app
+        write_screens(app)
         display = app._display
 
         def note(*args: Any) -> None:
@@ -282,8 +301,8 @@ async def pan_latencies_ms(folder: Path, presses: int) -> list[float]:
 
 def large_files(folder: Path) -> tuple[StageReport, TensorSource]:
     """Attention probabilities of 32 heads over 2,048 tokens, both sides in files."""
+    from aprcore.dumps.stage_file import HEADER, write_stage_file
     from aprcore.pictures import FilePlane
-    from aprcore.trace import HEADER, write_stage_file
 
     key = StageKey(0, "attn_softmax")
     layout = Layout(MAP_SHAPE, MAP_SHAPE, ("head", "token", "position"))
@@ -382,6 +401,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS),
                         help="which figures; default: all")  # fmt: skip
     options = parser.parse_args()
+    # Most terminals have all colours; a map has two values per character there.
+    os.environ |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    os.environ.pop("NO_COLOR", None)
     is_slow = False
     for part in options.only:
         for name, figure, unit, bound, note in PARTS[part](options.runs, options.keys):

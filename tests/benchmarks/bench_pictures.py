@@ -74,7 +74,7 @@ def panning() -> list[Figure]:
 
 def write_huge(path: Path, seed: int) -> None:
     """A stage file of the huge tensor, a few rows at a time."""
-    from aprcore.trace import HEADER, MAGIC
+    from aprcore.dumps.stage_file import HEADER, MAGIC
 
     generator = np.random.default_rng(seed)
     with path.open("wb") as file:
@@ -86,10 +86,10 @@ def write_huge(path: Path, seed: int) -> None:
 
 def look(folder: Path) -> dict[str, Any]:
     """Pan over the huge tensor at every zoom from the whole to single values."""
+    from aprcore.dumps.stage_file import HEADER
     from aprcore.layouts import Layout
     from aprcore.pictures import FilePlane, HeatMap, MapKind, TensorPair
     from aprcore.stages import StageKey
-    from aprcore.trace import HEADER
 
     key = StageKey(0, "attn_scores")  # the scores: what lies above the diagonal is masked
     layout = Layout(SHAPE, SHAPE, ("head", "token", "position"))

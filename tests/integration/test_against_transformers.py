@@ -105,7 +105,7 @@ def test_stories260k(shared):
 
 
 def test_the_demo_model():
-    from aprcore.trace import TraceDirectory
+    from aprcore.dumps.directory import TraceDirectory
     from aprtui.demo import demo_path
 
     trace = TraceDirectory(demo_path() / "oracle")

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from aprcore.bisect import bisect, run
+from aprcore.dumps.sidecar import Sidecar
 from aprcore.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
 from aprcore.judge import Verdict
 from aprcore.plan import Plan
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.request import Request
-from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey
 from tiny import (
     NUM_LAYERS,

@@ -575,7 +575,7 @@ def test_a_fused_projection_in_another_order_is_the_same(
 def test_a_dump_in_one_file_can_be_held_against_a_directory(
     tensors: Tensors, cpu_dump: Path, tmp_path: Path
 ) -> None:
-    from aprcore.trace import TraceDirectory
+    from aprcore.dumps.directory import TraceDirectory
 
     arrays = own_names(TraceDirectory(cpu_dump))
     metadata = {"tokens": json.dumps(TOKENS), "dtype": "float32"}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from aprcore.bisect import run
+from aprcore.dumps.directory import TraceDirectory
 from aprcore.errors import AprError, PlanError
 from aprcore.judge import Verdict
 from aprcore.model import open_model
 from aprcore.request import Request
 from aprcore.stages import StageKey
-from aprcore.trace import TraceDirectory
 from aprtui.cli import main
 from aprtui.demo import demo_path, load_faults
 from dump_files import (

@@ -26,7 +26,7 @@ from aprcore.request import Request
 from aprcore.errors import AprError
 from aprcore.model import open_model
 from aprcore.record import record_trace
-from aprcore.trace import TraceDirectory
+from aprcore.dumps.directory import TraceDirectory
 from aprcore.weights import read_all
 
 def cut(path, size=100):

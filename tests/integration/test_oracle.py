@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aprcore.dumps.directory import TraceDirectory
 from aprcore.errors import AprError, FormatError, OracleError, PlanError, TraceError
 from aprcore.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
 from aprcore.stages import StageKey, stage_keys
-from aprcore.trace import TraceDirectory
 from models import ARCHITECTURES, build, save, save_tokenizer, small_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")

@@ -18,6 +18,7 @@ import pytest
 from aprcore.backends.engine import Engine, open_engine
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.bisect import run as bisect_run
+from aprcore.dumps.directory import TraceDirectory
 from aprcore.errors import OracleError
 from aprcore.generate import Decoder
 from aprcore.parity import gate
@@ -25,7 +26,6 @@ from aprcore.parity.gate import ParityRequest, check_parity
 from aprcore.parity.report import ParityReport
 from aprcore.request import Request
 from aprcore.stages import StageKey, stage_keys
-from aprcore.trace import TraceDirectory
 from aprtui.cli import main
 from aprtui.demo import demo_path
 from models import build, random_config, write_apr

@@ -9,10 +9,11 @@ import numpy as np
 
 from aprcore.backends.base import Site
 from aprcore.backends.reference import ReferenceBackend
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.model import open_model
 from aprcore.request import Request
 from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
-from aprcore.trace import Sidecar, TraceWriter
 from aprtui.demo import demo_path, load_faults
 from conftest import PROMPT
 

@@ -104,12 +104,16 @@ class TestScreen:
 
     def test_a_stage_over_all_layers_keeps_the_layer(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("o", "down", "down", "down")
+            await pilot.press("o", "down")
             plot = profile_of(pilot).plot
-            point = plot.point()
-            assert plot.stage == "qkv_matmul"
-            assert point is not None and point.key == StageKey(2, "qkv_matmul")
-            assert len(plot.points()) == 4
+            for presses, stage in enumerate(("attn_scores", "attn_softmax", "attention")):
+                await pilot.press(*["down"] * bool(presses))
+                point = plot.point()
+                assert plot.stage == stage
+                assert point is not None and point.key == StageKey(2, stage)
+                assert len(plot.points()) == 4
+            await pilot.press("up")
+            assert plot.stage == "attn_softmax"
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
 
@@ -153,7 +157,7 @@ class TestPictures:
 
         async def wait(pilot: Pilot[Any]) -> None:
             await settle(pilot)
-            await pilot.press("o", "up", "up")
+            await pilot.press("o", *["down"] * 11)
             await pilot.pause()
 
         assert snap_compare(ExplorerApp(kernel_run("kv-tiled")), run_before=wait)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from driving import drive, explorer_of, settle
 from textual.pilot import Pilot
+from textual.widgets import Footer, Static
 
 from aprcore.request import Request
 from aprtui import app as app_module
@@ -169,7 +170,8 @@ class TestHint:
         found: list[str] = []
 
         async def steps(pilot: Pilot[Any]) -> None:
-            found.extend(note.message for note in pilot.app._notifications)
+            lines = explorer_of(pilot).query("#hint").results(Static)
+            found.extend(str(line.render()).strip() for line in lines)
 
         drive(app, steps)
         return found
@@ -184,6 +186,28 @@ class TestHint:
         assert self.hints_of(passing_request, settings, is_new=True) == [
             "? help · ^n next divergence · w why"
         ]
+
+    def test_is_one_line_that_covers_nothing_and_goes(
+        self, passing_request: Request, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On the smallest screen a notification would hide the half of it, and what lies above."""
+        monkeypatch.setattr(app_module, "HINT_S", 1)
+        app = ExplorerApp(passing_request, is_new=True)
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            line = explorer.query_one("#hint")
+            assert line.region.height == 1
+            assert line.region.bottom == explorer.query_one(Footer).region.y
+            assert not explorer.tree_of_stages.region.overlaps(line.region)
+            assert not list(pilot.app._notifications)
+            await pilot.press("question_mark")
+            assert not pilot.app.screen.query("#hint")
+            await pilot.press("escape")
+            await pilot.pause(1.2)
+            assert not explorer.query("#hint")
+
+        drive(app, steps, size=(40, 10))
 
     def test_names_actions_that_there_are(self) -> None:
         assert set(HINTED) <= set(commands())

@@ -26,11 +26,12 @@ from aprtui.pictures import PICTURES_KEPT, PictureFailed, PictureMade, PictureMa
 from aprtui.places import parse_place
 from aprtui.ramp import LEVELS, level_of
 from aprtui.settings import Settings
+from aprtui.widgets.bars import bar
 from aprtui.widgets.picture_pane import PicturePane
 from aprtui.widgets.picture_view import COMPUTING, PictureView
 from aprtui.widgets.tab_strip import DetailTab, TabStrip
 from aprtui.widgets.tensor_map import TensorMap
-from aprtui.widgets.token_bars import TokenBars, bar
+from aprtui.widgets.token_bars import TokenBars
 from aprtui.widgets.value_grid import ValueGrid
 from conftest import FAULT, faulty, rounded, save, sound_tensors
 

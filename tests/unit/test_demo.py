@@ -12,6 +12,7 @@ import pytest
 from aprcore.backends.numpy import NumpyBackend
 from aprcore.bisect import run
 from aprcore.compare import compare
+from aprcore.dumps.directory import TraceDirectory
 from aprcore.forward import forward
 from aprcore.judge import Verdict
 from aprcore.logits import compare_logits
@@ -19,7 +20,6 @@ from aprcore.model import Model, open_model
 from aprcore.report import Report
 from aprcore.request import Request
 from aprcore.stages import StageKey
-from aprcore.trace import TraceDirectory
 from aprtui.demo import DemoFault, demo_path, load_faults
 
 FAULTS = load_faults()

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.dump_names import Reading, known_dialects, mapped_dialect, resolve
-from aprcore.dumps import TensorDump, is_tensor_file, open_dump
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.name_map import read_name_map
+from aprcore.dumps.names import Reading, known_dialects, mapped_dialect, resolve
+from aprcore.dumps.open import TensorDump, is_tensor_file, open_dump
 from aprcore.errors import AprError, FormatError, PlanError, TraceError
-from aprcore.name_map import read_name_map
 from aprcore.stages import BY_NAME, Scope, StageKey
-from aprcore.trace import TraceDirectory
 from dump_files import to_bfloat16, write_safetensors
 from tiny import write_stages
 
@@ -350,7 +350,7 @@ class TestHostileFiles:
                 open_dump(self.member(tmp_path / "a.npz", shape, bytes(20)))
 
     def test_a_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("aprcore.tensor_files.HARMLESS_BYTES", 1000)
+        monkeypatch.setattr("aprcore.dumps.tensor_files.HARMLESS_BYTES", 1000)
         path = self.member(tmp_path / "a.npz", (1 << 20,), bytes(4 << 20))
         with pytest.raises(FormatError, match="expands from"):
             open_dump(path)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from aprcore.compare import compare
+from aprcore.dumps.stage_file import HEADER, write_stage_file
 from aprcore.errors import AprError, TraceError, TruncatedError
 from aprcore.layouts import Layout, zero_above_diagonal
 from aprcore.pictures import (
@@ -35,7 +36,6 @@ from aprcore.pictures import (
 from aprcore.pictures.heat_map import DIRECT_VALUES
 from aprcore.pictures.records import PIECE_VALUES
 from aprcore.stages import StageKey
-from aprcore.trace import HEADER, write_stage_file
 
 Floats = NDArray[Any]
 

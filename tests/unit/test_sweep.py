@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from aprcore.backends.numpy import NumpyBackend
 from aprcore.errors import AprError, BackendError, FormatError, PlanError
 from aprcore.parity import second_side
 from aprcore.stages import StageKey
+from aprcore.sweep import plan
 from aprcore.sweep.cases import CASE_SCHEMA, Case, Prompt, Settings, Source, make_request
 from aprcore.sweep.files import NEIGHBOURS, fetch, fingerprint
 from aprcore.sweep.plan import MOST_CASES, read_sweep
@@ -39,6 +41,8 @@ from aprtui.cli import main
 from aprtui.commands.sweep import format_duration
 from tiny import edited, leftovers, trace_model, write_model, write_stages
 from wrong_backends import MissingTail, OutOfMemory
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 UP = StageKey(1, "ffn_up")
 
@@ -111,6 +115,19 @@ class TestPlan:
         }
         assert (last.backend, last.prompt.tokens, last.model) == ("dump", (3,), None)
         assert last.settings.strict and not first.settings.strict
+
+    def test_what_the_documentation_writes_is_understood(self, tmp_path: Path) -> None:
+        """A page that shows a wrong key, or leaves one out, is worse than none."""
+        page = DOCS / "sweep.md"
+        examples = re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)
+        counts = []
+        for example in examples:
+            path = tmp_path / "cases.toml"
+            path.write_text(example.replace("s3://bucket", "weights"))
+            counts.append(len(read_sweep(path).cases))
+        assert counts == [3 * 2 * 2, 2 * 2 + 1]
+        for key in (*plan._LISTS, *plan._SINGLES, *plan._SETTINGS):
+            assert f"`{key}`" in page.read_text()
 
     def test_an_oracle_of_a_model_or_a_prompt(self, tmp_path: Path) -> None:
         sweep = read_sweep(write(tmp_path, """

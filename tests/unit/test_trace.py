@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.sidecar import Sidecar, read_sidecar
+from aprcore.dumps.stage_file import read_stage_file, write_stage_file
+from aprcore.dumps.writer import TraceWriter
 from aprcore.errors import AprError, FormatError, TraceError, TruncatedError
-from aprcore.sidecar import Sidecar, read_sidecar
 from aprcore.stages import StageKey
-from aprcore.trace import TraceDirectory, TraceWriter, read_stage_file, write_stage_file
 from tiny import leftovers, write_stages
 
 NORM = StageKey(0, "attn_norm")

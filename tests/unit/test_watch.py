@@ -7,6 +7,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from aprtui.watch import signature_of, wait_for_change
 
 QUICK_S = 0.02

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from aprcore.conversion.convert import describe_config
+from aprcore.dumps.directory import TraceDirectory
 from aprcore.model import Model, open_model
 from aprcore.oracle import OracleRequest, write_oracle
-from aprcore.trace import TraceDirectory
 from aprcore.weights import read_all
 
 from .converters import Draft

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from aprcore.bisect import run
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.report import Report, StageReport
 from aprcore.request import Request
-from aprcore.sidecar import Sidecar
 from aprcore.stages import StageKey, computation_order
-from aprcore.trace import TraceWriter
 
 from . import converters, kernels
 from .engine import Engine, Tensor, Wrong, run_on

@@ -17,9 +17,17 @@ SCORES, SOFTMAX, VALUES = stages("attn_scores"), stages("attn_softmax"), stages(
 GROUPED = SCORES | VALUES
 
 
-def _head_maps(scene: Scene) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """Which kv head each query head reads, otherwise than grouped."""
+def _distinct_head_maps(scene: Scene) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """Which kv head each query head reads, otherwise than grouped; of equal maps the first."""
     heads, kv = scene.config.num_heads, scene.config.num_kv_heads
+    seen = [np.arange(heads) // (heads // kv)]
+    for name, index in _head_maps(heads, kv):
+        if not any(np.array_equal(index, other) for other in seen):
+            seen.append(index)
+            yield name, index
+
+
+def _head_maps(heads: int, kv: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
     index = np.arange(heads)
     yield "tiled (head h reads kv head h mod K) instead of grouped", index % kv
     yield "all of the first kv head", index * 0
@@ -33,7 +41,7 @@ def _head_maps(scene: Scene) -> Iterator[tuple[str, NDArray[np.int64]]]:
 
 def _other_groups(scene: Scene) -> Iterator[Trial]:
     config = scene.config
-    for name, heads in _head_maps(scene):
+    for name, heads in _distinct_head_maps(scene):
         if scene.key.stage == "attn_scores":
             q, k = scene.inputs
             yield (

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aprcore.dump_names import Dialect, mapped_dialect
+from aprcore.dumps.names import Dialect, mapped_dialect
 from aprcore.errors import PlanError
 from aprcore.formats.fields import read_toml
 from aprcore.stages import Scope, find_stage

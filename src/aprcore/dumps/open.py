@@ -13,18 +13,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.dump_names import Dialect, Reading, Recipe, known_dialects, resolve
-from aprcore.errors import FormatError, TraceError
-from aprcore.sidecar import Sidecar
-from aprcore.stages import BY_NAME, StageKey, computation_order
-from aprcore.tensor_files import (
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.names import Dialect, Reading, Recipe, known_dialects, resolve
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.source import StageSource
+from aprcore.dumps.tensor_files import (
     StoredArray,
     TensorFile,
     read_npz_dump,
     read_safetensors_dump,
     read_torch_dump,
 )
-from aprcore.trace import StageSource, TraceDirectory
+from aprcore.errors import FormatError, TraceError
+from aprcore.stages import BY_NAME, StageKey, computation_order
 
 Float32 = NDArray[np.float32]
 
@@ -66,7 +67,7 @@ def is_tensor_file(path: Path) -> bool:
 
 
 class TensorDump:
-    """The stage tensors in one file, read one at a time; see `aprcore.trace.StageSource`.
+    """The stage tensors in one file, read one at a time; see `aprcore.dumps.directory.StageSource`.
 
     Attributes:
         path: The file.

@@ -1,0 +1,1 @@
+"""Stage tensors on disk: directories of stage files, and other engines' dumps in one file."""

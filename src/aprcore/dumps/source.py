@@ -1,0 +1,58 @@
+"""What every kind of dump can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.stages import StageKey
+
+Float32 = NDArray[np.float32]
+
+
+class StageSource(Protocol):
+    """Stage tensors of one side, read one at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The directory or file."""
+        ...
+
+    @property
+    def sidecar(self) -> Sidecar:
+        """What it says of itself."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[StageKey, int]:
+        """Number of values of every tensor, in the order of computation."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names in it that are no stage."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """One more than the highest layer present."""
+        ...
+
+    def __contains__(self, key: StageKey) -> bool: ...
+
+    def keys(self) -> tuple[StageKey, ...]:
+        """Every tensor, in the order of computation."""
+        ...
+
+    def shape(self, key: StageKey) -> tuple[int, ...] | None:
+        """The recorded shape of a tensor, if it fits the number of values."""
+        ...
+
+    def read(self, key: StageKey) -> Float32:
+        """The values of one tensor, flat."""
+        ...
