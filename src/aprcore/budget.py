@@ -234,7 +234,9 @@ def settle(stage: StageReport, budget: float | None, *, strict: bool = False) ->
     if failed:
         if budget is not None and error <= budget:
             reason = f"within your budget: {error:.3g} <= {budget:g} ({stage.reason})"
-            return replace(stage, verdict=Verdict.NOISE, reason=reason, budget=budget)
+            return replace(
+                stage, verdict=Verdict.NOISE, reason=reason, budget=budget, accepted=True
+            )
         return replace(stage, budget=budget, passes_at=error)
     if budget is None:
         return stage

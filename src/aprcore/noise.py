@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ class Part:
     name: str
     ratio: float
     factor: float
+
+
+# Tokens whose values differ by less than this, relative to their size, round much alike: with equal
+# inputs they differ only by what rounding has done before, some 1e-7, and text has none in between.
+ALIKE = 1e-5
+PROJECTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +106,20 @@ def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layo
         # A value that is exactly zero has no rounding of its own (a masked score, a dead row), yet
         # the terms it sums may not cancel to the last bit.
         predicted = predicted + SMALLEST_ENERGY * reference / error.size * 1e-6
+    token_dof = _independent_tokens(expected.value.reshape(shape), layout)
+    if expected.token_dof is not None:
+        token_dof = min(token_dof, expected.token_dof)
     whole = float(error.sum())
     floor = math.sqrt(float(predicted.sum()) / reference) if reference > 0 else 0.0
     worst = Part("whole tensor", 0.0, float(allowed_ratio(1.0)))
-    for part in _parts(error, predicted, layout, expected.token_dof):
+    for part in _parts(error, predicted, layout, token_dof):
         if part.ratio * worst.factor > worst.ratio * part.factor:
             worst = part
     total = float(predicted.sum())
     return Assessment(_ratio(whole, total), floor, worst)
 
 
-def _parts(
-    error: Float64, predicted: Float64, layout: Layout, token_dof: float | None
-) -> Iterator[Part]:
+def _parts(error: Float64, predicted: Float64, layout: Layout, token_dof: float) -> Iterator[Part]:
     """The worst part of every kind: the whole, then by each axis and pair of axes, then values."""
     axes = layout.axes
     kinds: list[tuple[int, ...]] = [()]
@@ -128,8 +136,8 @@ def _parts(
         measured = error.sum(axis=summed) if summed else error
         expected = predicted.sum(axis=summed) if summed else predicted
         dof = _degrees(predicted, expected, summed)
-        if token in summed and token_dof is not None:
-            # Errors of a weight repeat from token to token where the inputs look alike.
+        if token in summed:
+            # Errors repeat from token to token where the inputs look alike.
             dof = dof * min(1.0, token_dof / error.shape[token])
         ratio = _ratios(measured, expected)
         factor = np.broadcast_to(allowed_ratio(dof), ratio.shape)
@@ -137,6 +145,33 @@ def _parts(
         position = np.unravel_index(flat, ratio.shape) if kept else ()
         name = ", ".join(f"{axes[a]} {int(i)}" for a, i in zip(kept, position)) or "whole tensor"
         yield Part(name, float(ratio.reshape(-1)[flat]), float(factor.reshape(-1)[flat]))
+
+
+def _independent_tokens(value: Float64, layout: Layout) -> float:
+    """Over how many independent errors a sum over tokens averages: (sum n)^2 / sum n^2.
+
+    The n are the sizes of groups of tokens whose values are alike: the same inputs round to the
+    same errors, however often a prompt repeats them. Groups are found by a few random projections,
+    so that a pass over the tensor is enough; that two other tokens meet in all of them by chance
+    makes the estimate only more careful.
+    """
+    if "token" not in layout.axes or value.size == 0:
+        return 1.0
+    rows = np.moveaxis(value, layout.axes.index("token"), 0)
+    rows = rows.reshape(len(rows), -1)
+    seen = rows @ _directions(rows.shape[1])
+    order = np.lexsort(seen.T)
+    limit = ALIKE * np.sqrt(np.square(rows[order]).sum(axis=1, keepdims=True))
+    steps = np.abs(np.diff(seen[order], axis=0))
+    # Tokens that are all zero tell nothing of what they were made of.
+    begins = np.flatnonzero(np.any(steps > limit[1:], axis=1) | (limit[1:, 0] == 0)) + 1
+    sizes = np.diff(np.concatenate([[0], begins, [len(rows)]]))
+    return len(rows) ** 2 / float(np.square(sizes).sum())
+
+
+@lru_cache(maxsize=8)
+def _directions(size: int) -> Float64:
+    return np.random.default_rng(0).standard_normal((size, PROJECTIONS))
 
 
 def _degrees(predicted: Float64, sums: Float64, summed: tuple[int, ...]) -> Float64:

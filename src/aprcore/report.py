@@ -128,6 +128,7 @@ class StageReport:
         explanation: Why it fails, for a FAIL by the kernel or model judgment.
         quantisation: What quantised weights really do here, where the float weights are at hand.
         budget: The largest own error that the user tolerates here, if stated.
+        accepted: Whether it would fail but for the user's budget.
         passes_at: For a stage that fails: the smallest budget under which it would pass.
         elapsed_s: Seconds to compute or read, and compare, this stage.
         permuted: Other layouts in which sides were read, each with its side ("heads before tokens
@@ -148,6 +149,7 @@ class StageReport:
     quantisation: Quantisation | None = None
     budget: float | None = None
     passes_at: float | None = None
+    accepted: bool = False
     elapsed_s: float = 0.0
     permuted: str = ""
 

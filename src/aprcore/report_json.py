@@ -64,6 +64,7 @@ def stage_to_json(
         "blamed": stage.blamed,
         "budget_relative_l2": stage.budget,
         "passes_at_relative_l2": stage.passes_at,
+        "accepted": stage.accepted,
         "elapsed_s": stage.elapsed_s,
     }
     if stage.comparison is not None and stage.layout is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.command import Provider
+from textual.widgets import Footer, Static
 
 from aprtui.keymap import check_keys, shown_key
 from aprtui.screens.explorer import ExplorerScreen
@@ -95,8 +96,11 @@ class ExplorerApp(App[None]):
             self.call_after_refresh(self._show_hint)
 
     def _show_hint(self) -> None:
-        hints = [f"{shown_key(self, name)} {what}" for name, what in HINTED.items()]
-        self.notify(" · ".join(hints), timeout=HINT_S, markup=False)
+        told = " · ".join(f"{shown_key(self, name)} {what}" for name, what in HINTED.items())
+        # A line of its own: a notification would lie over half of a small screen, and over Help.
+        line = Static(f" {told}", id="hint", markup=False)
+        self.explorer.mount(line, before=self.explorer.query_one(Footer))
+        self.set_timer(HINT_S, line.remove)
 
     def _leave_on_signals(self) -> None:
         """Leave in order when asked to from outside, too.

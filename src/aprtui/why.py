@@ -189,7 +189,7 @@ def _origin(lineage: Lineage | None, state: RunState, paint: Paint) -> Iterator[
         is_sure = not _is_alone(state.reports[lineage.path[0]])
         start = "Inherited from " if is_sure else "It may be inherited from "
         said = Text.assemble(start, name, f"  {finding_of(origin)}")
-    elif _is_accepted(origin):
+    elif origin.accepted:
         said = Text.assemble("Inherited from ", name, ", whose error is within your budget.")
     else:
         said = Text.assemble("Rounding that began at ", name, " and was carried on; nothing"
@@ -220,7 +220,7 @@ def _names(keys: tuple[StageKey, ...]) -> Iterator[str]:
 
 
 def _noise(report: StageReport, state: RunState, paint: Paint) -> Iterator[RenderableType]:
-    if _is_accepted(report):
+    if report.accepted:
         yield Text(f"Accepted: {visible(report.reason, REASON_LIMIT)}.")
         if report.explanation is not None:
             yield from _causes(report.explanation, paint)
@@ -233,11 +233,6 @@ def _noise(report: StageReport, state: RunState, paint: Paint) -> Iterator[Rende
         yield Text(f"Against the oracle it is off by {format_ratio(found.relative_l2)}, more than"
                    f" the {state.header.bound:g} of exact weights: the steps in which the weights"
                    " are stored predict that much.")  # fmt: skip
-
-
-def _is_accepted(report: StageReport) -> bool:
-    """Whether a failure is tolerated because the user said so."""
-    return report.budget is not None and report.reason.startswith("within your budget")
 
 
 def _pass(report: StageReport, state: RunState, paint: Paint) -> Iterator[RenderableType]:

@@ -14,12 +14,15 @@ import pytest
 
 from aprcore.bisect import bisect, run
 from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
 from aprcore.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
 from aprcore.judge import Verdict
 from aprcore.plan import Plan
 from aprcore.report import Report, RunHeader, StageReport
 from aprcore.request import Request
 from aprcore.stages import StageKey
+from aprcore.tensors import TensorStore
+from aprtui.demo import demo_path
 from tiny import (
     NUM_LAYERS,
     SIZES,
@@ -587,3 +590,28 @@ class TestStories:
         report = run(Request(model=STORIES, trace=trace, oracle=oracle))
         assert report.first_divergence is not None
         assert report.first_divergence.key == key
+
+
+class TestRepeatedTokens:
+    """Equal inputs round to equal errors: however long the prompt, nothing averages out."""
+
+    @pytest.mark.parametrize("prompt", ["a" * 120, "ab" * 80, "What is 2+2?" * 12])
+    def test_a_sound_model_is_not_blamed(self, prompt: str) -> None:
+        report = run(Request(model=demo_path() / "sound.apr", prompt=prompt))
+        assert report.counts == {Verdict.PASS: len(report.stages)}
+
+    def test_a_fault_among_them_still_is(self, tmp_path: Path) -> None:
+        request = Request(model=demo_path() / "sound.apr", prompt="ab" * 80)
+        key = StageKey(2, "ffn_gate")
+        store, report = TensorStore(request), run(request)
+        folder = tmp_path / "dump"
+        with TraceWriter(folder, Sidecar(tokens=report.header.tokens, dtype="float32")) as writer:
+            for stage in report.stages:
+                plane = store.open(stage).trace
+                assert plane is not None
+                values = plane.read_flat(0, plane.shape[0] * plane.shape[1]).copy()
+                if stage.key == key:
+                    values[::17] *= np.float32(1 + 2e-6)
+                writer.write(stage.key, values)
+        found = run(Request(model=demo_path() / "sound.apr", trace=folder)).first_divergence
+        assert found is not None and found.key == key

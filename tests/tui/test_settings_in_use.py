@@ -191,7 +191,7 @@ class TestHint:
         self, passing_request: Request, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """On the smallest screen a notification would hide the half of it, and what lies above."""
-        monkeypatch.setattr(app_module, "HINT_S", 1)
+        monkeypatch.setattr(app_module, "HINT_S", 3)
         app = ExplorerApp(passing_request, is_new=True)
 
         async def steps(pilot: Pilot[Any]) -> None:
@@ -204,7 +204,7 @@ class TestHint:
             await pilot.press("question_mark")
             assert not pilot.app.screen.query("#hint")
             await pilot.press("escape")
-            await pilot.pause(1.2)
+            await pilot.pause(3.2)
             assert not explorer.query("#hint")
 
         drive(app, steps, size=(40, 10))

@@ -194,7 +194,13 @@ class TestSettling:
         found = settle(WRONG, 1e-3)
         assert (found.verdict, found.budget, found.passes_at) == (Verdict.NOISE, 1e-3, None)
         assert found.reason == "within your budget: 0.001 <= 0.001 (why)"
+        assert found.accepted
         assert settle(WRONG, 0.99e-3).verdict is Verdict.FAIL
+
+    def test_nothing_else_is_accepted(self) -> None:
+        for found in (settle(WRONG, 0.99e-3), settle(NOISY, 0.08), settle(NOISY, 0.01),
+                      settle(NOISY, 0.01, strict=True), settle(WRONG, None)):  # fmt: skip
+            assert not found.accepted
 
     @pytest.mark.parametrize("verdict", [Verdict.PASS, Verdict.INHERITED, Verdict.LAYOUT])
     def test_every_sound_verdict_has_a_budget(self, verdict: Verdict) -> None:

@@ -102,6 +102,8 @@ def _permuted(scene: Scene) -> Iterator[Trial]:
     factors = scene.layout.factors
     plain, observed = (x.reshape(factors) for x in (scene.plain.value, scene.observed))
     wrong = scene.wrong.reshape(factors)
+    if not wrong.any():  # too small everywhere for any value to stand out
+        return
     for axis, name in enumerate(scene.layout.axes):
         count = factors[axis]
         others = tuple(a for a in range(plain.ndim) if a != axis)

@@ -31,7 +31,7 @@ NEGLIGIBLE_RATIO = 1e-3
 SAMPLED_VALUES = 4096
 MOST_COMPARED = 1 << 20
 # Of alternatives that fail, figures only rank the list of those that were tried.
-MOST_RANKED = 1 << 16
+MOST_RANKED = 1 << 17
 # Standard deviations within which what an alternative leaves in a region counts as noise.
 CHANCE = 2.5
 # A region larger than this share of the tensor is no local fault.
@@ -248,7 +248,7 @@ class Experiment:
 
     def figures(self, value: Float64, most: int = MOST_COMPARED) -> tuple[float, float]:
         """Relative L2 and cosine of the observed output against a value, of about `most` values."""
-        step = max(1, self._plain.size // most)
+        step = max(1, self._plain.size // most) | 1  # odd: heads and rows have even sizes
         found = compare(self._observed.reshape(-1)[::step], value.reshape(-1)[::step])
         return found.relative_l2, found.cosine
 

@@ -165,9 +165,9 @@ class ProfileScreen(Screen[StageKey | None]):
         Binding("left", "move(-1)", "left", id="profile.left", tooltip="The point to the left"),
         Binding("right", "move(1)", "right", id="profile.right", tooltip="The point to the right"),
         Binding("up", "stage(-1)", "previous stage", id="profile.previous-stage",
-                tooltip="The stage before, over all layers"),
+                tooltip="This stage over all layers, then the one before"),
         Binding("down", "stage(1)", "next stage", id="profile.next-stage",
-                tooltip="The next stage, over all layers; after the last one, all of them"),
+                tooltip="This stage over all layers, then the next; after the last one, all"),
         Binding("n", "fault(1)", "next", id="profile.next", tooltip="The next divergence"),
         Binding("p", "fault(-1)", "prev", id="profile.previous", tooltip="The one before"),
         Binding("home", "move(-1000000)", "first", id="profile.first", show=False,
@@ -238,7 +238,11 @@ class ProfileScreen(Screen[StageKey | None]):
         """Show another stage over all layers, or all stages."""
         present = {key.stage for key in self._state.keys if key.layer is not None}
         stages = [None, *(stage.name for stage in STAGES if stage.name in present)]
-        self.plot.stage = stages[(stages.index(self.plot.stage) + step) % len(stages)]
+        point = self.plot.point() if self.plot.stage is None else None
+        if point is not None and point.key.stage in present:
+            self.plot.stage = point.key.stage  # what is being looked at comes first
+        else:
+            self.plot.stage = stages[(stages.index(self.plot.stage) + step) % len(stages)]
 
     def action_fault(self, step: int) -> None:
         """Go to the next point that stands for a divergence."""

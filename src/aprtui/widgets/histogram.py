@@ -12,8 +12,8 @@ from textual.strip import Strip
 from aprtui.formatting import format_ratio
 from aprtui.pictures import HistogramAsk
 from aprtui.ramp import NONFINITE
+from aprtui.widgets.bars import bar
 from aprtui.widgets.picture_view import PictureView
-from aprtui.widgets.token_bars import bar
 
 if TYPE_CHECKING:
     from aprcore.pictures import Histogram
@@ -102,7 +102,9 @@ class HistogramView(PictureView):
             line = Text(format_ratio(edges[start]).rjust(LABEL_CELLS), quiet)
             for one in series:
                 count = sum(one.counts[start : min(start + step, last)])
-                line.append(" ").append_text(self._bar(count, most, cells, self.paint(one.ink)))
+                line.append(" ").append_text(
+                    self._bar(count, most, cells, self.paint.shape(one.ink))
+                )
             found_lines.append(line)
         return found_lines
 

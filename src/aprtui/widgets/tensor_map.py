@@ -4,48 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from rich.segment import Segment
-from rich.style import Style
-from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Region
-from textual.strip import Strip
 
-from aprtui.formatting import format_compact, format_position, format_ratio, format_value
-from aprtui.map_window import FIGURE_COLUMNS, FIGURE_HALVES, MapWindow, Scale
-from aprtui.pictures import CellAsk, GridAsk, Subject, SubjectAsk
+from aprtui.map_window import MapWindow
+from aprtui.pictures import CellAsk, GridAsk, Shades, Subject, SubjectAsk
 from aprtui.places import parse_place
-from aprtui.ramp import DECADES, LEVELS, NONFINITE, VALUE_DECADES, level_of
-from aprtui.widgets.picture_view import COMPUTING, PictureView
-from aprtui.widgets.token_bars import ramp_text
+from aprtui.widgets.drawn_map import DrawnMap, is_head
 
 if TYPE_CHECKING:
-    from aprcore.pictures import CellValue, Grid, MapKind, MapView
+    from aprcore.layouts import Layout
+    from aprcore.pictures import MapKind, MapView
     from aprtui.pictures import Ask, Picture
 
-# Lines from which the legend and the axis of the columns have lines of their own.
-ROOMY_LINES = 10
-# Cells from which what is under the cursor takes one line.
-WIDE_CELLS = 76
 WHEEL_CELLS = 3
-LEGEND_CELLS = 16
-# Cells between the marks of the columns' axis.
-TICK_CELLS = 10
 NO_SIDES = "neither side has this tensor"
 
 
-class TensorMap(PictureView):
-    """A map of |diff|, of a side or of the ratio; two values per character where there are colours.
+class TensorMap(DrawnMap):
+    """A map that asks for what is in view, and is moved by keys and mouse.
 
     Attributes:
-        kind, view: What is shown; None before the first tensor is open.
-        window: Which part of it, and the cursor.
-        cell: What is under the cursor, once it is known.
         user_moved: Whether the user has taken the cursor; it then stays where it is.
     """
 
-    HINT = "m what · a axes · h head · + - 0 zoom · : go to"
+    HINT = "m what · a axes · h head · l largest · + - 0 zoom · : go to"
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -74,10 +58,6 @@ class TensorMap(PictureView):
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.kind: MapKind | None = None
-        self.view: MapView | None = None
-        self.window: MapWindow | None = None
-        self.cell: CellValue | None = None
         self.user_moved = False
         self.commands = {
             "kind": self._next_kind,
@@ -87,15 +67,13 @@ class TensorMap(PictureView):
             "nearer": lambda: self._zoom(1),
             "farther": lambda: self._zoom(-1),
             "whole": self._show_whole,
+            "next-largest": self._go_to_next_rank,
         }
         self._subject: Subject | None = None
-        # What is drawn, which lags behind what is wanted.
-        self._grid: Grid | None = None
-        self._scale: Scale | None = None
+        self._ranked: list[int] = []
+        self._rank = 0  # of the largest difference that was gone to last
         self._grid_ask: GridAsk | None = None
         self._cell_ask: CellAsk | None = None
-        self._lines: dict[int, list[Segment]] = {}
-        self._lines_theme = ""
         self._drag: tuple[int, int, MapWindow] | None = None
 
     def start(self) -> None:
@@ -135,7 +113,8 @@ class TensorMap(PictureView):
                 self._subject, self._is_current = picture, True
                 self._choose_map()
             case GridAsk() if self.window is not None:
-                self._grid, self._grid_ask = picture, ask  # type: ignore[assignment]
+                assert isinstance(picture, Shades)
+                self._shades, self._grid_ask = picture, ask
                 self._scale = self.window.scale
                 self._lines.clear()
                 self.say("")
@@ -177,18 +156,18 @@ class TensorMap(PictureView):
     def _find_largest(self) -> None:
         """Put the cursor on the largest difference, where the map has it."""
         found = None if self.report is None else self.report.comparison
+        self._ranked = [] if found is None else found.top.indices.tolist()
+        self._rank = 0
         layout = None if self.report is None else self.report.layout
-        if found is None or layout is None or len(found.top) == 0:
-            return
-        assert self.view is not None and self.window is not None
-        row, column = divmod(int(found.top.indices[0]), max(1, layout.shape[-1]))
-        if not self.view.is_reduced and 0 <= row - self.view.first_row < self.view.num_rows:
-            self.window = self.window.point(row - self.view.first_row, column)
+        if self._ranked and layout is not None and self.view is not None:
+            place = _place_in(self.view, layout, self._ranked[0])
+            if place is not None and self.window is not None:
+                self.window = self.window.point(*place)
 
     def _cell_under_cursor(self) -> CellAsk | None:
-        if self.kind is None or self.view is None or self.window is None or self._grid is None:
+        if self.kind is None or self.view is None or self.window is None or self._shades is None:
             return None
-        grid, window = self._grid, self.window
+        grid, window = self._shades.grid, self.window
         if not grid.values.size:
             return None
         row = (window.row - grid.top) // grid.cell_rows
@@ -217,13 +196,13 @@ class TensorMap(PictureView):
         index = parse_place(text, layout)
         if isinstance(index, str):
             return index
-        row, column = divmod(index, max(1, layout.shape[-1]))
         for view in (self.view, *self._subject.views[self.kind]):
-            if not view.is_reduced and 0 <= row - view.first_row < view.num_rows:
+            place = _place_in(view, layout, index)
+            if place is not None:
                 if view != self.view:
                     self._open_map(self.kind, view)
                 assert self.window is not None
-                self._look(self.window.point(row - view.first_row, column))
+                self._look(self.window.point(*place))
                 return ""
         return "this map does not have that place"
 
@@ -267,10 +246,10 @@ class TensorMap(PictureView):
         if self._subject is None or self.kind is None or self.view is None:
             return
         views = self._subject.views[self.kind]
-        others = [v for v in views if not _is_head(v)]
-        heads = [v for v in views if _is_head(v)]
+        others = [v for v in views if not is_head(v)]
+        heads = [v for v in views if is_head(v)]
         cycle = [*others, *heads[:1]]
-        here = heads[0] if _is_head(self.view) else self.view
+        here = heads[0] if is_head(self.view) else self.view
         if len(cycle) > 1:
             self._open_map(self.kind, cycle[(cycle.index(here) + 1) % len(cycle)])
             self.post_message(self.Wanted())
@@ -280,7 +259,7 @@ class TensorMap(PictureView):
     def _step_head(self, step: int) -> None:
         if self._subject is None or self.kind is None or self.view is None:
             return
-        heads = [v for v in self._subject.views[self.kind] if _is_head(v)]
+        heads = [v for v in self._subject.views[self.kind] if is_head(v)]
         if not heads:
             self.notify("this stage has no map per head")
             return
@@ -288,25 +267,48 @@ class TensorMap(PictureView):
         self._open_map(self.kind, heads[number % len(heads)])
         self.post_message(self.Wanted())
 
+    def _go_to_next_rank(self) -> None:
+        """From the largest difference to the next of those that this map has."""
+        layout = None if self.report is None else self.report.layout
+        if layout is None or self.view is None or self.window is None:
+            return
+        for _ in self._ranked:
+            self._rank = self._rank % len(self._ranked) + 1
+            place = _place_in(self.view, layout, self._ranked[self._rank - 1])
+            if place is not None:
+                self._look(self.window.point(*place))
+                return
+        self.notify("none of the largest differences is in this map")
+
     def _look(self, window: MapWindow) -> None:
         self.user_moved = True
+        count = self._count_values()
+        if count and window.row * window.num_columns + window.column >= count:
+            window = window.point(*divmod(count - 1, window.num_columns))
         before, self.window = self.window, window
         if before is None or window == before:
             return
         # Another part of the map is drawn when it comes, once.
         if (before.top, before.left, before.zoom) == (window.top, window.left, window.zoom):
-            self.refresh()
+            self.refresh_cursor(before, window)
         self.post_message(self.Wanted())
+
+    def _count_values(self) -> int:
+        """Values of a folded vector, whose last row may be short; 0 of anything else."""
+        if self.report is None or self.view is None or not self.view.fold:
+            return 0
+        layout = self.report.layout
+        return 0 if layout is None else layout.shape[-1]
 
     @property
     def _step(self) -> tuple[int, int]:
         """Cells of the window's scale in one that is drawn: of a large tensor they are coarser."""
-        if self._grid is None or self.window is None:
+        if self._shades is None or self.window is None:
             return 1, 1
-        scale = self.window.scale
+        scale, grid = self.window.scale, self._shades.grid
         return (
-            max(1, -(-self._grid.cell_rows // scale.rows)),
-            max(1, -(-self._grid.cell_columns // scale.columns)),
+            max(1, -(-grid.cell_rows // scale.rows)),
+            max(1, -(-grid.cell_columns // scale.columns)),
         )
 
     # The mouse
@@ -334,12 +336,13 @@ class TensorMap(PictureView):
 
     def on_click(self, event: events.Click) -> None:
         """A click moves the cursor."""
-        grid, scale = self._grid, self._scale
-        if grid is None or scale is None or self.window is None:
+        shades, scale = self._shades, self._scale
+        if shades is None or scale is None or self.window is None:
             return
+        grid = shades.grid
         row = (event.y - 1) * 2 // scale.tall
         column = (event.x - self._gutter) // scale.wide
-        rows, columns = grid.values.shape
+        rows, columns = shades.shape
         if 0 <= row < rows and 0 <= column < columns:
             self._look(self.window.point(
                 grid.top + row * grid.cell_rows, grid.left + column * grid.cell_columns
@@ -360,316 +363,11 @@ class TensorMap(PictureView):
             by = step * WHEEL_CELLS
             self._look(self.window.pan(*((0, by) if event.shift else (by, 0))))
 
-    def on_focus(self) -> None:
-        """The cursor shows."""
-        self._lines.clear()
-        self.refresh()
 
-    def on_blur(self) -> None:
-        """The cursor hides."""
-        self._lines.clear()
-        self.refresh()
-
-    # Drawing
-
-    @property
-    def _unit(self) -> int:
-        return FIGURE_HALVES if self.ramp.is_dense else 1
-
-    @property
-    def _is_roomy(self) -> bool:
-        return self.size.height >= ROOMY_LINES
-
-    @property
-    def _lines_below(self) -> int:
-        """The axis and the legend, and what is under the cursor."""
-        return (2 if self._is_roomy else 0) + (1 if self.line_width >= WIDE_CELLS else 2)
-
-    @property
-    def _gutter(self) -> int:
-        rows = 1 if self.view is None else self.view.num_rows
-        return len(str(rows - 1)) + 1 if rows > 1 else 0
-
-    @property
-    def _area(self) -> tuple[int, int]:
-        """Lines and columns of the map itself."""
-        lines = self.size.height - 1 - self._lines_below
-        return max(1, lines), max(1, self.line_width - self._gutter)
-
-    @property
-    def _is_signed(self) -> bool:
-        return self.kind is not None and self.kind.name in ("TRACE", "ORACLE")
-
-    @property
-    def _decades(self) -> int:
-        return VALUE_DECADES if self._is_signed else DECADES
-
-    def _top(self, grid: Grid) -> float:
-        """The end of the scale.
-
-        A difference is seen against the size of the oracle's values, so that rounding looks dark
-        and a fault bright at every stage; only a larger one widens the scale.
-        """
-        if grid.kind.name == "RATIO":
-            return 1.0
-        found = None if self.report is None else self.report.comparison
-        if grid.kind.name == "DIFF" and found is not None:
-            return max(grid.largest, found.rms_b)
-        return grid.largest
-
-    def draw(self, y: int) -> Strip:
-        """The heading, the map, the axis, the legend, what is under the cursor."""
-        if self._grid is None or self._scale is None or self.view is None:
-            return self.strip(Text(""))
-        if y == 0:
-            return self.strip(self._heading())
-        lines, _ = self._area
-        if y <= lines:
-            return self.strip(self._map_line(y - 1, self._grid, self._scale))
-        number = y - lines - 1
-        if self._is_roomy and number == 0:
-            return self.strip(self._axis(self._grid, self._scale))
-        if self._is_roomy and number == 1:
-            return self.strip(self._legend(self._grid, LEGEND_CELLS))
-        return self.strip(self._readout(number - (2 if self._is_roomy else 0)))
-
-    def _heading(self) -> Text:
-        """What is shown, and how much of it a cell is."""
-        assert self.kind is not None and self.view is not None and self._grid is not None
-        quiet, view, grid = self.paint("ink-quiet"), self.view, self._grid
-        ink = {"TRACE": "ink-trace", "ORACLE": "ink-oracle"}.get(self.kind.name)
-        line = Text.assemble((self.kind.value, self.paint(ink, bold=True) if ink else "bold"))
-        line.append(f"  {view.name}", "bold" if _is_head(view) else "")
-        size = f"{view.num_rows:,} × {view.num_columns:,}"
-        if grid.cell_rows * grid.cell_columns == 1:
-            said = "every value"
-        else:
-            said = f"a cell: {grid.cell_rows:,} × {grid.cell_columns:,}"
-        for extra in (size, COMPUTING if self._is_waiting else said):
-            if line.cell_len + len(extra) + 2 <= self.line_width:
-                line.append(f"  {extra}", quiet)
-        if not self._is_roomy:
-            legend = self._legend(grid, 6)
-            if line.cell_len + legend.cell_len + 2 <= self.line_width:
-                line.append("  ").append_text(legend)
-        line.truncate(self.line_width)
-        return line
-
-    def _map_line(self, y: int, grid: Grid, scale: Scale) -> list[Segment]:
-        if self._lines_theme != self.app.theme:
-            self._lines.clear()
-            self._lines_theme = self.app.theme
-        segments = self._lines.get(y)
-        if segments is None:
-            segments = self._lines[y] = self._blocks(y, grid, scale)
-        cursor = self._cursor_cell(grid)
-        rows = {half // scale.tall for half in (2 * y, 2 * y + 1)}
-        is_marked = self.has_focus and cursor is not None and cursor[0] in rows
-        gutter = self._row_label(y, grid, scale, is_marked)
-        return [gutter, *(self._with_cursor(y, grid, scale, cursor) if is_marked and cursor
-                          else segments)]  # fmt: skip
-
-    def _row_label(self, y: int, grid: Grid, scale: Scale, is_marked: bool) -> Segment:
-        cells = self._gutter
-        if not cells:
-            return Segment("")
-        row = -(-2 * y // scale.tall)  # the first row that begins in this line
-        begins = 2 * y <= row * scale.tall <= 2 * y + 1 and row < grid.values.shape[0]
-        # Every row of a small map; of a large one so many that they can be read.
-        if not begins or not (scale.tall >= FIGURE_HALVES or y % 4 == 0 or is_marked):
-            return Segment(" " * cells)
-        label = grid.top + row * grid.cell_rows
-        style = self.paint("ink-oracle" if is_marked else "ink-quiet", bold=is_marked)
-        return Segment(f"{label}".rjust(cells - 1) + " ", style)
-
-    def _blocks(self, y: int, grid: Grid, scale: Scale) -> list[Segment]:
-        """The blocks of a line, those of one colour in one piece."""
-        upper, lower = (self._levels((2 * y + half) // scale.tall, grid) for half in (0, 1))
-        if upper is None:
-            return []
-        if scale.wide >= FIGURE_COLUMNS and scale.tall >= FIGURE_HALVES:
-            return self._figures(y, grid, scale, upper)
-        below = [None] * len(upper) if lower is None else lower
-        segments: list[Segment] = []
-        start = 0
-        for end in range(1, len(upper) + 1):
-            here = upper[start], below[start]
-            if end < len(upper) and (upper[end], below[end]) == here:
-                continue
-            segments.append(self._block(*here, (end - start) * scale.wide, scale.wide))
-            start = end
-        return segments
-
-    def _block(self, upper: int | None, lower: int | None, cells: int, wide: int) -> Segment:
-        """Some characters of an upper and a lower level; None is below the map."""
-        ramp, is_signed = self.ramp, self._is_signed
-        levels = [level for level in (upper, lower) if level is not None]
-        if NOT_FINITE in levels:
-            others = [level for level in levels if level != NOT_FINITE]
-            ground = ramp.color(others[0] if others else 0, is_signed).rich_color
-            style = self.paint("verdict-nonfinite", bold=True)
-            if not ramp.is_dense:
-                style += Style(bgcolor=ground)
-            return Segment(NONFINITE.center(wide) * (cells // wide), style)
-        assert upper is not None
-        if ramp.is_dense:
-            return Segment(ramp.density(upper) * cells, self._dense_style(upper))
-        if lower is None:
-            return Segment("▀" * cells, Style(color=ramp.color(upper, is_signed).rich_color))
-        if upper == lower:
-            return Segment(" " * cells, ramp.halves(upper, upper, is_signed))
-        return Segment("▀" * cells, ramp.halves(upper, lower, is_signed))
-
-    def _dense_style(self, level: int) -> Style | None:
-        if not self._is_signed:
-            return None
-        return self.paint("ink-oracle" if level < 0 else "ink-trace")
-
-    def _figures(self, y: int, grid: Grid, scale: Scale, levels: list[int]) -> list[Segment]:
-        """Values large enough to have their figures written into them."""
-        row = 2 * y // scale.tall
-        is_first = 2 * y == row * scale.tall
-        segments = []
-        for level, value in zip(levels, grid.values[row].tolist()):
-            if level == NOT_FINITE:
-                segments.append(self._block(level, level, scale.wide, scale.wide))
-                continue
-            text = format_compact(value, 8) if is_first else ""
-            style = self.ramp.text_style(level, self._is_signed)
-            style = Style.null() if self.ramp.is_dense else style
-            segments.append(Segment(text.center(scale.wide), style))
-        return segments
-
-    def _levels(self, row: int, grid: Grid) -> list[int] | None:
-        """Levels of a row of the grid; None below its last."""
-        if row >= grid.values.shape[0]:
-            return None
-        top, decades = self._top(grid), self._decades
-        return [
-            NOT_FINITE if bad else level_of(value, top, decades)
-            for value, bad in zip(grid.values[row].tolist(), grid.nonfinite[row].tolist())
-        ]
-
-    def _cursor_cell(self, grid: Grid) -> tuple[int, int] | None:
-        """Row and column of the grid under the cursor, if that is in view."""
-        if self.window is None:
-            return None
-        row = (self.window.row - grid.top) // grid.cell_rows
-        column = (self.window.column - grid.left) // grid.cell_columns
-        rows, columns = grid.values.shape
-        return (row, column) if 0 <= row < rows and 0 <= column < columns else None
-
-    def _with_cursor(
-        self, y: int, grid: Grid, scale: Scale, cursor: tuple[int, int]
-    ) -> list[Segment]:
-        """A line with the cursor's cell in the cursor's colour."""
-        variables = self.app.theme_variables
-        ink, ground = (
-            Style.parse(variables[name]).color
-            for name in ("block-cursor-foreground", "block-cursor-background")
-        )
-        strip = Strip(self._lines[y])
-        start = cursor[1] * scale.wide
-        before, cell, after = strip.divide([start, start + scale.wide, strip.cell_length])
-        halves = [(2 * y + half) // scale.tall == cursor[0] for half in (0, 1)]
-        if all(halves) or self.ramp.is_dense:
-            text = cell.text if cell.text.strip(" ▀") else "+".center(scale.wide)
-            marked = [Segment(text, Style(color=ink, bgcolor=ground, bold=True))]
-        else:
-            other = self._levels((2 * y + (1 if halves[0] else 0)) // scale.tall, grid)
-            level = 0 if other is None else max(other[cursor[1]], -LEVELS)
-            color = self.ramp.color(level, self._is_signed).rich_color
-            block = "▀" if halves[0] else "▄"
-            marked = [Segment(block * scale.wide, Style(color=ground, bgcolor=color))]
-        return [*before, *marked, *after]
-
-    def _axis(self, grid: Grid, scale: Scale) -> Text:
-        """Columns of the matrix below the map."""
-        line = ""
-        gutter, cells = self._gutter, grid.values.shape[1]
-        step = max(1, TICK_CELLS // scale.wide)
-        for column in range(0, cells, step):
-            label = str(grid.left + column * grid.cell_columns)
-            at = gutter + column * scale.wide
-            if at + len(label) <= self.line_width and len(line) <= at:
-                line = line.ljust(at) + f"{label} "
-        text = Text(line.rstrip(), self.paint("ink-quiet"))
-        name = grid.columns
-        if text.cell_len + len(name) + 2 <= self.line_width:
-            text.append(f"  {name}", self.paint("ink-quiet"))
-        cursor = self._cursor_cell(grid)
-        if cursor is not None and self.has_focus and self.window is not None:
-            label, at = str(self.window.column), gutter + cursor[1] * scale.wide
-            at = max(0, min(at, self.line_width - len(label)))
-            plain = text.plain.ljust(self.line_width)
-            quiet, bold = self.paint("ink-quiet"), self.paint("ink-oracle", bold=True)
-            text = Text.assemble(
-                (plain[: max(0, at - 1)].ljust(at), quiet), (label, bold),
-                (f" {plain[at + len(label) + 1 :]}", quiet),
-            )  # fmt: skip
-            text.truncate(self.line_width)
-        return text
-
-    def _legend(self, grid: Grid, cells: int) -> Text:
-        """What the colours say."""
-        quiet = self.paint("ink-quiet")
-        top = self._top(grid)
-        if grid.largest == 0:
-            line = Text("all zero", quiet)
-        else:
-            low = format_ratio(top / 10**self._decades)
-            line = Text("0", quiet)
-            if self._is_signed and not self.ramp.is_dense:
-                line = Text("− ", quiet)
-                for cell in range(cells // 2):
-                    level = LEVELS - cell * LEVELS // (cells // 2)
-                    line.append(" ", self.ramp.text_style(-level, is_signed=True))
-                cells //= 2
-            line.append_text(
-                ramp_text(self.ramp, cells, is_signed=self._is_signed, low=low, quiet=quiet)
-            )
-            sign = " +" if self._is_signed and not self.ramp.is_dense else ""
-            line.append(f"{sign} {format_ratio(top)}", quiet)
-        bad = int(grid.nonfinite.sum())
-        if bad:
-            line.append(f"  {NONFINITE} {bad:,} NaN/Inf", self.paint("verdict-nonfinite"))
-        largest = f"  largest {format_ratio(grid.largest)}"
-        if grid.largest and line.cell_len + len(largest) <= self.line_width and self._is_roomy:
-            line.append(largest)
-        return line
-
-    def _readout(self, number: int) -> Text:
-        """What is under the cursor: the place, and what both sides have there."""
-        cell, grid = self.cell, self._grid
-        if cell is None or grid is None:
-            return Text("")
-        quiet = self.paint("ink-quiet")
-        axes, place = list(cell.position), list(cell.position.values())
-        where = Text(format_position(axes, place))
-        if grid.cell_rows * grid.cell_columns > 1:
-            where = Text.assemble(("farthest: ", quiet), where)
-        figures = Text("")
-        is_wide = self.line_width >= WIDE_CELLS
-        pairs = [("trace", "ink-trace", cell.trace), ("oracle", "ink-oracle", cell.oracle)]
-        if cell.trace is not None and cell.oracle is not None:
-            pairs.append(("|d|", "ink-quiet", abs(cell.trace - cell.oracle)))
-        for name, ink, value in pairs:
-            if value is not None:
-                said = format_value(value) if is_wide else format_compact(value, 7)
-                figures.append(f"{name} ", self.paint(ink)).append(f"{said}  ")
-        figures.rstrip()
-        if is_wide:
-            line = where.append("   ").append_text(figures) if number == 0 else Text("")
-        else:
-            line = (where, figures)[number] if number < 2 else Text("")
-        line.truncate(self.line_width, overflow="ellipsis")
-        return line
-
-
-# The level of a cell with a value that is not finite: beyond those of values.
-NOT_FINITE = LEVELS + 1
-
-
-def _is_head(view: MapView) -> bool:
-    """Whether a view is one head of several."""
-    return view.rows == "query" and not view.is_reduced
+def _place_in(view: MapView, layout: Layout, index: int) -> tuple[int, int] | None:
+    """Row and column of a flat index, if a view has it as a value of its own."""
+    if view.is_reduced:
+        return None
+    row, column = divmod(index, view.fold or max(1, layout.shape[-1]))
+    row -= view.first_row
+    return (row, column) if 0 <= row < view.num_rows else None

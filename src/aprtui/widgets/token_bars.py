@@ -1,52 +1,23 @@
-"""How far off each token is: a line per token with figures and bars, or its heads as colours."""
+"""How far off each token is."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
-from rich.cells import cell_len, set_cell_size
-from rich.style import Style
-from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.strip import Strip
 
-from aprtui.formatting import format_cosine, format_ratio, quoted
 from aprtui.pictures import Figures, TokensAsk
-from aprtui.ramp import NONFINITE, Ramp, level_of
-from aprtui.widgets.picture_view import PictureView
+from aprtui.widgets.drawn_tokens import DrawnTokens
 
 if TYPE_CHECKING:
-    from aprcore.pictures import TokenFigures
     from aprtui.pictures import Ask, Picture
 
-# The bars' scale of relative L2, the same for all stages: below is rounding of float32.
-SCALE_FLOOR, SCALE_DECADES = "1e-8", 8
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-# Cells from which there are ids and a bar of the cosine.
-WIDE_CELLS, WIDEST_CELLS = 56, 84
-TEXT_CELLS = 14
 NO_PAIR = "tokens are compared where both sides are there, in one layout"
 
 
-class Columns(NamedTuple):
-    """Cells of each column of a line, without the gap of one after it; 0 for none."""
-
-    number: int
-    text: int
-    id: int
-    bar: int
-    cosine_bar: int
-
-
-class TokenBars(PictureView):
-    """One line per token under headings that stay; `h` shows its heads instead.
-
-    Attributes:
-        by_head: Whether heads are shown.
-        token, head: The cursor.
-    """
+class TokenBars(DrawnTokens):
+    """One line per token; `h` shows its heads instead."""
 
     HINT = "h heads · : go to"
 
@@ -70,12 +41,7 @@ class TokenBars(PictureView):
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.by_head = False
-        self.token = self.head = 0
         self.commands = {"next-head": self._toggle_heads, "previous-head": self._toggle_heads}
-        self._figures: Figures | None = None
-        self._texts: tuple[str, ...] = ()
-        self._ids: tuple[int, ...] = ()
 
     def ask(self) -> Ask | None:
         """The figures, once."""
@@ -107,34 +73,6 @@ class TokenBars(PictureView):
             return f"there are tokens 0 to {self._count - 1}"
         self._point(number, self.head)
         return ""
-
-    def draw(self, y: int) -> Strip:
-        """The headings, a token, or what is under the cursor."""
-        if self._figures is None or self._figures.tokens is None:
-            return self.strip(Text(""))
-        heads = self._shown_heads
-        if y == 0:
-            return self.strip(self._headings() if heads is None else self._head_headings(heads))
-        below = self.size.height - self._lines_below
-        if y >= below and heads is not None:
-            return self.strip(self._legend() if y > below else self._readout(heads))
-        number = y - 1 + self.scroll_offset.y
-        if number >= self._count:
-            return self.strip(Text(""))
-        line = self._line(number, self._figures.tokens) if heads is None else (
-            self._head_line(number, heads)
-        )  # fmt: skip
-        is_marked = number == self.token and self.has_focus
-        ground = self.app.theme_variables["panel"]
-        return self.strip(line, Style(bgcolor=ground, bold=True) if is_marked else None)
-
-    def on_focus(self) -> None:
-        """The cursor shows."""
-        self.refresh()
-
-    def on_blur(self) -> None:
-        """The cursor hides."""
-        self.refresh()
 
     def on_click(self, event: events.Click) -> None:
         """A click moves the cursor."""
@@ -176,36 +114,6 @@ class TokenBars(PictureView):
         if y != top:
             self.scroll_to(y=y, animate=False, force=True)
 
-    @property
-    def _page(self) -> int:
-        """Tokens in view."""
-        return max(1, self.size.height - self._lines_above - self._lines_below)
-
-    @property
-    def _lines_above(self) -> int:
-        return 1
-
-    @property
-    def _lines_below(self) -> int:
-        if self._shown_heads is None:
-            return 0
-        return 2 if self.size.height >= 8 else 1
-
-    @property
-    def _count(self) -> int:
-        tokens = None if self._figures is None else self._figures.tokens
-        return 0 if tokens is None else len(tokens.relative_l2)
-
-    @property
-    def _heads(self) -> int:
-        heads = None if self._figures is None else self._figures.by_head
-        return 1 if heads is None else int(heads.relative_l2.shape[1])
-
-    @property
-    def _shown_heads(self) -> TokenFigures | None:
-        """Figures by head, where they are there and wanted."""
-        return self._figures.by_head if self._figures is not None and self.by_head else None
-
     def _name_tokens(self) -> None:
         """Texts and ids, where a line is one of the run's tokens."""
         header, report = self.header, self.report
@@ -217,198 +125,3 @@ class TokenBars(PictureView):
             self._ids, self._texts = header.tokens, texts
         elif self._count == 1:  # logits, or one decoding step: the last token
             self._ids, self._texts = header.tokens[-1:], texts[-1:]
-
-    # A line per token
-
-    def _columns(self) -> Columns:
-        width = self.line_width
-        index = max(3, len(str(self._count - 1)))
-        longest = max((cell_len(quoted(text)) for text in self._texts), default=0)
-        text = min(longest, TEXT_CELLS if width >= WIDE_CELLS else 8)
-        ids = max((len(str(token)) for token in self._ids), default=0)
-        ids = ids if width >= WIDE_CELLS or not text else 0
-        places = self._cosine_cells
-        figures = 7 + 1 + places + 1 + (8 if width >= WIDE_CELLS else 0)
-        rest = width - index - 1 - text - bool(text) - ids - bool(ids) - figures
-        cosine_bar = 10 if width >= WIDEST_CELLS else 0
-        rest -= cosine_bar + bool(cosine_bar)
-        return Columns(index, text, ids, max(0, rest), cosine_bar)
-
-    @property
-    def _cosine_cells(self) -> int:
-        return 9 if self.line_width >= WIDE_CELLS else 7
-
-    def _headings(self) -> Text:
-        columns, quiet = self._columns(), self.paint("ink-quiet")
-        scale = _scale_text(columns.bar)
-        places = self._cosine_cells
-        cells = [
-            ("tok" if columns.number < 5 else "token").rjust(columns.number),
-            "text".ljust(columns.text)[: columns.text],
-            "id".rjust(columns.id)[: columns.id],
-            "rel L2".rjust(7),
-            scale,
-            "cosine".rjust(places),
-            ("0" + "1".rjust(columns.cosine_bar - 1))[: columns.cosine_bar],
-            "max|d|".rjust(7) if self.line_width >= WIDE_CELLS else "",
-        ]
-        return Text(" ".join(cell for cell in cells if cell), quiet)
-
-    def _line(self, number: int, found: TokenFigures) -> Text:
-        columns, paint = self._columns(), self.paint
-        bad = int(found.nonfinite[number])
-        relative = math.nan if bad else float(found.relative_l2[number])
-        cosine = math.nan if bad else float(found.cosine[number])
-        ink = paint("verdict-nonfinite") if bad else paint.cosine(cosine)
-        quiet = paint("ink-quiet")
-        places = self._cosine_cells
-        pieces: list[tuple[str, Style]] = [(str(number).rjust(columns.number), quiet)]
-        if columns.text:
-            text = quoted(self._texts[number]) if number < len(self._texts) else ""
-            pieces.append((_fitted(text, columns.text), paint("ink-trace")))
-        if columns.id:
-            token = str(self._ids[number]) if number < len(self._ids) else ""
-            pieces.append((token.rjust(columns.id), quiet))
-        pieces.append((format_ratio(relative).rjust(7), ink))
-        if columns.bar:
-            said = f"{NONFINITE} {bad:,} NaN/Inf" if bad else bar(_height(relative), columns.bar)
-            pieces.append((said[: columns.bar].ljust(columns.bar), ink))
-        decimals = places - 2 - (cosine < 0)
-        pieces.append((format_cosine(cosine, decimals).rjust(places), ink))
-        if columns.cosine_bar:
-            drawn = "" if bad else bar(max(0.0, cosine), columns.cosine_bar)
-            pieces.append((drawn.ljust(columns.cosine_bar), ink))
-        if self.line_width >= WIDE_CELLS:
-            largest = format_ratio(float(found.max_abs_diff[number]))
-            pieces.append((largest.rjust(7), Style.null()))
-        return Text(" ").join(Text(text, style) for text, style in pieces)
-
-    # A line of heads per token
-
-    @property
-    def _head_start(self) -> int:
-        columns = self._columns()
-        return columns.number + 1 + (columns.text + 1 if columns.text else 0)
-
-    @property
-    def _head_cells(self) -> int:
-        """Cells of one head."""
-        room = self.line_width - self._head_start
-        return next((cells for cells in (4, 3, 2) if self._heads * cells <= room), 1)
-
-    @property
-    def _first_head(self) -> int:
-        room = max(1, (self.line_width - self._head_start) // self._head_cells)
-        return max(0, min(self.head - room // 2, self._heads - room))
-
-    def _head_headings(self, found: TokenFigures) -> Text:
-        quiet, cells = self.paint("ink-quiet"), self._head_cells
-        line = "head".ljust(self._head_start)
-        for head in range(self._first_head, found.relative_l2.shape[1]):
-            if (head * cells) % 8 < cells:
-                line = line.ljust(self._head_start + (head - self._first_head) * cells) + str(head)
-        text = Text(line[: self.line_width], quiet)
-        at = self._head_start + (self.head - self._first_head) * cells
-        if self.has_focus:
-            text = Text(f"{line[:at].ljust(at)}{self.head}".ljust(at + cells), quiet)
-        return text
-
-    def _head_line(self, number: int, found: TokenFigures) -> Text:
-        columns, paint, ramp = self._columns(), self.paint, self.ramp
-        line = Text(str(number).rjust(columns.number) + " ", paint("ink-quiet"))
-        if columns.text:
-            text = quoted(self._texts[number]) if number < len(self._texts) else ""
-            line.append(f"{_fitted(text, columns.text)} ", paint("ink-trace"))
-        cells, first = self._head_cells, self._first_head
-        last = min(found.relative_l2.shape[1], first + (self.line_width - line.cell_len) // cells)
-        row = zip(found.relative_l2[number, first:last], found.nonfinite[number, first:last])
-        for head, (relative, bad) in enumerate(row, first):
-            is_marked = self.has_focus and (number, head) == (self.token, self.head)
-            line.append(*self._head_cell(float(relative), int(bad), cells, ramp, is_marked))
-        return line
-
-    def _head_cell(
-        self, relative: float, bad: int, cells: int, ramp: Ramp, is_marked: bool
-    ) -> tuple[str, Style]:
-        variables = self.app.theme_variables
-        if bad:
-            text, style = NONFINITE.center(cells), self.paint("verdict-nonfinite", bold=True)
-        else:
-            level = level_of(relative, 1.0, SCALE_DECADES) if math.isfinite(relative) else 0
-            if math.isinf(relative):
-                level = level_of(1.0, 1.0, SCALE_DECADES)
-            if ramp.is_dense:
-                text, style = ramp.density(level) * cells, Style.null()
-            else:
-                text, style = " " * cells, ramp.text_style(level, is_signed=False)
-        if is_marked:
-            style += Style(
-                color=variables["block-cursor-foreground"],
-                bgcolor=variables["block-cursor-background"],
-            )
-            text = "+".center(cells) if not text.strip() or ramp.is_dense else text
-        return text, style
-
-    def _readout(self, found: TokenFigures) -> Text:
-        """What is under the cursor."""
-        token, head = self.token, self.head
-        bad = int(found.nonfinite[token, head])
-        said = f"token {token}, head {head}"
-        figures = f"  rel L2 {format_ratio(float(found.relative_l2[token, head]))}"
-        cosine = f"  cosine {format_cosine(float(found.cosine[token, head]))}"
-        if len(said) + len(figures) + len(cosine) <= self.line_width:
-            figures += cosine
-        if bad:
-            figures = f"  {NONFINITE} {bad:,} NaN/Inf"
-        line = Text.assemble((said, "bold"), figures)
-        line.truncate(self.line_width, overflow="ellipsis")
-        return line
-
-    def _legend(self) -> Text:
-        """The scale of the colours."""
-        quiet = self.paint("ink-quiet")
-        line = Text.assemble(("relative L2  0", quiet))
-        line.append_text(ramp_text(self.ramp, 12, is_signed=False, low=SCALE_FLOOR, quiet=quiet))
-        line.append(f" 1  {NONFINITE} NaN/Inf", quiet)
-        line.truncate(self.line_width)
-        return line
-
-
-def ramp_text(ramp: Ramp, cells: int, *, is_signed: bool, low: str, quiet: Style) -> Text:
-    """A ramp as a legend shows it, from its least magnitude on."""
-    from aprtui.ramp import LEVELS
-
-    line = Text(f" {low} ", quiet)
-    for cell in range(cells):
-        level = 1 + cell * (LEVELS - 1) // max(1, cells - 1)
-        if ramp.is_dense:
-            line.append(ramp.density(level))
-        else:
-            line.append(" ", ramp.text_style(level, is_signed))
-    return line
-
-
-def bar(height: float, cells: int) -> str:
-    """A bar of a height from 0 to 1, to an eighth of a cell."""
-    eighths = round(max(0.0, min(1.0, height)) * cells * 8)
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (EIGHTHS[rest] if rest else "")
-
-
-def _height(relative: float) -> float:
-    """Where a relative L2 is on the bars' scale; anything but zero shows a sliver."""
-    if relative <= 0:
-        return 0.0
-    return max(1e-3, 1 + math.log10(min(relative, 1.0)) / SCALE_DECADES)
-
-
-def _scale_text(cells: int) -> str:
-    if cells < len(SCALE_FLOOR) + 3:
-        return " " * cells
-    return SCALE_FLOOR + " log ".center(cells - len(SCALE_FLOOR) - 1, "┄") + "1"
-
-
-def _fitted(text: str, cells: int) -> str:
-    if cell_len(text) > cells:
-        text = set_cell_size(text, cells - 1) + "…"
-    return text + " " * (cells - cell_len(text))
