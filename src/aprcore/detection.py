@@ -1,8 +1,10 @@
-"""Which arithmetic explains a dump: f32, half precision, or activations rounded to 8 bits.
+"""Which arithmetic explains a dump: f32, f64, half precision, or activations rounded to 8 bits.
 
 An engine that rounds its activations to Q8_K before every product looks wrong everywhere when it is
 judged as float32 (FORMATS.md's aprender does that). So the stages of one layer are replayed under
 each arithmetic, and the one that explains most of them is taken; of equals the least noisy.
+An engine that computes in float64 and rounds on dump shows where values are added: float32 would
+round their sum alone.
 """
 
 from __future__ import annotations
@@ -20,9 +22,6 @@ from aprcore.replay import Floats, RecordedSide
 from aprcore.stages import BY_NAME, StageKey
 from aprcore.weights import Weight
 
-# Exact arithmetic explains nothing that float32 does not.
-CANDIDATES = tuple(a for a in ARITHMETICS.values() if a.name != "f64")
-
 
 def detect_arithmetic(
     config: ModelConfig,
@@ -32,6 +31,7 @@ def detect_arithmetic(
     keys: Iterable[StageKey],
     features: frozenset[str],
     read: Callable[[StageKey], Floats | None],
+    dtype: str | None = None,
 ) -> tuple[Arithmetic, int, int]:
     """Find the arithmetic of an engine's dump.
 
@@ -42,13 +42,15 @@ def detect_arithmetic(
         keys: Stages that the dump holds; those of its first complete layer are replayed.
         features: Features that its stages show.
         read: Fetches a tensor of the dump in canonical layout.
+        dtype: The type of the dump's values, if it says so.
 
     Returns:
         The arithmetic, how many stages it explains, and how many were replayed.
     """
     stages = _one_layer(keys)
-    best = (CANDIDATES[0], -1, 0)
-    for arithmetic in CANDIDATES:
+    candidates = [arithmetic.dumped_as(dtype) for arithmetic in ARITHMETICS.values()]
+    best = (candidates[0], -1, 0)
+    for arithmetic in candidates:
         side = RecordedSide(
             config, weights, tokens, num_tokens, Profile(arithmetic, weights_rounded=False),
             features=features, read=read,

@@ -157,9 +157,12 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         if directory.sidecar.dtype is None:
             notes.append(f"{name} does not record its dtype; float32 is assumed")
         if directory.ignored:
-            names = ", ".join(directory.ignored[:3])
-            more = f" and {len(directory.ignored) - 3} more" if len(directory.ignored) > 3 else ""
-            notes.append(f"parts of {name} that name no stage are left out: {names}{more}")
+            few = _first_names(directory.ignored)
+            notes.append(f"parts of {name} that name no stage are left out: {few}")
+        if directory.unlisted:
+            few = _first_names([key.path for key in directory.unlisted])
+            notes.append(f"files of {name} that its sidecar does not list are left out, as from an"
+                         f" earlier run: {few}")  # fmt: skip
     if trace is not None and trace.sidecar.positions and trace.sidecar.positions[0]:
         first = trace.sidecar.positions[0]
         notes.append(f"a decoding step at position {first}, after a cache of {first} tokens")
@@ -223,14 +226,20 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
 
 
+def _first_names(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
 def _arithmetic(stated: str | None, trace: StageSource | None) -> Arithmetic:
     """What the engine behind a trace computes in, as stated or recorded."""
     if trace is None:
         return ARITHMETICS["f32"]  # the CPU path
     stated = stated or trace.sidecar.arithmetic
-    if stated in ARITHMETICS:
-        return ARITHMETICS[stated]
-    return arithmetic_of_dtype(trace.sidecar.dtype)
+    dtype = trace.sidecar.dtype
+    known = ARITHMETICS.get(stated or "") or arithmetic_of_dtype(dtype)
+    return known.dumped_as(dtype)
 
 
 def _must_detect(stated: str | None, sides: Sides) -> bool:
@@ -248,7 +257,7 @@ def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
     assert sides.model is not None and sides.trace is not None
     arithmetic, explained, judged = detect_arithmetic(
         sides.model.config, sides.model.weights, sides.header.tokens, sides.sizes["T"],
-        sides.trace.keys(), sides.features, sides.reader(sides.trace),
+        sides.trace.keys(), sides.features, sides.reader(sides.trace), sides.trace.sidecar.dtype,
     )  # fmt: skip
     if not explained:
         note = f"{name} does not record its arithmetic, and none explains it; see --arithmetic"

@@ -5,7 +5,7 @@ Every roundoff that a judgment allows for starts from one of these records.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,22 +83,39 @@ class Arithmetic:
         stored: The type that every stage's result is rounded to.
         accumulated: The type that sums are carried in.
         activations: How inputs of products are rounded, if they are.
+        rounds_on_dump: Whether values are rounded to `stored` only when they are dumped. The engine
+            then computed with others than it recorded, and every recorded input is off by that.
     """
 
     name: str
     stored: FloatType
     accumulated: FloatType
     activations: ActivationBlocks | None = None
+    rounds_on_dump: bool = False
+
+    def dumped_as(self, dtype: str | None) -> Arithmetic:
+        """The same with values that are rounded on dump rounded to this type, if it has a name.
+
+        Stage files hold float32, so that float64 counts as that.
+        """
+        stored = FLOAT_TYPES.get(dtype or "")
+        if not self.rounds_on_dump or stored is None or stored.digits > FLOAT32.digits:
+            return self
+        return replace(self, stored=stored)
 
 
-# In the order of their noise: `auto` takes the first that explains a dump. Half-precision engines
+# Nothing is rounded: for what is measured, and for no engine.
+EXACT = Arithmetic("exact", FLOAT64, FLOAT64)
+
+# In the order of their noise: `auto` takes the first that explains a dump. float64 comes after
+# float32 because a sum of recorded values shows what each lost on dump. Half-precision engines
 # carry sums in float32 (cuBLAS, PyTorch, llama.cpp do); one that does not is a finding.
 # Q8_0 and Q8_1 blocks hold 32 values with step max/127, Q8_K blocks 256 (ggml-quants.c).
 ARITHMETICS = {
     arithmetic.name: arithmetic
     for arithmetic in (
-        Arithmetic("f64", FLOAT64, FLOAT64),
         Arithmetic("f32", FLOAT32, FLOAT32),
+        Arithmetic("f64", FLOAT32, FLOAT64, rounds_on_dump=True),
         Arithmetic("f16", FLOAT16, FLOAT32),
         Arithmetic("q8_0", FLOAT32, FLOAT32, ActivationBlocks(32, 127)),
         Arithmetic("q8_1", FLOAT32, FLOAT32, ActivationBlocks(32, 127)),

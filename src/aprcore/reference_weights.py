@@ -20,7 +20,7 @@ from aprcore.backends.estimate import Profile
 from aprcore.backends.prediction import PredictionBackend
 from aprcore.errors import WeightError
 from aprcore.judge import FLOAT_TYPES, HALF_TYPES
-from aprcore.precision import ARITHMETICS
+from aprcore.precision import EXACT
 from aprcore.replay import RecordedSide, run_stage
 from aprcore.stages import BY_NAME, StageKey
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HEAD = "lm_head.weight"  # a file may leave it out where it equals the embedding
 
 # Exact arithmetic leaves the error of the stored steps alone.
-_EXACT = Profile(ARITHMETICS["f64"], weights_rounded=True)
+_EXACT = Profile(EXACT, weights_rounded=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,10 +161,17 @@ class RecordedSide:
             if not np.isfinite(recorded).all():
                 return None
             value = np.asarray(recorded, dtype=np.float64)
-            return Expectation(Estimate(value, np.broadcast_to(0.0, value.shape)), (key,))
+            return Expectation(Estimate(value, self._lost_on_dump(value)), (key,))
         if key not in self._replayed:
             self._replayed[key] = self._recompute(key, layer)
         return self._replayed[key]
+
+    def _lost_on_dump(self, value: Floats) -> NDArray[np.float64]:
+        """The variance of a recorded tensor about what the engine computed with."""
+        arithmetic = self.profile.arithmetic
+        if arithmetic.rounds_on_dump:
+            return arithmetic.stored.rounding_variance(value)
+        return np.broadcast_to(0.0, value.shape)
 
     def _recompute(self, key: StageKey, layer: int | None) -> Expectation | None:
         """A tensor that was not recorded, from its ancestors within one layer."""

@@ -89,6 +89,20 @@ class TestAgreement:
     def test_so_does_a_dump_judged_with_the_model(self, model: Path, oracle: Path) -> None:
         assert only_pass(run(Request(model=model, trace=oracle, oracle=oracle)))
 
+    def test_files_of_an_earlier_run_are_left_out_and_named(
+        self, oracle: Path, tensors: Tensors, tmp_path: Path
+    ) -> None:
+        dump = write_stages(tmp_path / "dump", tensors)
+        few = {key: x for key, x in tensors.items() if key.layer == 0}
+        write_stages(dump, few)  # a later run of fewer layers over the same directory
+        report = run(Request(trace=dump, oracle=oracle))
+        notes = [note for note in report.header.notes if "earlier run" in note]
+        assert len(notes) == 1
+        assert "files of the trace that its sidecar does not list" in notes[0]
+        assert "layer-1/attn_norm" in notes[0]
+        assert f"and {len(tensors) - len(few) - 3} more" in notes[0]
+        assert not any("earlier run" in note for note in run(Request(trace=oracle)).header.notes)
+
     def test_the_stream_is_header_stages_report(self, model: Path, oracle: Path) -> None:
         events = list(bisect(Request(model=model, oracle=oracle)))
         header, *stages, report = events

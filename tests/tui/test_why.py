@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -11,6 +12,7 @@ from driving import drive, explorer_of, finish
 from rich.console import Console
 from textual.pilot import Pilot
 
+from aprcore.budget import Budget, Budgets
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.formatting import format_compact, format_times
@@ -52,6 +54,15 @@ class TestWhy:
         said = why(finish(odd_run()), ODD_STAGE)
         assert "causes tried gives this output" in said
         assert "Visible: a factor for each dim" in said
+
+    def test_what_a_budget_accepts_is_told_whatever_its_reason_says(self) -> None:
+        budgets = Budgets((Budget(("ffn_silu",), None, 2.0),))
+        state = finish(replace(odd_run(), budgets=budgets))
+        accepted = replace(state.reports[ODD_STAGE], reason="in other words")
+        state.reports[ODD_STAGE] = accepted
+        assert why(state, ODD_STAGE).startswith("Accepted: in other words.")
+        state.reports[ODD_STAGE] = replace(accepted, accepted=False, reason="within your budget")
+        assert why(state, ODD_STAGE).startswith("Not to blame")
 
     def test_the_fault_is_named_where_its_error_is_inherited(self) -> None:
         state = finish(model_run("rope-pairs"))

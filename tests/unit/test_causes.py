@@ -483,6 +483,42 @@ def nibbles_of(blocks: NDArray[np.uint8], *, is_swapped: bool = False) -> Floats
     return (codes - 8) * steps
 
 
+def test_few_alternatives_are_assessed_whole(
+    path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample refutes most of them: a pass over all values, part by part, takes far longer."""
+    assessed = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal assessed
+        assessed += 1
+        return assess(*args)
+
+    monkeypatch.setattr("aprcore.causes.experiment.assess", counted)
+    wrong = edited(world.at("attn_scores"), (1, 6), 0.0)
+    found = explained(path, world.tensors, StageKey(LAYER, "attn_scores"), wrong)
+    names = [cause.name for cause in found.named]
+    assert names == ["not computed (left at zero), in head 1, token 6 only"]
+    assert found.tried > 50
+    assert assessed <= 8
+
+
+def test_wrong_rows_that_come_from_nowhere_are_not_matched_with_all(path: Path) -> None:
+    """Of many wrong indices, a few tell whether they are others' values."""
+    tokens = tuple(np.random.default_rng(6).integers(0, V, 64).tolist())
+    tensors = trace_model(path, tokens)
+    key = StageKey(LAYER, "ffn_up")
+    right = tensors[key].astype(np.float64)
+
+    def tried(wrong: Floats) -> list[str]:
+        found = explained(path, tensors, key, wrong, tokens=tokens)
+        return [cause.name for cause in found.causes if "tokens" in cause.name]
+
+    noise = right + np.random.default_rng(7).standard_normal(right.shape)
+    assert not any("from others" in name for name in tried(noise))
+    assert any("tokens permuted" in name for name in tried(np.roll(right, 5, axis=0)))
+
+
 def test_a_wrong_decoder_is_named(tmp_path: Path) -> None:
     generator = np.random.default_rng(11)
     out, width = 24, 64

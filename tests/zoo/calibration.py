@@ -23,7 +23,7 @@ from aprcore.backends.prediction import PredictionBackend
 from aprcore.conversion.encode import ENCODERS, encode
 from aprcore.layouts import Layout
 from aprcore.noise import Assessment, allowed_ratio, assess
-from aprcore.precision import ARITHMETICS
+from aprcore.precision import EXACT
 from aprcore.quant import Bytes, Float32, dequantize
 from aprcore.steps import step_squares
 
@@ -111,7 +111,7 @@ class Measured:
 def measure(dtype: str, source: str, weights: Float32, x: NDArray[np.float64]) -> Measured:
     """y = W x with W stored, against W as it was."""
     stored = store(dtype, weights)
-    backend = PredictionBackend([(None, Profile(ARITHMETICS["f64"], weights_rounded=True))])
+    backend = PredictionBackend([(None, Profile(EXACT, weights_rounded=True))])
     estimate = backend.linear(Estimate(x, np.zeros_like(x)), [stored])
     observed = x @ weights.astype(np.float64).T
     layout = Layout(observed.shape, observed.shape, ("token", "dim"))
@@ -227,7 +227,7 @@ def local_fault() -> str:
     x = draw_from.standard_normal((7, 896))
     sound = measure("Q4_0", "", weights, x)
     stored = store("Q4_0", weights)
-    backend = PredictionBackend([(None, Profile(ARITHMETICS["f64"], weights_rounded=True))])
+    backend = PredictionBackend([(None, Profile(EXACT, weights_rounded=True))])
     estimate = backend.linear(Estimate(x, np.zeros_like(x)), [stored])
     observed = x @ weights.astype(np.float64).T
     estimate.value[:, -8:] = 0

@@ -44,4 +44,5 @@ class Profile:
     @property
     def rounds_weights(self) -> bool:
         """Whether its weights differ from the stored ones: other roundings, or cast to its type."""
-        return self.weights_rounded or self.arithmetic.stored.digits < FLOAT32.digits
+        is_cast = not self.arithmetic.rounds_on_dump
+        return self.weights_rounded or (is_cast and self.arithmetic.stored.digits < FLOAT32.digits)

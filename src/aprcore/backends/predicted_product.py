@@ -65,8 +65,9 @@ class PredictedProduct:
         for number, (rows, profile) in enumerate(self._sides):
             if profile.weights_rounded and weight.dtype not in ("F32", "F64"):
                 more[rows] += self._stored_steps(weight, start, stop, rows)
-            if profile.arithmetic.stored.digits < FLOAT32.digits:
-                more[rows] += self._cast(narrow, wander[rows], rows, profile.arithmetic.stored)
+            stored, on_dump = profile.arithmetic.stored, profile.arithmetic.rounds_on_dump
+            if stored.digits < FLOAT32.digits and not on_dump:
+                more[rows] += self._cast(narrow, wander[rows], rows, stored)
             if number in self._activations:
                 blocks, rounding = self._activations[number]
                 more[rows] += (_block_sums(squares, blocks.block) @ rounding).T

@@ -27,6 +27,7 @@ class TraceDirectory:
         sidecar: What it says of itself; all None when it has neither kind of sidecar.
         counts: Number of values of every tensor by key, in the order of computation.
         ignored: Names of `.bin` files that are no stage of the table.
+        unlisted: Stages with a file that the sidecar does not list: of an earlier run, not read.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -48,9 +49,11 @@ class TraceDirectory:
             raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
         self.sidecar = read_sidecar(self.path)
         found, self.ignored = _list_stage_files(self.path)
+        self.unlisted: tuple[StageKey, ...] = ()
         if self.sidecar.stages is not None:
             # Files of an earlier run may lie beside those of the last one.
             listed = {parse_path(name) for name in self.sidecar.stages}
+            self.unlisted = tuple(sorted(found.keys() - listed, key=computation_order))
             found = {key: file for key, file in found.items() if key in listed}
         if not found:
             raise TraceError(

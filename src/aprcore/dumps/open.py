@@ -74,7 +74,10 @@ class TensorDump:
         sidecar: What it says of itself; the stored type where it says nothing of that.
         counts: Number of values of every tensor by key, in the order of computation.
         ignored: Names of tensors that are no stage.
+        unlisted: None: a file is written as a whole.
     """
+
+    unlisted: tuple[StageKey, ...] = ()
 
     def __init__(self, path: Path, names: Dialect | None = None, *, has_qkv_bias: bool) -> None:
         self.path = path

@@ -30,7 +30,7 @@ class Sidecar:
         history: Tokens before them, in a decoding step: their keys and values were in the cache.
         model: `file`, `sha256`, `size_bytes`, `architecture` and `num_layers` of the model.
         backend, device, driver: What computed the tensors.
-        arithmetic: Precision of the arithmetic: "f32", "f16", "bf16", "f64".
+        arithmetic: Precision of the arithmetic, a name in `aprcore.precision.ARITHMETICS`.
         dtype: Type of the activations: "float32", "float16", "bfloat16".
         attention: The attention implementation.
         versions: Versions of the software involved.

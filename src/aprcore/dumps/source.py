@@ -39,6 +39,11 @@ class StageSource(Protocol):
         ...
 
     @property
+    def unlisted(self) -> tuple[StageKey, ...]:
+        """Stages that it holds and does not list: left over from an earlier run, and not read."""
+        ...
+
+    @property
     def num_layers(self) -> int:
         """One more than the highest layer present."""
         ...

@@ -96,7 +96,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_thread_option(parser)
     add_gpu_options(parser)
     parser.add_argument(
-        "--arithmetic", choices=("f32", "f16", "bf16", "q8_0", "q8_1", "q8_k", "auto"),
+        "--arithmetic", choices=("f32", "f64", "f16", "bf16", "q8_0", "q8_1", "q8_k", "auto"),
         default="auto",
         help="precision that the engine behind --trace computes in (default: auto, find out)",
     )  # fmt: skip

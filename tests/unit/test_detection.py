@@ -1,0 +1,123 @@
+"""Which arithmetic explains a dump, and what float64 rounded on dump looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aprcore.backends.estimate import Profile
+from aprcore.backends.numpy import NumpyBackend
+from aprcore.backends.reference import ReferenceBackend
+from aprcore.bisect import bisect
+from aprcore.detection import detect_arithmetic
+from aprcore.forward import trace
+from aprcore.layouts import layout_of
+from aprcore.model import Model
+from aprcore.noise import assess
+from aprcore.precision import ARITHMETICS, BFLOAT16, Arithmetic
+from aprcore.replay import RecordedSide
+from aprcore.report import Report
+from aprcore.request import Request
+from aprcore.stages import StageKey, computation_order
+from tiny import Tensors, opened, write_model, write_stages
+
+TOKENS = (5, 0, 39, 7, 7, 12, 31, 2, 17, 3, 28, 9)
+F32, F64 = ARITHMETICS["f32"], ARITHMETICS["f64"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    with opened(write_model(tmp_path_factory.mktemp("model") / "m.apr")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def in_float64(model: Model) -> Tensors:
+    """A pass in float64 whose tensors are rounded to float32 when they are written."""
+    stream = trace(model.config, model.weights, ReferenceBackend(), TOKENS)
+    return {key: tensor.astype(np.float32) for key, tensor in stream}
+
+
+@pytest.fixture(scope="module")
+def in_float32(model: Model) -> Tensors:
+    stream = trace(model.config, model.weights, NumpyBackend(1), TOKENS)
+    return {key: tensor.copy() for key, tensor in stream}
+
+
+def blamed(model: Model, tensors: Tensors, arithmetic: Arithmetic) -> set[str]:
+    """Stages whose output rounding does not explain."""
+    side = RecordedSide(
+        model.config, model.weights, TOKENS, len(TOKENS),
+        Profile(arithmetic, weights_rounded=False), read=tensors.get,
+    )  # fmt: skip
+    found = set()
+    for key in sorted(tensors, key=computation_order):
+        side.enter(key)
+        expected = side.expect(key)
+        assert expected is not None
+        layout = layout_of(key, side.sizes(), tensors[key].size)
+        if not assess(tensors[key], expected.estimate, layout).explained:
+            found.add(key.stage)
+    return found
+
+
+def detect(model: Model, tensors: Tensors, dtype: str | None = None) -> tuple[Arithmetic, int, int]:
+    return detect_arithmetic(
+        model.config, model.weights, TOKENS, len(TOKENS), tensors, model.config.features,
+        tensors.get, dtype,
+    )  # fmt: skip
+
+
+def test_what_is_lost_on_dump_is_blamed_as_float32_and_not_as_float64(
+    model: Model, in_float64: Tensors
+) -> None:
+    assert "post_attn_residual" in blamed(model, in_float64, F32)
+    assert blamed(model, in_float64, F64) == set()
+
+
+def test_a_fault_in_float64_is_still_one(model: Model, in_float64: Tensors) -> None:
+    key = StageKey(1, "post_ffn_residual")
+    wrong = in_float64[key].copy()
+    wrong[3] *= np.float32(1 + 2.0**-18)
+    assert blamed(model, in_float64 | {key: wrong}, F64) >= {"post_ffn_residual"}
+
+
+def test_the_two_are_told_apart(model: Model, in_float64: Tensors, in_float32: Tensors) -> None:
+    found, explained, judged = detect(model, in_float64)
+    assert (found.name, explained) == ("f64", judged)
+    found, explained, judged = detect(model, in_float32)
+    assert (found.name, explained) == ("f32", judged)
+
+
+def test_a_dump_in_a_half_type_loses_more(model: Model, in_float64: Tensors) -> None:
+    def shortened(x: np.ndarray) -> np.ndarray:
+        bits = x.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF_0000)
+        return rounded.astype(np.uint32).view(np.float32)
+
+    dump = {key: shortened(tensor) for key, tensor in in_float64.items()}
+    half = F64.dumped_as("bfloat16")
+    assert half.stored is BFLOAT16
+    assert blamed(model, dump, half) == set()
+    assert "post_attn_residual" in blamed(model, dump, ARITHMETICS["bf16"])
+    assert detect(model, dump, "bfloat16")[0] == half
+
+
+@pytest.mark.parametrize("stated", ["f64", None])
+def test_a_dump_in_float64_is_judged_as_one(
+    model: Model, in_float64: Tensors, tmp_path: Path, stated: str | None
+) -> None:
+    dump = write_stages(tmp_path / "dump", in_float64, tokens=TOKENS, dtype=None)
+    events = list(bisect(Request(model=model.path, trace=dump, arithmetic=stated)))
+    assert isinstance(events[-1], Report) and events[-1].first_divergence is None
+    notes = " ".join(events[-1].header.notes)
+    assert ("f64 explains" in notes) is (stated is None)
+
+
+def test_only_what_is_rounded_on_dump_goes_by_the_dumps_type() -> None:
+    assert F32.dumped_as("bfloat16") is F32
+    for dtype in (None, "float32", "float64", "int8"):
+        assert F64.dumped_as(dtype) == F64
