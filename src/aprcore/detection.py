@@ -17,7 +17,7 @@ from aprcore.backends.estimate import Profile
 from aprcore.config import ModelConfig
 from aprcore.layouts import alternatives, layout_of
 from aprcore.noise import assess
-from aprcore.precision import ARITHMETICS, Arithmetic
+from aprcore.precision import ARITHMETICS, FLOAT32, Arithmetic, arithmetic_of_dtype
 from aprcore.replay import Floats, RecordedSide
 from aprcore.stages import BY_NAME, StageKey
 from aprcore.weights import Weight
@@ -48,7 +48,12 @@ def detect_arithmetic(
         The arithmetic, how many stages it explains, and how many were replayed.
     """
     stages = _one_layer(keys)
-    candidates = [arithmetic.dumped_as(dtype) for arithmetic in ARITHMETICS.values()]
+    # An engine of the dump's own type is the likelier one, and lets less pass than one that only
+    # dumps in it, whose every recorded input is off.
+    own = arithmetic_of_dtype(dtype)
+    is_coarse = own.stored.digits < FLOAT32.digits
+    likely = sorted(ARITHMETICS.values(), key=lambda a: is_coarse and a is not own)
+    candidates = [arithmetic.dumped_as(dtype) for arithmetic in likely]
     best = (candidates[0], -1, 0)
     for arithmetic in candidates:
         side = RecordedSide(

@@ -94,14 +94,16 @@ class Arithmetic:
     rounds_on_dump: bool = False
 
     def dumped_as(self, dtype: str | None) -> Arithmetic:
-        """The same with values that are rounded on dump rounded to this type, if it has a name.
+        """The same for a dump of this type: values that the engine has finer are rounded to it.
 
         Stage files hold float32, so that float64 counts as that.
         """
         stored = FLOAT_TYPES.get(dtype or "")
-        if not self.rounds_on_dump or stored is None or stored.digits > FLOAT32.digits:
+        if stored is None or stored.digits > FLOAT32.digits:
             return self
-        return replace(self, stored=stored)
+        if not self.rounds_on_dump and stored.digits >= self.stored.digits:
+            return self
+        return replace(self, stored=stored, rounds_on_dump=True)
 
 
 # Nothing is rounded: for what is measured, and for no engine.
