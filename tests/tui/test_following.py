@@ -101,6 +101,17 @@ class TestDownstream:
 
 
 class TestBlame:
+    def test_a_second_fault_answers_for_itself(self) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            second = explorer.state.divergences[1]
+            explorer.go_to(second)
+            await pilot.press("b")
+            assert explorer.tree_of_stages.row.key == second
+            assert explorer.tab is DetailTab.WHY
+
+        drive(ExplorerApp(kv_run()), steps)
+
     def test_one_key_shows_why_the_root_fails(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)

@@ -6,7 +6,7 @@ to the result fails where terms cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,15 @@ widths = st.one_of(st.integers(1, 70), st.integers(200, 800))
 # Each number of tokens up to 8 is a kernel of its own, and all above 8 share another.
 some_tokens = st.sampled_from([1, 7, 9, 16, 33])
 some = settings(max_examples=12, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def _without_weights() -> Iterator[None]:
+    """A random weight is a file, open for as long as the backend of all tests knows of it."""
+    yield
+    for lanes in ALL_LANES:
+        op = backend(lanes)
+        op.weights.drop(op.weights.known)
 
 
 def draw(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:

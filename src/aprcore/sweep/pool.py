@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -38,6 +40,27 @@ class _Task:
     deaths: tuple[str, ...] = ()
 
 
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Ctrl-C is for the parent, which ends its workers: they inherit the mask.
+
+    A worker whose start is interrupted half way would find nothing to read and say so at length.
+    The mask alone does not hold it back here: another thread may take the signal.
+    """
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda n, _: came.append(n)) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 class _Worker:
     """A process that runs one case at a time."""
 
@@ -48,12 +71,8 @@ class _Worker:
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(theirs, cache, threads), daemon=True
         )
-        # Ctrl-C is for the parent, which ends its workers; they inherit the mask.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _interrupt_held():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
     def give(self, task: _Task) -> None:

@@ -288,13 +288,14 @@ class ExplorerScreen(RunningScreen):
     def action_blame(self) -> None:
         """Go to the stage to blame for the one under the cursor, and show why."""
         here = self.tree_of_stages.row.key
-        lineage = None if here is None else trace_upstream(self.state, here)
+        is_fault = here in self.state.divergences  # on its own account, whatever came before
+        lineage = None if here is None or is_fault else trace_upstream(self.state, here)
         first = self.state.first_divergence
         if lineage is not None:
             for start, to in pairwise(lineage.path):
                 self.breadcrumb.walk(start, to)
             self.go_to(lineage.origin)
-        elif here not in self.state.divergences and first is not None:
+        elif not is_fault and first is not None:
             self.go_to(first.key)
         elif first is None:
             self.notify("no divergence so far" if self.state.is_running else "no divergence")

@@ -170,8 +170,14 @@ class DeviceWeights:
         if is_whole and plan.reserved_bytes:  # the device was full before the budget was
             self.budget_bytes = self.kept_bytes
 
+    @property
+    def known(self) -> tuple[Weight, ...]:
+        """Every weight that was asked for; they are held on to until they are dropped."""
+        vectors = (weight for weight, _ in self._vectors.values())
+        return (*(entry.source.weight for entry in self._entries.values()), *vectors)
+
     def drop(self, weights: Iterable[Weight]) -> None:
-        """Free what is kept of these weights."""
+        """Free what is kept of these weights, and forget them."""
         self._forget()
         for weight in weights:
             self._vectors.pop(id(weight), None)
