@@ -28,7 +28,7 @@ demo: $(RUNTIME)
 		|| [ $$? -eq 1 ]
 
 test: $(EVERYTHING)
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
 
 lint: $(EVERYTHING)
 	$(BIN)/ruff check .

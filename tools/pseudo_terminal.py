@@ -47,7 +47,9 @@ class Terminal:
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self.output = b""
-        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLORTERM")}
+        # The size is that of the screen, whatever the tests' own terminal says of its.
+        taken = ("NO_COLOR", "COLORTERM", "COLUMNS", "LINES")
+        environment = {k: v for k, v in os.environ.items() if k not in taken}
         self.process = pexpect.spawn(
             str(COMMAND), list(arguments), dimensions=(rows, columns), timeout=PATIENCE_S,
             cwd=directory, env={**environment, "TERM": "xterm-256color", **(variables or {})},

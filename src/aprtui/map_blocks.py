@@ -87,18 +87,23 @@ class MapBlocks:
             segments.append(Segment((text if is_first else "").center(wide), style))
         return segments
 
-    def cursor(self, cell: str, halves: Sequence[bool], other: Level, wide: int) -> Segment:
+    def cursor(
+        self, cell: str, halves: Sequence[bool], other: Level, *, is_figure: bool
+    ) -> Segment:
         """The cursor's cell.
 
         Args:
             cell: What is drawn there.
             halves: Whether the cursor is on the upper and on the lower half of the line.
             other: The level of the half that it is not on.
-            wide: Characters per cell.
+            is_figure: Whether that is a figure, and no block.
         """
+        wide = len(cell)
         ink, ground = self._paint("block-cursor-foreground"), self._paint("block-cursor-background")
         if all(halves) or self._ramp.is_dense:
-            text = cell if cell.strip(" ▀") else "+".center(wide)
+            # A density would not be told from those around it.
+            is_told = is_figure or cell.strip() in GLYPHS.values()
+            text = cell if is_told else "+".center(wide)
             return Segment(text, Style(color=ink.color, bgcolor=ground.color, bold=True))
         below = self._ground.bgcolor if other is None or other in GLYPHS else (
             self._ramp.color(other, self._is_signed).rich_color

@@ -69,6 +69,7 @@ class Ramp:
             **{-n: color for n, color in enumerate(_stretch(negative), 1)},
         }
         self._styles: dict[tuple[int, int, bool], Style] = {}
+        self._figure_styles: dict[tuple[int, bool], Style] = {}
 
     def halves(self, upper: int, lower: int, is_signed: bool) -> Style:
         """The style of an upper half block: its colour is the upper value, its ground the lower."""
@@ -85,8 +86,12 @@ class Ramp:
 
     def text_style(self, level: int, is_signed: bool) -> Style:
         """The style of a figure on a level's colour."""
-        ground = self.color(level, is_signed)
-        return Style(color=ground.get_contrast_text(1).rich_color, bgcolor=ground.rich_color)
+        found = self._figure_styles.get((level, is_signed))
+        if found is None:
+            ground = self.color(level, is_signed)
+            found = Style(color=ground.get_contrast_text(1).rich_color, bgcolor=ground.rich_color)
+            self._figure_styles[level, is_signed] = found
+        return found
 
     @staticmethod
     def density(level: int) -> str:

@@ -22,6 +22,7 @@ from aprtui.screens.error import ErrorScreen
 from aprtui.screens.explorer import ExplorerScreen
 from aprtui.screens.help import HelpScreen
 from aprtui.settings import TOP_K_STEPS
+from aprtui.theme import THEMES
 from aprtui.widgets.divergence_table import DivergenceTable
 from aprtui.widgets.stage_tree import StageTree
 
@@ -225,11 +226,15 @@ class TestOverlays:
 
         drive(ExplorerApp(failing_request), steps)
 
-    def test_other_themes_can_be_worn(self, failing_request: Request) -> None:
+    def test_our_themes_can_be_worn_and_no_others(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            for theme in ("textual-light", "ansi-dark", "nord", "okabe-ito"):
-                pilot.app.theme = theme
+            assert set(pilot.app.available_themes) == set(THEMES)
+            for name, theme in THEMES.items():
+                pilot.app.theme = name
                 await pilot.pause()
+                assert pilot.app.current_theme is theme
+                ground = explorer_of(pilot).styles.background
+                assert ground.hex == theme.background
 
         drive(ExplorerApp(failing_request), steps)
 

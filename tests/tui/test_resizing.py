@@ -21,14 +21,15 @@ from aprtui.screens.changes import ChangesScreen
 from aprtui.screens.explorer import ExplorerScreen
 from aprtui.screens.export import ExportScreen
 from aprtui.screens.help import HelpScreen
-from aprtui.screens.parity import ParityScreen, ParityTable
+from aprtui.screens.parity import ParityScreen
 from aprtui.screens.profile import ProfileScreen
+from aprtui.widgets.parity_table import ParityTable
 from aprtui.widgets.stage_tree import StageTree
 
 # Around every breakpoint, and what nobody can read; each is reached from a larger and a smaller.
 SIZES = (
-    (120, 40), (40, 10), (300, 100), (41, 11), (20, 5), (63, 15), (64, 16), (1, 1), (80, 24),
-    (99, 30), (100, 16), (10, 100), (200, 60), (300, 3), (40, 10), (120, 40),
+    (120, 40), (40, 10), (300, 100), (63, 15), (1, 1), (64, 16), (99, 30), (300, 3), (80, 24),
+    (10, 100), (200, 60),
 )  # fmt: skip
 
 LEAST = (40, 10)  # from here on everything has its place

@@ -12,19 +12,24 @@ import numpy as np
 import pytest
 from demo_runs import kernel_run
 from driving import come_to_rest, drive, explorer_of, settle
+from textual.geometry import Region
 from textual.pilot import Pilot
+from textual.widgets import Static
 
 from aprcore.errors import TraceError
 from aprcore.layouts import Layout
-from aprcore.pictures import MapKind, TensorPair
+from aprcore.pictures import HeatMap, MapKind, MemoryPlane, TensorPair, levels_of
 from aprcore.report import StageReport
 from aprcore.request import Request
 from aprcore.stages import StageKey
 from aprtui.app import ExplorerApp
+from aprtui.keymap import commands
 from aprtui.map_window import FIGURE_COLUMNS, MapWindow, scales_for
+from aprtui.palette import ScreenCommands
 from aprtui.pictures import PICTURES_KEPT, PictureFailed, PictureMade, PictureMaker, ValuesAsk
 from aprtui.places import parse_place
 from aprtui.ramp import LEVELS, level_of
+from aprtui.screens.help import HelpScreen
 from aprtui.settings import Settings
 from aprtui.widgets.bars import bar
 from aprtui.widgets.picture_pane import PicturePane
@@ -39,6 +44,7 @@ Compare = Callable[..., bool]
 SIZES = {"40x10": (40, 10), "80x24": (80, 24), "120x40": (120, 40), "200x60": (200, 60)}
 TABS = {"tokens": "2", "map": "3", "histogram": "4", "values": "5"}
 BROKEN = StageKey(1, "attn_norm")
+PICTURE_IDS = {name for name in commands() if name.startswith("picture.")}
 
 
 @pytest.fixture(autouse=True)
@@ -315,10 +321,48 @@ class TestMap:
             await press(pilot, "3")
             text = "\n".join(lines_of(map_of(pilot)))
             assert text.count("✕" * 4) >= 1
-            assert "✕ 5 NaN/Inf" in text
+            assert text.count("∞") >= 2  # in the map, and in the legend
+            assert "✕ 4 NaN  ∞ 1 Inf" in text
             assert "trace Inf" in text  # the cursor begins at the first that is not finite
 
         drive(ExplorerApp(broken_request), steps)
+
+    def test_a_vector_is_folded_and_its_places_are_right(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            key = StageKey(None, "lm_head")
+            explorer_of(pilot).go_to(key)
+            await press(pilot, "3", "enter", "colon", *"77", "enter")
+            shown, layout = map_of(pilot), explorer_of(pilot).state.reports[key].layout
+            assert layout is not None
+            fold = shown.view.fold if shown.view else 0
+            assert fold > 1
+            assert shown.window is not None
+            assert (shown.window.row, shown.window.column) == divmod(77, fold)
+            assert shown.cell is not None
+            assert shown.cell.index == 77
+            assert shown.cell.trace == pytest.approx(faulty(sound_tensors())[key].reshape(-1)[77])
+            await press(pilot, "colon", *"-1", "enter", "right", "down", "end")
+            last = shown.window.row * fold + shown.window.column
+            assert last == layout.shape[0] - 1  # the cursor does not leave the vector
+            assert shown.cell.index == last
+            await press(pilot, "a")
+            assert shown.view is not None
+            assert shown.view.num_rows == 1
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_goes_through_the_largest_differences(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", "enter", *["plus"] * 8)
+            found = explorer_of(pilot).state.reports[FAULT].comparison
+            assert found is not None
+            for rank in range(4):
+                await press(pilot, "l")
+                cell = map_of(pilot).cell
+                assert cell is not None
+                assert cell.index == found.top.indices[rank]
+
+        drive(ExplorerApp(failing_request), steps)
 
     def test_the_mouse_points_and_drags(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
@@ -380,13 +424,64 @@ class TestValues:
 
         drive(ExplorerApp(failing_request), steps)
 
+    def test_one_side_in_lines_of_several(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "5", "enter", "colon", *"100", "enter")
+            values = values_of(pilot)
+            trace, oracle = (x[FAULT].reshape(-1) for x in (faulty(sound_tensors()),
+                                                            sound_tensors()))  # fmt: skip
+            for name, x in (("trace", trace), ("oracle", oracle), ("|diff|", abs(trace - oracle))):
+                await press(pilot, "m")
+                assert values.index == 100
+                count = values.per_line
+                assert count in (4, 8)
+                lines = lines_of(values)
+                assert lines[0].split() == [name, *(f"+{n}" for n in range(count))]
+                line = lines[1 + 100 // count - values.scroll_offset.y].split()
+                start = 100 // count * count
+                assert int(line[0]) == start
+                assert [float(cell) for cell in line[1:]] == pytest.approx(
+                    x[start : start + count], rel=0.1, abs=1e-9
+                )
+                place = np.unravel_index(100, (7, 4, 8))
+                assert f"token {place[0]}, head {place[1]}, dim {place[2]}" in lines[-1]
+            await press(pilot, "m")
+            assert values.per_line == 1
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_keys_and_clicks_of_a_grid(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "5", "enter", "m", "right", "down", "right", "up", "down")
+            values = values_of(pilot)
+            count = values.per_line
+            assert values.index == count + 2
+            await press(pilot, "end")
+            assert values.index == values.total - 1
+            await press(pilot, "home", "pagedown")
+            assert values.index > 5 * count
+            await press(pilot, "home")
+            await pilot.click(ValueGrid, offset=(8 + 3 * 10 + 4, 3))
+            assert values.index == 2 * count + 3
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_narrow_panes_have_few_to_a_line(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "5", "m")
+            values = values_of(pilot)
+            assert values.per_line in (1, 2)
+            assert max(map(len, lines_of(values))) <= values.size.width
+
+        drive(ExplorerApp(failing_request), steps, size=(40, 10))
+
     def test_goes_through_the_largest_differences(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             await press(pilot, "5")
             found = explorer_of(pilot).state.reports[FAULT].comparison
             assert found is not None
             for rank in range(3):
-                await press(pilot, "m")
+                await press(pilot, "l")
                 assert values_of(pilot).index == found.top.indices[rank]
                 assert any(f"◀ #{rank + 1}" in line for line in lines_of(values_of(pilot)))
 
@@ -491,6 +586,109 @@ class TestMaking:
         drive(ExplorerApp(failing_request), steps)
 
 
+class TestKeys:
+    def test_are_told_by_the_help_where_they_work(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            async def ids_of_help() -> set[str | None]:
+                await press(pilot, "question_mark")
+                screen = pilot.app.screen
+                assert isinstance(screen, HelpScreen)
+                found = {binding.id for binding in screen._shown}
+                text = "\n".join(screen.query_one(Static).render_line(y).text for y in range(70))
+                for binding in screen._shown:
+                    if binding.id in PICTURE_IDS:
+                        assert binding.tooltip[:20] in text
+                await press(pilot, "escape")
+                return found
+
+            assert not await ids_of_help() & (PICTURE_IDS - {"picture.leave"})
+            await press(pilot, "3")
+            assert await ids_of_help() >= PICTURE_IDS - {"picture.leave"}
+            await press(pilot, "enter")
+            assert await ids_of_help() >= {*PICTURE_IDS, "map.left", "map.pan-left"}
+            await press(pilot, "5")
+            assert await ids_of_help() >= {"picture.kind", "picture.next-largest", "values.left"}
+            await press(pilot, "4")
+            assert not await ids_of_help() & {"picture.kind", "picture.axes"}
+
+        drive(ExplorerApp(failing_request), steps, size=(120, 90))
+
+    def test_are_in_the_palette_where_they_work(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            def offered() -> set[str]:
+                return {found.name for found in ScreenCommands(pilot.app.screen).commands()}
+
+            named = {"kind of picture", "axes", "heads", "nearer", "next largest difference"}
+            assert not named & offered()
+            await press(pilot, "3")
+            assert named | {"go to"} <= offered()
+
+        drive(ExplorerApp(failing_request), steps)
+
+    def test_can_be_given_to_others(self, failing_request: Request) -> None:
+        keys = {"picture.kind": "f5", "picture.next-largest": "f6", "map.pan-right": "f7"}
+        settings = Settings(keys=keys)
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3", "enter", "m")
+            shown = map_of(pilot)
+            assert shown.kind is MapKind.DIFF
+            await press(pilot, "f5")
+            assert shown.kind is MapKind.TRACE
+            await press(pilot, *["plus"] * 8)
+            assert shown.window is not None
+            await press(pilot, "home", "f7")
+            assert shown.window.left > 0
+            before = shown.window
+            await press(pilot, "f6", "f6")
+            assert shown.window != before
+
+        drive(ExplorerApp(failing_request, settings=settings), steps, size=(100, 30))
+
+
+class TestRepaints:
+    """Only what changes is drawn again: the screen must look as if all were."""
+
+    @pytest.mark.parametrize(
+        ("tab", "keys"),
+        [
+            ("2", ("down", "down", "up", "end", "h", "right", "down", "left", "home", "h")),
+            ("3", ("down", "right", "up", "left", "plus", "right", "down", "minus", "m", "l")),
+            ("5", ("down", "right", "end", "m", "left", "up", "l", "m", "down", "l", "m")),
+        ],
+        ids=["tokens", "map", "values"],
+    )
+    @pytest.mark.parametrize("size", [(60, 20), (120, 40)], ids=["60x20", "120x40"])
+    def test_cursor(
+        self, failing_request: Request, tab: str, keys: tuple[str, ...], size: Any
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, tab, "enter")
+            shown = pictures_of(pilot).open_view
+            assert shown is not None
+            asked: list[Region] = []
+            refresh = shown.refresh
+
+            def note(*regions: Region, **options: Any) -> Any:
+                asked.extend(regions or [shown.size.region])
+                return refresh(*regions, **options)
+
+            shown.refresh = note  # type: ignore[method-assign]
+            partly = 0
+            for key in keys:
+                before = [shown.render_line(y) for y in range(shown.size.height)]
+                asked.clear()
+                await press(pilot, key)
+                after = [shown.render_line(y) for y in range(shown.size.height)]
+                changed = {y for y, pair in enumerate(zip(before, after)) if pair[0] != pair[1]}
+                drawn = {y for region in asked for y in region.line_range}
+                assert changed <= drawn, key
+                partly += 0 < len(drawn) < shown.size.height
+            assert partly >= 3
+
+        drive(ExplorerApp(failing_request), steps, size=size)
+
+
 class TestPlaces:
     LAYOUT = Layout((7, 32), (7, 4, 8), ("token", "head", "dim"))
 
@@ -552,6 +750,13 @@ def test_levels_rise_with_magnitude_and_keep_the_sign() -> None:
     assert level_of(0.0, 1.0, 8) == 0
     assert level_of(-1.0, 1.0, 8) == -LEVELS
     assert level_of(5.0, 1.0, 8) == LEVELS
+    x = np.array([[*values, 0.0, -1.0, 5.0, -3e-5]], np.float32)
+    plane = MemoryPlane(x.reshape(-1), Layout(x.shape, x.shape, ("token", "dim")))
+    grid = HeatMap(TensorPair(FAULT, plane, None), MapKind.TRACE).overview(1, x.size)
+    # Those of a map, which are made all at once.
+    assert levels_of(grid, 1.0, 8, LEVELS).tolist() == [
+        [level_of(float(value), 1.0, 8) for value in x[0]]
+    ]
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -609,6 +814,43 @@ class TestPictures:
         keys = ["3", "m", "enter", "right"]
         assert snap_compare(app, terminal_size=(120, 40), run_before=then_press(*keys))
 
+    @pytest.mark.parametrize("theme", ["okabe-ito-light", "monochrome"])
+    @pytest.mark.parametrize("tab", TABS.values(), ids=TABS)
+    def test_themes_of_tabs(self, snap_compare: Compare, theme: str, tab: str) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"), settings=Settings(theme=theme))
+        assert snap_compare(app, terminal_size=(120, 40), run_before=then_press(tab, "enter"))
+
+    @pytest.mark.parametrize("tab", ["2", "3", "4"], ids=["tokens", "map", "histogram"])
+    def test_sixteen_colors(
+        self, snap_compare: Compare, monkeypatch: pytest.MonkeyPatch, tab: str
+    ) -> None:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("COLORTERM")
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        keys = [tab, "enter", "m"]
+        assert snap_compare(app, terminal_size=(80, 24), run_before=then_press(*keys))
+
+    @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+    def test_folded(self, snap_compare: Compare, size: Any) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        assert snap_compare(app, terminal_size=size, run_before=then_press("end", "3", "enter"))
+
+    @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+    def test_values_of_one_side(self, snap_compare: Compare, size: Any) -> None:
+        app = ExplorerApp(kernel_run("kv-tiled"))
+        keys = ["5", "enter", "m", "l"]
+        assert snap_compare(app, terminal_size=size, run_before=then_press(*keys))
+
+    def test_glyphs_of_single_values(self, snap_compare: Compare, broken_request: Request) -> None:
+        async def run_before(pilot: Pilot[Any]) -> None:
+            await settle(pilot)
+            explorer_of(pilot).go_to(BROKEN)
+            await press(pilot, "3", "enter", *["plus"] * 4)
+            await come_to_rest(pilot)
+
+        app = ExplorerApp(broken_request)
+        assert snap_compare(app, terminal_size=(120, 40), run_before=run_before)
+
     def test_no_color(self, snap_compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NO_COLOR", "1")
         app = ExplorerApp(kernel_run("kv-tiled"))
@@ -620,5 +862,5 @@ class TestPictures:
 
     def test_place(self, snap_compare: Compare) -> None:
         app = ExplorerApp(kernel_run("kv-tiled"))
-        keys = ["5", "m", "colon", *"1,8"]
+        keys = ["5", "l", "colon", *"1,8"]
         assert snap_compare(app, terminal_size=(80, 24), run_before=then_press(*keys))

@@ -141,7 +141,7 @@ class DrawnMap(PictureView):
             before, cell, after = strip.divide([start, start + scale.wide, strip.cell_length])
             halves = [row == cursor[0] for row in rows]
             other = _row(shades, rows[1 if halves[0] else 0])[cursor[1]]
-            marked = blocks.cursor(cell.text, halves, other, scale.wide)
+            marked = blocks.cursor(cell.text, halves, other, is_figure=_has_figures(scale))
             strip = Strip([*before, marked, *after], strip.cell_length)
         if strip.cell_length != self.outer_size.width:
             strip = strip.adjust_cell_length(self.outer_size.width, self.ground)
@@ -175,7 +175,7 @@ class DrawnMap(PictureView):
         """The blocks of a line; none below the last row."""
         if rows[0] >= shades.shape[0]:
             return []
-        if scale.wide >= FIGURE_COLUMNS and scale.tall >= FIGURE_HALVES:
+        if _has_figures(scale):
             row, is_first = rows[0], 2 * y == rows[0] * scale.tall
             values = shades.grid.values[row].tolist()
             return blocks.figures(shades.levels[row], values, scale.wide, is_first=is_first)
@@ -261,6 +261,9 @@ class DrawnMap(PictureView):
             )
             sign = " +" if self._is_signed and not self.ramp.is_dense else ""
             line.append(f"{sign} {format_ratio(top)}", quiet)
+            if self._is_signed and self.ramp.is_dense:
+                negative = self.paint("ink-oracle")
+                line.append("  −", quiet).append(self.ramp.density(LEVELS) * 2, negative)
         nan = int(grid.nan.sum())
         infinite = int(grid.nonfinite.sum()) - nan
         for glyph, count, word in ((NAN_GLYPH, nan, "NaN"), (INFINITE_GLYPH, infinite, "Inf")):
@@ -302,6 +305,11 @@ class DrawnMap(PictureView):
 def is_head(view: MapView) -> bool:
     """Whether a view is one head of several."""
     return view.rows == "query" and not view.is_reduced
+
+
+def _has_figures(scale: Scale) -> bool:
+    """Whether cells are large enough to have their figures written into them."""
+    return scale.wide >= FIGURE_COLUMNS and scale.tall >= FIGURE_HALVES
 
 
 def _row(shades: Shades, row: int) -> list[int] | list[None]:

@@ -6,8 +6,10 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
+from textual.geometry import Region
 from textual.strip import Strip
 
 from aprtui.formatting import format_cosine, format_ratio, quoted
@@ -51,6 +53,9 @@ class DrawnTokens(PictureView):
         self._figures: Figures | None = None
         self._texts: tuple[str, ...] = ()
         self._ids: tuple[int, ...] = ()
+        self._measured: Columns | None = None
+        self._lines: dict[int, Strip] = {}
+        self._drawn_in: tuple[object, ...] = ()
 
     def on_focus(self) -> None:
         """The cursor shows."""
@@ -59,6 +64,19 @@ class DrawnTokens(PictureView):
     def on_blur(self) -> None:
         """The cursor hides."""
         self.refresh()
+
+    def fit(self) -> None:
+        """There are as many lines as tokens, and the headings; the columns fill them."""
+        self._measured = None
+        self._lines.clear()
+        self.reserve(self._count + self._lines_above + self._lines_below)
+
+    def refresh_cursor(self, *tokens: int) -> None:
+        """Draw anew only what a move of the cursor changes: headings, its lines, what it is on."""
+        top, size = self.scroll_offset.y, self.size
+        changed = {0, *(y for token in tokens if 0 < (y := token + 1 - top) <= self._page)}
+        changed.update(range(size.height - self._lines_below, size.height))
+        self.refresh(*(Region(0, y, size.width, 1) for y in changed))
 
     def draw(self, y: int) -> Strip:
         """The headings, a token, or what is under the cursor."""
@@ -73,12 +91,22 @@ class DrawnTokens(PictureView):
         number = y - 1 + self.scroll_offset.y
         if number >= self._count:
             return self.strip(Text(""))
+        drawn_in = self.app.theme, self.by_head, self._first_head
+        if drawn_in != self._drawn_in:
+            self._lines.clear()
+            self._drawn_in = drawn_in
+        is_marked = number == self.token and self.has_focus
+        strip = None if is_marked else self._lines.get(number)
+        if strip is not None:
+            return strip
         line = self._line(number, self._figures.tokens) if heads is None else (
             self._head_line(number, heads)
         )  # fmt: skip
-        is_marked = number == self.token and self.has_focus
         ground = self.app.theme_variables["panel"]
-        return self.strip(line, Style(bgcolor=ground, bold=True) if is_marked else None)
+        strip = self.strip(line, Style(bgcolor=ground, bold=True) if is_marked else None)
+        if not is_marked:
+            self._lines[number] = strip
+        return strip
 
     @property
     def _page(self) -> int:
@@ -113,6 +141,11 @@ class DrawnTokens(PictureView):
     # A line per token
 
     def _columns(self) -> Columns:
+        if self._measured is None:
+            self._measured = self._measure_columns()
+        return self._measured
+
+    def _measure_columns(self) -> Columns:
         width = self.line_width
         index = max(3, len(str(self._count - 1)))
         longest = max((cell_len(quoted(text)) for text in self._texts), default=0)
@@ -207,24 +240,28 @@ class DrawnTokens(PictureView):
             text = Text(f"{line[:at].ljust(at)}{self.head}".ljust(at + cells), quiet)
         return text
 
-    def _head_line(self, number: int, found: TokenFigures) -> Text:
+    def _head_line(self, number: int, found: TokenFigures) -> list[Segment]:
         columns, paint, ramp = self._columns(), self.paint, self.ramp
-        line = Text(str(number).rjust(columns.number) + " ", paint("ink-quiet"))
+        line = [Segment(str(number).rjust(columns.number) + " ", paint("ink-quiet"))]
         if columns.text:
             text = quoted(self._texts[number]) if number < len(self._texts) else ""
-            line.append(f"{_fitted(text, columns.text)} ", paint("ink-trace"))
+            line.append(Segment(f"{_fitted(text, columns.text)} ", paint("ink-trace")))
         cells, first = self._head_cells, self._first_head
-        last = min(found.relative_l2.shape[1], first + (self.line_width - line.cell_len) // cells)
-        row = zip(found.relative_l2[number, first:last], found.nonfinite[number, first:last])
+        last = min(
+            found.relative_l2.shape[1], first + (self.line_width - self._head_start) // cells
+        )
+        row = zip(
+            found.relative_l2[number, first:last].tolist(),
+            found.nonfinite[number, first:last].tolist(),
+        )
         for head, (relative, bad) in enumerate(row, first):
             is_marked = self.has_focus and (number, head) == (self.token, self.head)
-            line.append(*self._head_cell(float(relative), int(bad), cells, ramp, is_marked))
+            line.append(self._head_cell(relative, bad, cells, ramp, is_marked))
         return line
 
     def _head_cell(
         self, relative: float, bad: int, cells: int, ramp: Ramp, is_marked: bool
-    ) -> tuple[str, Style]:
-        variables = self.app.theme_variables
+    ) -> Segment:
         if bad:
             text, style = NONFINITE.center(cells), self.paint("verdict-nonfinite", bold=True)
         else:
@@ -236,12 +273,12 @@ class DrawnTokens(PictureView):
             else:
                 text, style = " " * cells, ramp.text_style(level, is_signed=False)
         if is_marked:
-            style += Style(
-                color=variables["block-cursor-foreground"],
-                bgcolor=variables["block-cursor-background"],
+            ink, ground = (
+                self.paint(f"block-cursor-{part}").color for part in ("foreground", "background")
             )
+            style += Style(color=ink, bgcolor=ground)
             text = "+".center(cells) if not text.strip() or ramp.is_dense else text
-        return text, style
+        return Segment(text, style)
 
     def _readout(self, found: TokenFigures) -> Text:
         """What is under the cursor."""

@@ -58,8 +58,8 @@ class TokenBars(DrawnTokens):
         self.fit()
 
     def fit(self) -> None:
-        """There are as many lines as tokens, and the headings."""
-        self.reserve(self._count + self._lines_above + self._lines_below)
+        """The cursor stays in view."""
+        super().fit()
         self._keep_in_view()
         self.refresh()
 
@@ -103,10 +103,14 @@ class TokenBars(DrawnTokens):
         self.fit()
 
     def _point(self, token: int, head: int) -> None:
+        before, top, first = self.token, self.scroll_offset.y, self._first_head
         self.token = max(0, min(token, self._count - 1))
         self.head = max(0, min(head, self._heads - 1))
         self._keep_in_view()
-        self.refresh()
+        if (top, first) == (self.scroll_offset.y, self._first_head):
+            self.refresh_cursor(before, self.token)
+        else:
+            self.refresh()
 
     def _keep_in_view(self) -> None:
         top = self.scroll_offset.y
