@@ -37,7 +37,14 @@ class Command(NamedTuple):
 
 
 def commands() -> dict[str, Command]:
-    """Every binding of this program whose module is loaded, by its id."""
+    """Every binding of this program, by its id."""
+    # Screens that are imported when they are opened have keys, too.
+    from aprtui.screens import changes, devices, export, parity, profile  # noqa: F401
+
+    return _loaded_commands()
+
+
+def _loaded_commands() -> dict[str, Command]:
     return {
         binding.id: Command(node, binding, _split(binding.key))
         for node in _our_nodes(DOMNode)
@@ -48,7 +55,7 @@ def commands() -> dict[str, Command]:
 
 def shown_key(app: App[Any], name: str) -> str:
     """The key of an action as the footer shows it: the first that the user chose, else its own."""
-    binding = commands()[name].binding
+    binding = _loaded_commands()[name].binding
     settings = getattr(app, "settings", None)
     if isinstance(settings, Settings) and name in settings.keys:
         chosen, *_ = Binding.make_bindings([Binding(settings.keys[name], "")])
@@ -66,6 +73,8 @@ def check_keys(keys: Mapping[str, str], where: Path | None) -> None:
     Raises:
         SettingsError: There is no such id or key, or two actions would share one key.
     """
+    if not keys:
+        return
     known = commands()
     for name, names in keys.items():
         if name not in known:

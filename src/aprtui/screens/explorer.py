@@ -17,11 +17,9 @@ from textual.widgets import Footer, Input
 
 from aprtui.keys import EXPLORER_KEYS
 from aprtui.lineage import trace_upstream
-from aprtui.palette import ExplorerCommands
 from aprtui.screen_options import ScreenOptions
 from aprtui.screens.help import HelpScreen
-from aprtui.screens.parity import ParityScreen
-from aprtui.screens.profile import ProfileScreen
+from aprtui.screens.run_view import RunView
 from aprtui.screens.running import RunningScreen
 from aprtui.session import StageJudged
 from aprtui.settings import DEFAULT_TOP_K, TOP_K_STEPS
@@ -47,6 +45,13 @@ REFRESH_S = 1 / 20
 DETAIL_DELAY_S = 0.05
 
 
+def _commands() -> type[Provider]:
+    """The palette's, which is read when it is opened: the first screen is painted without."""
+    from aprtui.palette import ExplorerCommands
+
+    return ExplorerCommands
+
+
 class ExplorerScreen(RunningScreen):
     """The first screen. It owns the run's state; its message handlers are all that change it.
 
@@ -55,7 +60,7 @@ class ExplorerScreen(RunningScreen):
         tab: What the lower part of the detail pane shows.
     """
 
-    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ExplorerCommands}
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_commands}
 
     BINDINGS: ClassVar[list[BindingType]] = [*EXPLORER_KEYS]
 
@@ -146,7 +151,7 @@ class ExplorerScreen(RunningScreen):
         self.profile_strip.refresh()
         screen = self.app.screen
         # One that was opened a moment ago has no widgets yet, and draws itself when it has.
-        if isinstance(screen, ProfileScreen | ParityScreen) and screen.is_mounted:
+        if isinstance(screen, RunView) and screen.is_mounted:
             screen.refresh_run()
         row = self.tree_of_stages.row
         if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
@@ -328,6 +333,8 @@ class ExplorerScreen(RunningScreen):
         """Show the depth profile; it ends with the stage to go to."""
         at = self.tree_of_stages.row
         key = at.key or next(iter(self.state.keys_by_layer.get(at.layer, ())), None)
+        from aprtui.screens.profile import ProfileScreen
+
         self.app.push_screen(ProfileScreen(self.state, key), self._go_if_chosen)
 
     def _go_if_chosen(self, key: StageKey | None) -> None:
@@ -340,6 +347,8 @@ class ExplorerScreen(RunningScreen):
             self.notify("no second side: give --gpu, or --trace with --against")
             return
         at = self.tree_of_stages.row.key
+        from aprtui.screens.parity import ParityScreen
+
         self.app.push_screen(ParityScreen(self.state, at), self._go_if_chosen)
 
     @on(ProfileStrip.Chosen)

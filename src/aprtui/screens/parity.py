@@ -9,7 +9,6 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.command import Provider
-from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from aprcore.stages import StageKey
@@ -23,6 +22,7 @@ from aprtui.formatting import (
 )
 from aprtui.palette import ScreenCommands
 from aprtui.run_state import RunState
+from aprtui.screens.run_view import RunView
 from aprtui.text import visible
 from aprtui.theme import Paint, mark_of_verdict
 from aprtui.widgets.parity_table import ParityTable, kernel_cell
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LEAST_LINES = 20  # of a screen that has two of them for the figures of a stage
 
 
-class ParityScreen(Screen[StageKey | None]):
+class ParityScreen(RunView):
     """Every stage on two sides. Ends with the stage to go to, or None."""
 
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ScreenCommands}

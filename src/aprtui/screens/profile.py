@@ -13,7 +13,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.command import Provider
 from textual.reactive import reactive
-from textual.screen import Screen
 from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Footer, Static
@@ -23,6 +22,7 @@ from aprtui.formatting import format_ratio
 from aprtui.palette import ScreenCommands
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState
+from aprtui.screens.run_view import RunView
 from aprtui.theme import Paint, mark_of
 
 # A glyph each, so that curves stay apart without colours; later ones lie over earlier ones.
@@ -156,7 +156,7 @@ class ProfilePlot(Widget):
             self.chosen = points[nearest].key
 
 
-class ProfileScreen(Screen[StageKey | None]):
+class ProfileScreen(RunView):
     """Curves over depth. Ends with the stage to go to, or None."""
 
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ScreenCommands}

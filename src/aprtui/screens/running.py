@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING
 from textual import on, work
 from textual.worker import Worker, get_current_worker
 
-from aprtui.exporting import describe_row, export
 from aprtui.keymap import shown_key
 from aprtui.screen_options import ScreenOptions
-from aprtui.screens.changes import ChangesScreen
-from aprtui.screens.devices import DevicesScreen
 from aprtui.screens.error import ErrorScreen
-from aprtui.screens.export import ExportScreen
 from aprtui.screens.navigation import StageNavigation
 from aprtui.session import (
     DeviceFound,
@@ -189,6 +185,8 @@ class RunningScreen(StageNavigation):
 
     def action_devices(self) -> None:
         """Show the devices; one that is chosen is run on."""
+        from aprtui.screens.devices import DevicesScreen
+
         self.app.push_screen(DevicesScreen(self.request.device), self._run_on)
 
     def _run_on(self, device: int | None) -> None:
@@ -209,6 +207,8 @@ class RunningScreen(StageNavigation):
         elif after is None:
             self.notify("the run is not over yet")
         else:
+            from aprtui.screens.changes import ChangesScreen
+
             self.app.push_screen(ChangesScreen(before, after), self._leave_changes)
 
     def _leave_changes(self, key: StageKey | None) -> None:
@@ -230,11 +230,14 @@ class RunningScreen(StageNavigation):
             if path is not None:
                 self._export(path, picture)
 
+        from aprtui.screens.export import ExportScreen
+
         self.app.push_screen(ExportScreen(Path(f"{name}-report.html")), write)
 
     @work(thread=True, exit_on_error=False, group="export")
     def _export(self, path: Path, picture: str | None) -> None:
         from aprcore.errors import AprError
+        from aprtui.exporting import export
 
         report = self.state.report
         assert report is not None
@@ -255,6 +258,8 @@ class RunningScreen(StageNavigation):
     def action_copy(self) -> None:
         """Copy what is known of the row under the cursor."""
         row = self.tree_of_stages.row
+        from aprtui.exporting import describe_row
+
         # OSC 52: the terminal does it, so that it works over ssh and inside tmux.
         self.app.copy_to_clipboard(describe_row(self.state, row))
         self.notify(f"copied {'the run' if row.key is None else row.key}", markup=False, timeout=3)
