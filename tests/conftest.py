@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def settings_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 def pytest_configure() -> None:
     """Keep pictures of screens under `snapshots/<test file>` rather than beside the tests."""
     import pytest_textual_snapshot
+
+    # A process of pytest-xdist says 80 x 24 for the terminal that it does not have.
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)
 
     class Pictures(pytest_textual_snapshot.SVGImageExtension):
         @classmethod

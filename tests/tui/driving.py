@@ -36,9 +36,16 @@ async def come_to_rest(pilot: Pilot[Any]) -> None:
     for _ in range(50):
         await pilot.pause(QUIET_S)
         now = pilot.app.export_screenshot()
-        if now == before:
+        if now == before and not is_about_to_draw(pilot):
             return
         before = now
+
+
+def is_about_to_draw(pilot: Pilot[Any]) -> bool:
+    """Whether a timer of the explorer is yet to fire: on a starved machine it may be late."""
+    explorer = explorer_of(pilot)
+    timers = (explorer._detail_timer, explorer._refresh_timer)
+    return timers != (None, None) or explorer.detail.pictures.is_busy
 
 
 def finish(request: Request) -> RunState:

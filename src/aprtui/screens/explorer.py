@@ -176,6 +176,9 @@ class ExplorerScreen(RunningScreen):
         self._detail_timer = self.set_timer(DETAIL_DELAY_S, self._show_detail)
 
     def _show_detail(self) -> None:
+        if self._detail_timer is not None:
+            self._detail_timer.stop()
+            self._detail_timer = None
         row = self.tree_of_stages.row
         self.detail.show(row, self.top_k, self.tab)
         report = None if row.key is None else self.state.reports.get(row.key)
