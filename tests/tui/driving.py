@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from textual.pilot import Pilot
+from textual.widgets import Input
 
 from aprcore.bisect import bisect
 from aprcore.report import Report, RunHeader, StageReport
@@ -32,6 +33,8 @@ async def settle(pilot: Pilot[Any]) -> None:
 
 async def come_to_rest(pilot: Pilot[Any]) -> None:
     """Wait until the picture stays as it is; on a busy machine one pause is not enough."""
+    for box in pilot.app.screen.query(Input):
+        box.cursor_blink = False  # a picture is taken at any moment
     before = ""
     for _ in range(50):
         await pilot.pause(QUIET_S)
