@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,9 +19,10 @@ from aprcore.weights import Weight
 
 Floats = NDArray[np.floating[Any]]
 
-# Tensors that a device may be ahead of the host: enough that it has work while the host compares,
-# few enough that a long prompt's scores do not add up.
-AHEAD = 4
+# Tensors that a device may be ahead of the host: enough that it has work while the host compares.
+AHEAD = 16
+# Together they hold no more than this, or are one: a long prompt's scores would add up.
+AHEAD_BYTES = 64 << 20
 
 
 def check_length(config: ModelConfig, num_tokens: int) -> None:
@@ -77,25 +79,26 @@ def trace(
 
     Args:
         config, weights, backend, tokens, wants, cache: As for `forward`.
-        ahead: How many tensors a backend that queues its work may be ahead of what is yielded;
-            with 0 nothing is computed between one tensor and the next.
+        ahead: How many tensors a backend that queues its work may be ahead of what is yielded, as
+            long as they are small; with 0 nothing is computed between one tensor and the next.
     """
     past = 0 if cache is None else cache.num_positions
     sizes = config.sizes(len(tokens), past + len(tokens))
     stream = forward(config, weights, backend, tokens, wants, cache)
-    for key, tensor in _fetch(stream, backend, ahead):
+    if isinstance(backend, QueuedBackend):
+        fetched = _fetch(stream, backend, ahead)
+    else:
+        fetched = ((key, backend.to_host(tensor)) for key, tensor in stream)
+    for key, tensor in fetched:
         yield key, tensor.reshape(resolve_shape(BY_NAME[key.stage].shape, sizes))
 
 
 def _fetch(
-    stream: Iterator[tuple[StageKey, Array]], backend: Backend, ahead: int
+    stream: Iterator[tuple[StageKey, Array]], backend: QueuedBackend, ahead: int
 ) -> Iterator[tuple[StageKey, Floats]]:
     """Each tensor on the host, in order. An error comes after the tensors made before it."""
-    if not isinstance(backend, QueuedBackend):
-        for key, tensor in stream:
-            yield key, backend.to_host(tensor)
-        return
-    coming: deque[tuple[StageKey, Callable[[], Floats]]] = deque()
+    coming: deque[tuple[StageKey, Callable[[], Floats], int]] = deque()
+    held_bytes = 0
     failure: Exception | None = None
     while failure is None:
         try:
@@ -105,12 +108,15 @@ def _fetch(
         except Exception as error:
             failure = error
         else:
-            coming.append((key, backend.fetch(tensor)))
+            size_bytes = 4 * math.prod(tensor.shape)
+            held_bytes += size_bytes
+            coming.append((key, backend.fetch(tensor), size_bytes))
             del tensor  # the device may use its memory again
-        while len(coming) > ahead:
-            done, wait = coming.popleft()
+        while len(coming) > ahead or (len(coming) > 1 and held_bytes > AHEAD_BYTES):
+            done, wait, size_bytes = coming.popleft()
+            held_bytes -= size_bytes
             yield done, wait()
-    for key, wait in coming:
+    for key, wait, _ in coming:
         yield key, wait()
     if failure is not None:
         raise failure

@@ -93,15 +93,16 @@ class Sides:
 
         return read
 
-    def tensors(self, backend: Backend | None = None) -> Iterator[tuple[StageKey, Floats | None]]:
+    def tensors(self, backend: Backend | None = None, ahead: int = 0) -> Iterator[tuple[StageKey, Floats | None]]:
         """Every row of the header in order, with the tensor under test (None: it lacks it).
 
         Tensors that rows read, but that are no rows themselves, come along in their place.
 
         Args:
             backend: Where to compute, if there is no trace; None for the CPU path. What comes, and
-                in which order, does not depend on it. Each tensor is computed when it is asked for,
-                so that callers can tell what it takes.
+                in which order, does not depend on it.
+            ahead: As for `aprcore.forward.trace`. By default each tensor is computed when it is
+                asked for, so that callers can tell what it takes.
         """
         if self.trace is not None:
             for key in self.header.keys:
@@ -117,7 +118,7 @@ class Sides:
         wanted = set(needed_keys(config, rows.__contains__))
         stream = trace(
             config, self.model.weights, backend or NumpyBackend(self.threads),
-            self.header.tokens, wanted.__contains__, ahead=0,
+            self.header.tokens, wanted.__contains__, ahead=ahead,
         )  # fmt: skip
         for key in sorted(wanted.union(self.header.keys), key=computation_order):
             if key not in wanted:

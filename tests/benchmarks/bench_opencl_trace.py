@@ -101,6 +101,7 @@ def compared(file: str, budget_bytes: int | None = None) -> Callable[[], float]:
     """Our trace on the device, each stage compared with the oracle's; opening is not counted."""
     from aprcore.backends.opencl.backend import OpenCLBackend
     from aprcore.compare import compare
+    from aprcore.forward import AHEAD
     from aprcore.matching import open_sides
     from aprcore.request import TOP_K, Request
 
@@ -113,7 +114,7 @@ def compared(file: str, budget_bytes: int | None = None) -> Callable[[], float]:
 
     def run(_opened: ExitStack = opened) -> float:
         started = time.perf_counter()
-        for key, tensor in sides.tensors(backend):
+        for key, tensor in sides.tensors(backend, AHEAD):
             assert tensor is not None
             compare(tensor, oracle.read(key), TOP_K)
         return time.perf_counter() - started
