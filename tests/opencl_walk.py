@@ -1,6 +1,6 @@
 """Every kernel once, on tiny shapes: what a checking simulator can afford. Run as a script.
 
-Arguments: the number of lanes, and "broken" to run a kernel that writes out of bounds instead.
+Arguments: the number of lanes, and one of `FAULTS` to run a kernel with that fault instead.
 """
 
 from __future__ import annotations
@@ -65,20 +65,27 @@ def walk(op: OpenCLBackend) -> None:
     assert op.argmax(op.from_host(x)) == x.argmax()
 
 
-def write_out_of_bounds(op: OpenCLBackend) -> None:
-    """What the simulator must notice, or its silence says nothing."""
+# What the simulator must notice, or its silence says nothing. Two work-items each.
+FAULTS = {
+    "broken": "x[get_global_id(0)] = 1;",  # the buffer has room for one
+    "racing": "x[0] = get_global_id(0);",
+}
+
+
+def run_faulty(op: OpenCLBackend, name: str) -> None:
+    """Run one of `FAULTS`."""
     import pyopencl as cl
 
-    text = "kernel void broken(global float *x) { x[get_global_id(0)] = 1; }"
-    program = Programs(op.device).build("broken", text, {})
+    text = f"kernel void {name}(global float *x) {{ {FAULTS[name]} }}"
+    program = Programs(op.device).build(name, text, {})
     buffer = cl.Buffer(op.device.context, cl.mem_flags.READ_WRITE, 4)
-    program.broken(op.device.queue, (2,), (1,), buffer)
+    getattr(program, name)(op.device.queue, (2,), (1,), buffer)
     op.finish()
 
 
 if __name__ == "__main__":
     backend = OpenCLBackend(open_device("oclgrind", lanes=int(sys.argv[1])))
-    if "broken" in sys.argv:
-        write_out_of_bounds(backend)
+    if len(sys.argv) > 2:
+        run_faulty(backend, sys.argv[2])
     else:
         walk(backend)
