@@ -17,6 +17,10 @@ from pathlib import Path
 # What the figures of a run may depend on; what is not installed is left out.
 PACKAGES = ("aprtui", "numpy", "gguf", "tokenizers", "transformers", "torch", "pyopencl")
 
+# Not "/home/ann" of "/srv/home/ann"; nor, where it ends, of "/home/anna".
+_PATH_BEGINS = r"(?<![\w./~-])"
+_TILDE = re.compile(rf"{_PATH_BEGINS}~(?=$|/)")
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -58,12 +62,26 @@ def format_command(arguments: Sequence[str]) -> str:
 
     The program stands by its name alone: where it is installed is this machine's business.
     """
+    return " ".join(_shell_word(word) for word in _with_bare_program(arguments))
+
+
+def without_home_in_command(arguments: Sequence[str]) -> list[str]:
+    """The arguments as they may be passed on; `with_home_in_command` reads them back."""
+    return [without_home(word) for word in _with_bare_program(arguments)]
+
+
+def with_home_in_command(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The arguments of `without_home_in_command` for whoever reads them, below their own home."""
+    home = str(Path.home())
+    return tuple(_TILDE.sub(lambda _: home, word) for word in arguments)
+
+
+def _with_bare_program(arguments: Sequence[str]) -> list[str]:
     if not arguments:
-        return ""
+        return []
     program, *rest = arguments
     name = Path(program).name
-    words = ["aprtui" if name == "__main__.py" else name, *rest]
-    return " ".join(_shell_word(word) for word in words)
+    return ["aprtui" if name == "__main__.py" else name, *rest]
 
 
 def _shell_word(argument: str) -> str:
@@ -80,10 +98,12 @@ def _shell_word(argument: str) -> str:
 
 def _split_at_home(text: str) -> list[str]:
     home = str(Path.home())
-    if home == os.sep:
+    # A path that was resolved has the directory by its other name, where it is a link.
+    names = {home, os.path.realpath(home)} - {os.sep}
+    if not names:
         return [text]
-    # Not "/home/ann" of "/srv/home/ann" or of "/home/anna".
-    return re.split(rf"(?<![\w./~-]){re.escape(home)}(?=$|[^\w.-])", text)
+    either = "|".join(re.escape(name) for name in sorted(names))
+    return re.split(rf"{_PATH_BEGINS}(?:{either})(?=$|[^\w.-])", text)
 
 
 def _version(name: str) -> str:

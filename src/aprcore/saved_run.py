@@ -2,6 +2,8 @@
 
 A zip archive of `aprx.json` (what it is, and what made it), `report.msgpack` (the whole report) and
 `tensors/`: both sides of the diverging stages as .npy, as far as they are small.
+
+It is passed on, so it says nothing of the user's home directory: paths below it begin with "~".
 """
 
 from __future__ import annotations
@@ -19,11 +21,17 @@ from typing import TYPE_CHECKING, Any, get_origin
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.environment import Environment, read_environment
+from aprcore.environment import (
+    Environment,
+    read_environment,
+    with_home_in_command,
+    without_home_in_command,
+)
 from aprcore.errors import AprError, FormatError
 from aprcore.layouts import Layout
 from aprcore.planes import MemoryPlane, Plane, TensorPair
 from aprcore.report import Report, RunEvent, StageReport
+from aprcore.sharing import shareable
 from aprcore.stages import StageKey
 from aprcore.tensor_source import TensorSource
 from aprcore.whole_file import write_whole
@@ -60,20 +68,20 @@ def save_run(
     import msgspec
 
     if isinstance(tensors, SavedRun):
-        about = tensors.about
+        command, about = tensors.command, tensors.about
     else:
         about = {
             "schema": SCHEMA,
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": list(command),
             "environment": asdict(read_environment()),
         }
+    about = about | {"command": without_home_in_command(command)}
     with (
         write_whole(path) as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=4) as archive,
     ):
         archive.writestr(ABOUT, json.dumps(about, indent=1))
-        archive.writestr(REPORT, msgspec.msgpack.encode(report, enc_hook=_encode_array))
+        archive.writestr(REPORT, msgspec.msgpack.encode(shareable(report), enc_hook=_encode_array))
         if tensors is not None:
             for name, values in _tensors_of(report, tensors):
                 with archive.open(name, "w", force_zip64=True) as member:
@@ -116,7 +124,8 @@ class SavedRun:
     Attributes:
         path: The file.
         about: What it says of itself: "made", "command", "environment".
-        command: The command line that made the run.
+        command: The command line that made the run; "~" in it is the home directory of whoever
+            reads it.
         environment: Where it was made.
         report: The run.
     """
@@ -213,9 +222,10 @@ class SavedRun:
 
         try:
             command = msgspec.convert(self.about.get("command"), tuple[str, ...])
-            return command, msgspec.convert(self.about.get("environment"), Environment)
+            environment = msgspec.convert(self.about.get("environment"), Environment)
         except msgspec.MsgspecError as error:
             raise self._broken(f"{ABOUT}: {error}") from error
+        return with_home_in_command(command), environment
 
     def _read_report(self) -> Report:
         import msgspec

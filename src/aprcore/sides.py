@@ -93,7 +93,9 @@ class Sides:
 
         return read
 
-    def tensors(self, backend: Backend | None = None, ahead: int = 0) -> Iterator[tuple[StageKey, Floats | None]]:
+    def tensors(
+        self, backend: Backend | None = None, ahead: int = 0
+    ) -> Iterator[tuple[StageKey, Floats | None]]:
         """Every row of the header in order, with the tensor under test (None: it lacks it).
 
         Tensors that rows read, but that are no rows themselves, come along in their place.

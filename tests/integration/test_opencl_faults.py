@@ -211,7 +211,7 @@ class TestVanishing:
         assert code == 2
         assert line.startswith("aprtui: opencl path rejected: ")
         assert words in line
-        code, _, (line,) = called(capsys, "parity", DEMO)
+        code, _, (line, _) = called(capsys, "parity", DEMO)
         assert code == 2
         assert line.startswith(PREFIX)
         assert words in line

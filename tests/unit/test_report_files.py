@@ -23,7 +23,13 @@ from markdown_it import MarkdownIt
 
 from aprcore.bisect import run
 from aprcore.compare import compare, describe
-from aprcore.environment import format_command, read_environment, without_home
+from aprcore.environment import (
+    format_command,
+    read_environment,
+    with_home_in_command,
+    without_home,
+    without_home_in_command,
+)
 from aprcore.errors import AprError
 from aprcore.judge import Verdict
 from aprcore.layouts import layout_of
@@ -635,17 +641,21 @@ class TestEnvironment:
         monkeypatch.setenv("HF_TOKEN", "hf_secret-token")
         header = replace(
             found_in("kv-tiled").header, trace=Side("/home/secret-name/dump", "F32"),
-            notes=("read from /home/secret-name/dump",),
+            notes=("read from /home/secret-name/dump",), model=None,
+            trusted=Side("/home/secret-name/cpu", "F32"), tested=Side("/home/secret-name/gpu", "F"),
         )  # fmt: skip
-        report = replace(found_in("kv-tiled"), header=header)
+        report = replace(
+            found_in("kv-tiled"), header=header,
+            device=DeviceOpened("pocl of /home/secret-name/icd", None),
+            rejected=PathRejected("/home/secret-name/.cache/pocl/k.cl: does not build"),
+        )  # fmt: skip
         for suffix in SUFFIXES:
             command = ("aprtui", "bisect", "--trace", "/home/secret-name/dump")
             text = written(report, suffix, tmp_path, command=command)
             (tmp_path / f"report{suffix}").unlink()
             assert "secret-token" not in text
             assert "~/dump" in text
-            if suffix != ".json":  # whose notes are those that --json prints
-                assert "secret-name" not in text
+            assert "secret-name" not in text
         assert platform.node() not in str(read_environment())
 
     def test_versions_are_those_installed(self) -> None:
@@ -669,6 +679,14 @@ class TestEnvironment:
         monkeypatch.setenv("HOME", "/home/ann")
         assert without_home(text) == shown
 
+    def test_home_by_its_other_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "ann").symlink_to(tmp_path / "disk")
+        monkeypatch.setenv("HOME", str(tmp_path / "ann"))
+        for name in ("ann", "disk"):
+            assert without_home(f"{tmp_path}/{name}/x") == "~/x"
+            assert format_command(["aprtui", f"{tmp_path}/{name}/x y"]) == "aprtui ~/'x y'"
+
     @pytest.mark.parametrize(
         "arguments",
         [
@@ -688,6 +706,25 @@ class TestEnvironment:
             ["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
         )
         assert read.stdout.split("\0")[:-1] == arguments
+
+    def test_a_saved_command_is_read_back_below_the_readers_home(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        arguments = [
+            "/home/ann/bin/aprtui",
+            "/home/ann",
+            "--oracle=/home/ann/x",
+            "/srv/~x",
+            "a ~ b",
+        ]
+        monkeypatch.setenv("HOME", "/home/ann")
+        saved = without_home_in_command(arguments)
+        assert saved == ["aprtui", "~", "--oracle=~/x", "/srv/~x", "a ~ b"]
+        line = format_command(arguments)
+        assert format_command(with_home_in_command(saved)) == line
+        monkeypatch.setenv("HOME", "/home/bob")
+        assert with_home_in_command(saved)[1:3] == ("/home/bob", "--oracle=/home/bob/x")
+        assert format_command(with_home_in_command(saved)) == line
 
     @pytest.mark.parametrize("program", ["/opt/x y/bin/aprtui", "/lib/aprtui/__main__.py"])
     def test_where_the_program_is_installed_is_left_out(self, program: str) -> None:

@@ -6,6 +6,7 @@ import json
 import zipfile
 from contextlib import closing
 from dataclasses import asdict, replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from aprcore import saved_run
 from aprcore.bisect import bisect, run
 from aprcore.errors import AprError, FormatError
 from aprcore.layouts import Layout
-from aprcore.report import Report
+from aprcore.report import Report, Side
 from aprcore.report_json import to_json
 from aprcore.request import Request
 from aprcore.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
+from aprcore.sharing import shareable
 from aprcore.stages import StageKey
 from aprcore.tensors import TensorStore, open_tensors
 from aprtui.demo import demo_path, load_faults
@@ -50,14 +52,14 @@ def saved(report: Report, tmp_path: Path) -> Path:
 class TestRoundTrip:
     def test_every_figure_comes_back(self, saved: Path, report: Report) -> None:
         found = SavedRun(saved).report
-        assert to_json(found, top_k=1000) == to_json(report, top_k=1000)
+        assert to_json(found, top_k=1000) == to_json(shareable(report), top_k=1000)
         assert found.first_divergence is not None
         assert found.first_divergence.explanation == report.stages[[
             s.key for s in report.stages].index(ROOT)].explanation  # fmt: skip
 
     def test_a_request_for_it_streams_the_same_events(self, saved: Path, report: Report) -> None:
         header, *stages, last = bisect(Request(saved=saved))
-        assert header == report.header
+        assert header == shareable(report).header
         assert [stage.key for stage in stages] == list(report.header.keys)
         assert last.summary() == report.summary()
 
@@ -125,6 +127,60 @@ class TestRoundTrip:
         with zipfile.ZipFile(tmp_path / "run.aprx") as archive:
             sizes = [i.file_size for i in archive.infolist() if i.filename.startswith("tensors/")]
         assert sum(sizes) < 4 * 1000 + 2 * 256
+
+
+class TestSharing:
+    """What is made here under one name, and opened elsewhere under another."""
+
+    HOME = "/home/secret-name"
+
+    @pytest.fixture
+    def made(self, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Saved by somebody who has everything below their home directory."""
+        monkeypatch.setenv("HOME", self.HOME)
+        header = replace(
+            report.header, trace=Side(f"{self.HOME}/dump", "F32"), notes=(f"from {self.HOME}/x",),
+            oracle=Side(f"{self.HOME}/o", "F32"), prompt=f"what is in {self.HOME}/x?",
+        )  # fmt: skip
+        command = [f"{self.HOME}/bin/aprtui", "--trace", f"{self.HOME}/a dump", "--save", "r.aprx"]
+        path = tmp_path / "r.aprx"
+        save_run(path, replace(report, header=header), command=command)
+        return path
+
+    def everything(self, path: Path) -> str:
+        with zipfile.ZipFile(path) as archive:
+            return b"\0".join(map(archive.read, archive.namelist())).decode("utf-8", "replace")
+
+    def test_the_home_directory_is_nowhere_in_it_but_in_the_prompt(self, made: Path) -> None:
+        text = self.everything(made)
+        assert text.count("secret-name") == 1
+        assert "what is in /home/secret-name/x?" in text
+        assert "~/dump" in text and "from ~/x" in text
+
+    def test_it_opens_under_another_name_and_is_passed_on(
+        self, made: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", "/home/other")
+        with closing(SavedRun(made)) as found:
+            header = next(iter(found.events()))
+            assert header.trace.path == "~/dump"
+            assert found.command == ("aprtui", "--trace", "/home/other/a dump", "--save", "r.aprx")
+            save_run(made.with_name("again.aprx"), found.report, found)
+            for name in ("r.html", "r.md", "r.json"):
+                export(made.with_name(name), found.report, found, ["aprtui", str(made)], None)
+                text = unescape(made.with_name(name).read_text())
+                assert "/home/other" not in text
+                assert "aprtui --trace ~/'a dump' --save r.aprx" in text
+        assert "/home/other" not in self.everything(made.with_name("again.aprx"))
+
+    def test_a_file_of_before_is_passed_on_without_it(self, made: Path) -> None:
+        """Older files have the command line as it was."""
+        with closing(SavedRun(made)) as found:
+            found.command = ("aprtui", f"{self.HOME}/m.apr")
+            found.about["command"] = list(found.command)
+            save_run(made.with_name("again.aprx"), found.report, found)
+        with zipfile.ZipFile(made.with_name("again.aprx")) as archive:
+            assert json.loads(archive.read(ABOUT))["command"] == ["aprtui", "~/m.apr"]
 
 
 class TestWriting:

@@ -125,9 +125,25 @@ class TestPlan:
             path = tmp_path / "cases.toml"
             path.write_text(example.replace("s3://bucket", "weights"))
             counts.append(len(read_sweep(path).cases))
-        assert counts == [3 * 2 * 2, 2 * 2 + 1]
+        assert counts == [3 * 2 * 2, 2 * 2 + 1, 1]
         for key in (*plan._LISTS, *plan._SINGLES, *plan._SETTINGS):
             assert f"`{key}`" in page.read_text()
+
+    def test_the_command_lines_limit_holds_whatever_the_file_says(self, tmp_path: Path) -> None:
+        path = write(tmp_path, """
+            [defaults]
+            timeout = 60
+            [[matrix]]
+            models = ["a"]
+            timeout = 1.5
+            [[case]]
+            model = "b"
+        """)  # fmt: skip
+        assert [case.settings.timeout_s for case in read_sweep(path).cases] == [1.5, 60.0]
+        cases = read_sweep(path, timeout_s=9.0).cases
+        assert [case.settings.timeout_s for case in cases] == [9.0, 9.0]
+        path.write_text('[[case]]\nmodel = "b"\n')
+        assert read_sweep(path).cases[0].settings.timeout_s is None
 
     def test_an_oracle_of_a_model_or_a_prompt(self, tmp_path: Path) -> None:
         sweep = read_sweep(write(tmp_path, """
@@ -185,6 +201,10 @@ class TestPlan:
             ("[[matrix]]\nmodels = ['a']\nstages = 'attn'", ["'stages'", "'attn'"]),
             ("[[matrix]]\nmodels = ['a']\narithmetic = 'f8'", ["'arithmetic' is 'f8'"]),
             ("[[matrix]]\nmodels = ['a']\nstrict = 1", ["'strict' is 1"]),
+            ("[[matrix]]\nmodels = ['a']\ntimeout = 0", ["'timeout' is 0, not a positive"]),
+            ("[[matrix]]\nmodels = ['a']\ntimeout = true", ["'timeout' is True"]),
+            ("[[matrix]]\nmodels = ['a']\ntimeout = inf", ["'timeout' is inf"]),
+            ("[defaults]\ntimeout = '9'\n[[matrix]]\nmodels = ['a']", ["'timeout' is '9'"]),
             ("[[matrix]]\nmodels = ['a']\nbudgets = ['ffn_out']", ["'budgets'", "'ffn_out'"]),
             ("[[matrix]]\nmodels = ['a']\nbudgets = 3", ["'budgets' is 3"]),
             ("[[matrix]]\nmodels = ['a']\ndevice = 'x'", ["'device'", "opencl"]),
@@ -240,6 +260,8 @@ class TestId:
         assert renamed.id == held.id
         # Another device is no other case where none is used.
         assert replace(held, settings=Settings(device="pocl")).id == held.id
+        # A verdict holds whatever the limit was.
+        assert replace(held, settings=Settings(timeout_s=60.0)).id == held.id
 
     def test_files_that_change_change_it(self, tiny: Path, tmp_path: Path) -> None:
         model = tmp_path / "m.apr"
@@ -658,6 +680,27 @@ class TestReport:
         rows = [line for line in outside.splitlines() if line.startswith("| ")]
         assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
         assert len(rows) == 4
+
+    def test_it_gives_away_no_home_directory(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        home = tmp_path / "secret-name"
+        home.mkdir()
+        monkeypatch.setenv("HOME", str(home))
+        cases = write(home, f"""
+            [[matrix]]
+            models = ["{tiny}/m.apr", "gone/m.apr", "gone too/gone/m.apr"]
+            oracles = ["{tiny}/oracle"]
+        """)  # fmt: skip
+        for suffix in (".json", ".md"):
+            report = tmp_path / f"r{suffix}"
+            assert main(["sweep", str(cases), "--report", str(report)]) == 2
+            text = report.read_text()
+            assert "secret-name" not in text
+            assert "aprtui bisect ~/gone/m.apr --oracle" in text
+            assert "aprtui bisect ~/'gone too/gone/m.apr' --oracle" in text
+        # Where it stays, a path is the path.
+        assert str(home / "gone/m.apr") in cases.with_suffix(".results.jsonl").read_text()
 
     def test_the_json_is_as_published(self) -> None:
         from aprcore.sweep.plan import Sweep

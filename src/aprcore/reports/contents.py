@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from aprcore.causes.records import Explanation
-from aprcore.environment import Environment, without_home
+from aprcore.causes.records import CauseTried, Explanation
+from aprcore.environment import Environment
 from aprcore.judge import Judgment, Verdict
 from aprcore.report import LogitsReport, Report, RunHeader, Side, StageReport
 from aprcore.stages import StageKey
@@ -126,6 +126,14 @@ def headline(report: Report) -> tuple[Verdict | None, str]:
     return Verdict.PASS, f"no divergence {stages}"
 
 
+def first_advice(report: Report) -> str | None:
+    """Where to look for the first divergence, if its cause was found."""
+    first = report.first_divergence
+    if first is None or first.explanation is None or not first.explanation.named:
+        return None
+    return first.explanation.named[0].advice
+
+
 def counts_text(report: Report) -> str:
     """How many stages got each verdict, gravest first: "✗ 1 FAIL, ↳ 22 INHERITED"."""
     counts = {verdict.value: count for verdict, count in report.counts.items()}
@@ -149,11 +157,6 @@ def run_facts(header: RunHeader) -> Iterator[Fact]:
     if header.prompt is not None:
         yield "prompt", quoted(header.prompt)
     yield "tokens", _tokens(header)
-
-
-def notes_of(header: RunHeader) -> list[str]:
-    """The run's notes; a path in one is not to give the user's name away."""
-    return [without_home(note) for note in header.notes]
 
 
 def environment_facts(environment: Environment, elapsed_s: float) -> Iterator[Fact]:
@@ -222,6 +225,14 @@ def fault_sentences(stage: StageReport, header: RunHeader) -> Iterator[str]:
         yield "These explain it equally well, and cannot be told apart here:"
     if stage.passes_at is not None:
         yield f"It passes at a tolerance of {format_tolerance(stage.passes_at)}."
+
+
+def trial_text(cause: CauseTried) -> str:
+    """How well a cause explains the output when it is tried; nothing where it is read off."""
+    if cause.is_evidence:
+        return ""
+    cosine, relative_l2 = format_cosine(cause.cosine), format_ratio(cause.relative_l2)
+    return f"when tried: cosine {cosine}, relative L2 {relative_l2}"
 
 
 def others_table(explanation: Explanation) -> Table | None:
@@ -387,11 +398,10 @@ def _why(stage: StageReport) -> str:
 
 
 def _side(side: Side) -> str:
-    path = without_home(side.path)
     said = [text for text in (side.label, side.dtype) if text]
     # The label mostly names the type of the activations.
     words = [text for i, text in enumerate(said) if not any(text in other for other in said[:i])]
-    return f"{path} ({', '.join(words)})" if words else path
+    return f"{side.path} ({', '.join(words)})" if words else side.path
 
 
 def _tokens(header: RunHeader) -> str:

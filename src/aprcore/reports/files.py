@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from aprcore.environment import Environment, format_command, read_environment, without_home
+from aprcore.environment import Environment, format_command, read_environment
 from aprcore.errors import AprError
 from aprcore.report import Report
 from aprcore.report_json import json_ready, to_json
 from aprcore.reports.maps import StageMap
 from aprcore.reports.markdown import render_markdown
 from aprcore.reports.page import render_page
+from aprcore.sharing import shareable
 from aprcore.whole_file import check_writable, write_whole
 
 SUFFIXES = (".html", ".md", ".json")
@@ -54,7 +55,7 @@ def write_report(
         AprError: The suffix is of no kind of report, or the file cannot be written.
     """
     check_report_path(path)
-    environment = environment or read_environment()
+    environment, report = environment or read_environment(), shareable(report)
     match path.suffix.lower():
         case ".html":
             text = render_page(report, maps, command, environment)
@@ -69,10 +70,6 @@ def write_report(
 def render_json(report: Report, command: Sequence[str], environment: Environment) -> str:
     """The report as `docs/report.schema.json` describes it, with where and how it was made."""
     data = to_json(report)
-    parity = data.get("parity", {})
-    sides = (data["trace"], data["oracle"], parity.get("tested"), parity.get("trusted"))
-    for side in filter(None, sides):
-        side["path"] = without_home(side["path"])
     data["command"] = format_command(command) or None
     data["environment"] = {
         "python": environment.python,

@@ -9,37 +9,11 @@ from aprcore.causes.records import CauseTried
 from aprcore.environment import Environment, format_command
 from aprcore.judge import Verdict
 from aprcore.report import Report, RunHeader, StageReport
-from aprcore.reports.contents import (
-    Fact,
-    Table,
-    counts_text,
-    environment_facts,
-    fault_sentences,
-    faults_of,
-    glyph_of,
-    headline,
-    judgment_table,
-    judgment_text,
-    layers_of,
-    logits_of,
-    logits_table,
-    next_token,
-    notes_of,
-    others_table,
-    parity_facts,
-    parity_table,
-    parity_title,
-    place_of_largest,
-    run_facts,
-    spans_of,
-    stage_table,
-    top_table,
-    verdict_text,
-)
+from aprcore.reports import contents
+from aprcore.reports.contents import Fact, Table
 from aprcore.wording import (
     figures_of,
     format_cosine,
-    format_ratio,
     plural,
     visible,
 )
@@ -89,24 +63,24 @@ def code(text: str) -> str:
 
 
 def _front(report: Report, command: Sequence[str]) -> Iterator[str]:
-    verdict, said = headline(report)
-    yield f"## {glyph_of(verdict)} {escape(said)}"
-    first = report.first_divergence
-    if first is not None and first.explanation is not None and first.explanation.named:
-        yield f"Look at: {escape(first.explanation.named[0].advice)}"
-    logits = logits_of(report)
+    verdict, said = contents.headline(report)
+    yield f"## {contents.glyph_of(verdict)} {escape(said)}"
+    advice = contents.first_advice(report)
+    if advice is not None:
+        yield f"Look at: {escape(advice)}"
+    logits = contents.logits_of(report)
     if logits is not None:
-        yield paragraph(next_token(logits))
+        yield paragraph(contents.next_token(logits))
     if report.counts:
-        yield paragraph(counts_text(report))
+        yield paragraph(contents.counts_text(report))
     if command:
         line = visible(format_command(command), TEXT_LIMIT)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
         yield f"{fence}sh\n{line}\n{fence}"
-    yield _facts(run_facts(report.header))
-    for note in notes_of(report.header):
+    yield _facts(contents.run_facts(report.header))
+    for note in report.header.notes:
         yield f"**note** {escape(note)}"
-    faults = faults_of(report)
+    faults = contents.faults_of(report)
     if faults:
         yield f"### {plural(len(faults), 'stage')} to blame"
     for fault in faults[:FAULTS_TOLD]:
@@ -116,44 +90,42 @@ def _front(report: Report, command: Sequence[str]) -> Iterator[str]:
 
 
 def _fault(stage: StageReport, header: RunHeader) -> Iterator[str]:
-    yield f"#### {verdict_text(stage.verdict)} {escape(str(stage.key))}"
-    yield from map(paragraph, fault_sentences(stage, header))
+    yield f"#### {contents.verdict_text(stage.verdict)} {escape(str(stage.key))}"
+    yield from map(paragraph, contents.fault_sentences(stage, header))
     if stage.explanation is not None:
         yield from map(_cause, stage.explanation.named)
-    judgments = judgment_table(stage, header)
+    judgments = contents.judgment_table(stage, header)
     if judgments.rows:
         yield _table(judgments)
-    yield from map(paragraph, spans_of(stage))
-    place = place_of_largest(stage)
+    yield from map(paragraph, contents.spans_of(stage))
+    place = contents.place_of_largest(stage)
     if place:
         yield f"The largest difference is at {escape(place)}."
-    top = top_table(stage, header)
+    top = contents.top_table(stage, header)
     if top is not None:
         yield _folded("Largest differences", _table(top))
-    others = None if stage.explanation is None else others_table(stage.explanation)
+    others = None if stage.explanation is None else contents.others_table(stage.explanation)
     if others is not None:
         yield _folded("Other causes tried", _table(others))
 
 
 def _cause(cause: CauseTried) -> str:
-    tried = "" if cause.is_evidence else (
-        f" when tried: cosine {format_cosine(cause.cosine)},"
-        f" relative L2 {format_ratio(cause.relative_l2)};"
-    )  # fmt: skip
-    return f"- **{escape(cause.name)}**{tried} look at: {escape(cause.advice)}"
+    tried = contents.trial_text(cause)
+    told = f" {tried};" if tried else ""
+    return f"- **{escape(cause.name)}**{told} look at: {escape(cause.advice)}"
 
 
 def _tables(report: Report, room: int) -> Iterator[str]:
     """One line per layer, then the stages that are not PASS, as far as there is room."""
-    parts = [_folded(plural(len(layers_of(report)), "layer"), _table(_layers(report)))]
-    parity = parity_table(report)
+    parts = [_folded(plural(len(contents.layers_of(report)), "layer"), _table(_layers(report)))]
+    parity = contents.parity_table(report)
     found = [stage for stage in report.stages if stage.verdict is not Verdict.PASS]
     if found:
-        table = stage_table(found, report.header, full=True)
+        table = contents.stage_table(found, report.header, full=True)
         parts.append(_folded(f"{plural(len(found), 'stage')} not PASS", _table(table)))
-    title = parity_title(report.header)
+    title = contents.parity_title(report.header)
     if report.header.tested is not None:
-        parts.insert(0, f"### {title}\n\n{_facts(parity_facts(report))}")
+        parts.insert(0, f"### {title}\n\n{_facts(contents.parity_facts(report))}")
     if parity is not None:
         parts.append(_folded(f"{title}, stage by stage", _table(parity)))
     for part in parts:
@@ -165,7 +137,7 @@ def _tables(report: Report, room: int) -> Iterator[str]:
 
 def _layers(report: Report) -> Table:
     rows = []
-    for layer in layers_of(report):
+    for layer in contents.layers_of(report):
         lowest = layer.lowest
         cosine = "" if lowest is None or lowest.comparison is None else (
             f"{format_cosine(figures_of(lowest.comparison)[0])} {lowest.key.stage}"
@@ -178,17 +150,18 @@ def _layers(report: Report) -> Table:
                 judged, key=lambda pair: (not pair[1].passed, pair[1].relative_l2),
                 default=(None, None),
             )  # fmt: skip
-            worst.append("" if stage is None else f"{judgment_text(judgment)} {stage.key.stage}")
-        rows.append((layer.title, verdict_text(layer.worst), cosine, *worst))
+            text = contents.judgment_text(judgment)
+            worst.append("" if stage is None else f"{text} {stage.key.stage}")
+        rows.append((layer.title, contents.verdict_text(layer.worst), cosine, *worst))
     headings = ("layer", "worst", "lowest cosine", "worst model / bound", "worst kernel / bound")
     return Table(headings, tuple(rows))
 
 
 def _back(report: Report, environment: Environment) -> Iterator[str]:
-    logits = logits_of(report)
+    logits = contents.logits_of(report)
     if logits is not None:
-        yield _folded("Best next tokens", _table(logits_table(logits)))
-    yield _folded("Environment", _facts(environment_facts(environment, report.elapsed_s)))
+        yield _folded("Best next tokens", _table(contents.logits_table(logits)))
+    yield _folded("Environment", _facts(contents.environment_facts(environment, report.elapsed_s)))
 
 
 def _facts(facts: Iterable[Fact]) -> str:

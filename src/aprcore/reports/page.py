@@ -14,36 +14,8 @@ from aprcore.causes.records import CauseTried
 from aprcore.environment import Environment, format_command
 from aprcore.judge import Verdict
 from aprcore.report import Report, StageReport
-from aprcore.reports.contents import (
-    FAULTS_TOLD,
-    Fact,
-    Layer,
-    Table,
-    counts_text,
-    environment_facts,
-    fault_sentences,
-    faults_of,
-    glyph_of,
-    headline,
-    judgment_table,
-    key_anchor,
-    layers_of,
-    logits_facts,
-    logits_of,
-    logits_table,
-    next_token,
-    notes_of,
-    others_table,
-    parity_facts,
-    parity_table,
-    parity_title,
-    place_of_largest,
-    run_facts,
-    spans_of,
-    stage_table,
-    top_table,
-    verdict_text,
-)
+from aprcore.reports import contents
+from aprcore.reports.contents import Fact, Layer, Table
 from aprcore.reports.maps import (
     DECADES,
     StageMap,
@@ -119,20 +91,20 @@ def _banner() -> Markup:
 
 
 def _opening(report: Report, command: Sequence[str]) -> Markup:
-    verdict, said = headline(report)
-    first = report.first_divergence
+    verdict, said = contents.headline(report)
     parts = [
-        element("h1", element("span", glyph_of(verdict), class_="glyph"), f" {said}",
+        element("h1", element("span", contents.glyph_of(verdict), class_="glyph"), f" {said}",
                 class_=f"finding {_ink(verdict)}"),
     ]  # fmt: skip
-    if first is not None and first.explanation is not None and first.explanation.named:
-        parts.append(element("p", f"Look at: {first.explanation.named[0].advice}"))
-    logits = logits_of(report)
+    advice = contents.first_advice(report)
+    if advice is not None:
+        parts.append(element("p", f"Look at: {advice}"))
+    logits = contents.logits_of(report)
     if logits is not None:
-        parts.append(element("p", next_token(logits)))
-    parts.append(element("p", counts_text(report), class_="counts"))
-    parts.extend(element("p", element("strong", "note "), note) for note in notes_of(report.header))
-    parts.append(_facts(run_facts(report.header)))
+        parts.append(element("p", contents.next_token(logits)))
+    parts.append(element("p", contents.counts_text(report), class_="counts"))
+    parts.extend(element("p", element("strong", "note "), note) for note in report.header.notes)
+    parts.append(_facts(contents.run_facts(report.header)))
     if command:
         line = element("pre", element("code", format_command(command)), tabindex="0")
         parts += [element("h2", "To reproduce"), line]
@@ -151,7 +123,7 @@ def _profile(report: Report) -> Markup:
 
 def _stages(report: Report) -> Markup:
     only = element("input", type="checkbox", id="findings-only")
-    groups = [_layer(layer, report) for layer in layers_of(report)]
+    groups = [_layer(layer, report) for layer in contents.layers_of(report)]
     return element(
         "section",
         element("h2", "Stages"),
@@ -170,13 +142,13 @@ def _layer(layer: Layer, report: Report) -> Markup:
         "summary",
         element("strong", layer.title),
         " ",
-        element("span", verdict_text(worst), class_=_ink(worst)),
+        element("span", contents.verdict_text(worst), class_=_ink(worst)),
         *said,
     )
-    table = stage_table(layer.stages, report.header, full=False)
+    table = contents.stage_table(layer.stages, report.header, full=False)
     inks = [_ink(stage.verdict) for stage in layer.stages]
-    told = {stage.key for stage in faults_of(report)[:FAULTS_TOLD]}
-    links = [key_anchor(s.key) if s.key in told else "" for s in layer.stages]
+    told = {stage.key for stage in contents.faults_of(report)[: contents.FAULTS_TOLD]}
+    links = [contents.key_anchor(s.key) if s.key in told else "" for s in layer.stages]
     body = _table(table, f"Stages of {layer.title}", inks=inks, links=links)
     diverges = worst is not None and worst.is_divergence
     sound = "sound" if all(stage.verdict is Verdict.PASS for stage in layer.stages) else ""
@@ -184,13 +156,13 @@ def _layer(layer: Layer, report: Report) -> Markup:
 
 
 def _faults(report: Report, maps: Mapping[StageKey, StageMap]) -> Iterator[Markup]:
-    faults = faults_of(report)
+    faults = contents.faults_of(report)
     if not faults:
         return
-    told = [_fault(stage, report, maps.get(stage.key)) for stage in faults[:FAULTS_TOLD]]
+    told = [_fault(stage, report, maps.get(stage.key)) for stage in faults[: contents.FAULTS_TOLD]]
     parts = [element("h2", f"{plural(len(faults), 'stage')} to blame"), *told]
-    if len(faults) > FAULTS_TOLD:
-        more = len(faults) - FAULTS_TOLD
+    if len(faults) > contents.FAULTS_TOLD:
+        more = len(faults) - contents.FAULTS_TOLD
         parts.append(element("p", f"and {more} more: see the stages above"))
     yield element("section", *parts)
 
@@ -198,49 +170,41 @@ def _faults(report: Report, maps: Mapping[StageKey, StageMap]) -> Iterator[Marku
 def _fault(stage: StageReport, report: Report, shown: StageMap | None) -> Markup:
     header = report.header
     shape = "" if stage.layout is None else f" {format_shape(stage.layout.shape)}"
+    verdict = element("span", contents.verdict_text(stage.verdict), class_=_ink(stage.verdict))
     parts: list[Markup] = [
-        element("h3", element("span", verdict_text(stage.verdict), class_=_ink(stage.verdict)),
-                f" {stage.key}"),
+        element("h3", verdict, f" {stage.key}"),
         element("p", f"{BY_NAME[stage.key.stage].title}{shape}", class_="quiet"),
-        *(element("p", sentence) for sentence in fault_sentences(stage, header)),
-    ]  # fmt: skip
+        *(element("p", sentence) for sentence in contents.fault_sentences(stage, header)),
+    ]
     if stage.explanation is not None:
         parts += [_cause(cause) for cause in stage.explanation.named]
-    judgments = judgment_table(stage, header)
+    judgments = contents.judgment_table(stage, header)
     if judgments.rows:
         parts.append(_table(judgments, f"Judgments of {stage.key}", marked=stage.blamed))
-    parts += [element("p", span) for span in spans_of(stage)]
+    parts += [element("p", span) for span in contents.spans_of(stage)]
     if stage.quantisation is not None:
         measured = f"Measured with the reference weights: {stage.quantisation.describe()}."
         parts.append(element("p", measured))
     if shown is not None:
-        parts.append(_map(shown, place_of_largest(stage)))
-    top = top_table(stage, header)
+        parts.append(_map(shown, contents.place_of_largest(stage)))
+    top = contents.top_table(stage, header)
     if top is not None:
         parts += [element("h4", "Largest differences")]
         parts += [_table(top, f"Largest differences of {stage.key}")]
-    others = None if stage.explanation is None else others_table(stage.explanation)
+    others = None if stage.explanation is None else contents.others_table(stage.explanation)
     if others is not None:
         table = _table(others, f"Other causes tried at {stage.key}")
         parts.append(element("details", element("summary", "Other causes tried"), table))
-    return element("article", *parts, id=key_anchor(stage.key))
+    return element("article", *parts, id=contents.key_anchor(stage.key))
 
 
 def _cause(cause: CauseTried) -> Markup:
-    tried = (
-        ()
-        if cause.is_evidence
-        else (
-            f"when tried: cosine {format_cosine(cause.cosine)},"
-            f" relative L2 {format_ratio(cause.relative_l2)}",
-            element("br"),
-        )
-    )
+    tried = contents.trial_text(cause)
     return element(
         "p",
         element("strong", f"⇒ {cause.name}"),
         element("br"),
-        *tried,
+        *([tried, element("br")] if tried else []),
         f"look at: {cause.advice}",
         class_="cause",
     )
@@ -291,8 +255,8 @@ def _map(shown: StageMap, place: str) -> Markup:
 def _parity(report: Report) -> Iterator[Markup]:
     if report.header.tested is None:
         return
-    title, table = parity_title(report.header), parity_table(report)
-    parts = [element("h2", title), _facts(parity_facts(report))]
+    title, table = contents.parity_title(report.header), contents.parity_table(report)
+    parts = [element("h2", title), _facts(contents.parity_facts(report))]
     if table is not None:
         body = _table(table, title, inks=[_ink(stage.verdict) for stage in report.parity])
         summary = element("summary", plural(len(table.rows), "stage"))
@@ -302,20 +266,20 @@ def _parity(report: Report) -> Iterator[Markup]:
 
 
 def _logits(report: Report) -> Iterator[Markup]:
-    logits = logits_of(report)
+    logits = contents.logits_of(report)
     if logits is None:
         return
     yield element(
         "section",
         element("h2", "What the model says next"),
-        element("p", next_token(logits)),
-        _facts(logits_facts(logits)),
-        _table(logits_table(logits), "Best next tokens of both sides"),
+        element("p", contents.next_token(logits)),
+        _facts(contents.logits_facts(logits)),
+        _table(contents.logits_table(logits), "Best next tokens of both sides"),
     )
 
 
 def _environment(report: Report, environment: Environment) -> Markup:
-    facts = _facts(environment_facts(environment, report.elapsed_s))
+    facts = _facts(contents.environment_facts(environment, report.elapsed_s))
     return element("section", element("h2", "Environment"), facts)
 
 
@@ -366,7 +330,7 @@ def _table(
 def _cell_class(cell: str, is_number: bool, ink: str) -> str:
     """Figures to the right; a verdict, or a judgment that failed, in its ink."""
     if is_number:
-        return "number fail" if cell.startswith(glyph_of(Verdict.FAIL)) else "number"
+        return "number fail" if cell.startswith(contents.glyph_of(Verdict.FAIL)) else "number"
     return ink if cell[:1] in _GLYPHS else ""
 
 
@@ -379,4 +343,4 @@ def _ink(verdict: Verdict | None) -> str:
     return "unjudged" if verdict is None else verdict.value.lower()
 
 
-_GLYPHS = frozenset(map(glyph_of, Verdict))
+_GLYPHS = frozenset(map(contents.glyph_of, Verdict))

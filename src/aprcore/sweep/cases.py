@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from aprcore.budget import NO_BUDGETS, Budgets
+from aprcore.environment import format_command
 from aprcore.plan import Plan, parse_layers, parse_stages
 from aprcore.request import Request
 from aprcore.sweep.files import fetch
@@ -61,6 +61,8 @@ class Settings:
 
     Attributes:
         budget_options, tolerances: Where `budgets` come from, as on the command line.
+        timeout_s: How long a case may take. No part of its id: a verdict holds whatever the limit
+            was.
     """
 
     stages: str | None = None
@@ -73,6 +75,7 @@ class Settings:
     tolerances: str | None = None
     strict: bool = False
     cumulative_only: bool = False
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class Case:
         return tuple(source for source in held if source is not None)
 
     def command(self) -> str:
-        """The command line that runs this case alone."""
+        """The command line that runs this case alone, for a shell."""
         words = ["aprtui", "bisect"]
         if self.model is not None:
             words.append(self.model.location)
@@ -178,7 +181,7 @@ class Case:
             "--cumulative-only": settings.cumulative_only,
         }
         words += [flag for flag, is_set in flags.items() if is_set]
-        return shlex.join(words)
+        return format_command(words)
 
 
 def make_request(case: Case, cache: Path, threads: int) -> Request:

@@ -2,17 +2,23 @@
 
 The scheduler runs a lost worker's cases elsewhere, as often as its `allowed-failures` says. Workers
 need this package, and see files as they are on their own machine: a shared file system, or URLs.
+
+Dask can forget a task that hangs, but not end it: its thread would keep its place in the worker. So
+a case with a limit runs in a process of its own beside the worker, which ends it.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from aprcore.errors import BackendError
 from aprcore.sweep.cases import Case
+from aprcore.sweep.pool import run_locally
 from aprcore.sweep.results import CaseResult, error_result
 from aprcore.sweep.worker import run_case
 
@@ -72,12 +78,21 @@ def run_on_cluster(
 
 
 def run_on_worker(case: Case, cache: Path | None, threads: int) -> CaseResult:
-    """`run_case` in a worker of the cluster."""
+    """`run_case` in a worker of the cluster, in a process of its own if it may take so long only.
+
+    A case that kills that process is tried again beside the same worker.
+    """
     if cache is None:
         from distributed import get_worker
 
         cache = Path(get_worker().local_directory) / "aprtui-cache"
-    return run_case(case, cache, threads)
+    if case.settings.timeout_s is None:
+        return run_case(case, cache, threads)
+    # A worker is its nanny's daemon, which may have no children, lest they outlive it. This one
+    # ends with it: see `aprcore.sweep.pool`.
+    multiprocessing.current_process().daemon = False
+    with closing(run_locally([case], jobs=1, cache=cache, threads=threads)) as results:
+        return next(results)
 
 
 def _describe(error: Any) -> str:

@@ -44,7 +44,7 @@ _LISTS = ("models", "traces", "oracles", "prompts", "backends", "layers")
 _SINGLES = ("model", "trace", "oracle", "prompt", "tokens", "backend", "layers")
 _SETTINGS = (
     "stages", "device", "arithmetic", "names", "reference_weights", "tolerances", "budgets",
-    "strict", "cumulative_only",
+    "strict", "cumulative_only", "timeout",
 )  # fmt: skip
 
 
@@ -77,8 +77,12 @@ class _Choice:
     oracle: str | None = None
 
 
-def read_sweep(path: Path) -> Sweep:
+def read_sweep(path: Path, *, timeout_s: float | None = None) -> Sweep:
     """The cases of a file, with the fingerprints of what they read.
+
+    Args:
+        path: The file.
+        timeout_s: How long each case may take, whatever the file says; None for what it says.
 
     Raises:
         FormatError: The file cannot be read or is not TOML.
@@ -108,7 +112,7 @@ def read_sweep(path: Path) -> Sweep:
             cases += reader.expand(MOST_CASES - len(cases))
     if not cases:
         raise PlanError("has no case", where=path, hint="write a [[matrix]] with models")
-    return _finish(path, cases)
+    return _finish(path, cases, timeout_s)
 
 
 def _widen(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,6 +223,15 @@ class _Table:
             raise self._fault(f"{key!r} is {value!r}, not true or false")
         return value
 
+    def _seconds(self, key: str) -> float | None:
+        value = self._table.get(key)
+        if value is None:
+            return None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise self._fault(f"{key!r} is {value!r}, not a positive number of seconds"[:200])
+        return float(value)
+
     def _entry(self, key: str, value: Any, known: Sequence[str]) -> dict[str, Any]:
         """A table on an axis, its keys checked."""
         _check_keys(self._path, f"{self._name}: {key!r}", value, known)
@@ -302,6 +315,7 @@ class _Table:
             tolerances=tolerances,
             strict=self._flag("strict"),
             cumulative_only=self._flag("cumulative_only"),
+            timeout_s=self._seconds("timeout"),
         )  # fmt: skip
 
     def _source(self, text: str | None, model: Source | None, prompt: Prompt) -> Source | None:
@@ -322,8 +336,8 @@ class _Table:
         return Source(base_name(text), str(located))
 
 
-def _finish(path: Path, cases: Sequence[Case]) -> Sweep:
-    """The cases with names that tell them apart, with fingerprints, and each once."""
+def _finish(path: Path, cases: Sequence[Case], timeout_s: float | None) -> Sweep:
+    """The cases with names that tell them apart, with fingerprints, their limit, and each once."""
     marks: dict[tuple[str, bool], str | None] = {}
     names: dict[str, dict[str, str]] = {
         axis: _distinct_names([s for case in cases if (s := getattr(case, axis)) is not None])
@@ -346,6 +360,7 @@ def _finish(path: Path, cases: Sequence[Case]) -> Sweep:
             case.settings,
             names=finish(case.settings.names),
             reference_weights=finish(case.settings.reference_weights),
+            timeout_s=case.settings.timeout_s if timeout_s is None else timeout_s,
         )
         finished = Case(
             finish(case.model, "model"), finish(case.trace, "trace"),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from aprcore.environment import without_home
 from aprcore.report_json import json_ready
 from aprcore.sweep.cases import AXES, Case, Source
 from aprcore.sweep.plan import Sweep
@@ -153,6 +154,21 @@ def to_json(sweep: Sweep, finished: SweepFinished) -> dict[str, Any]:
     return cleaned
 
 
+def without_homes(value: Any) -> Any:
+    """The JSON of a sweep as it may be passed on: paths below the home directory begin with "~".
+
+    Prompts are what was run, and stay as they are.
+    """
+    match value:
+        case str():
+            return without_home(value)
+        case list():
+            return [without_homes(item) for item in value]
+        case dict():
+            return {k: v if k == "prompt" else without_homes(v) for k, v in value.items()}
+    return value
+
+
 def _case(case: Case, result: CaseResult) -> dict[str, Any]:
     return {
         "id": case.id,
@@ -202,7 +218,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 
 def to_markdown(sweep: Sweep, finished: SweepFinished) -> str:
-    """A finished sweep for an issue or a wiki."""
+    """A finished sweep for an issue or a wiki; its paths are as `without_homes` has them."""
     results = finished.results
     axes = varying_axes([case for case, _ in results])
     counts = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(results).items())
@@ -255,13 +271,17 @@ def _row(cells: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     """Text from anywhere, on one line, with nothing that Markdown or HTML would read."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = _on_one_line(without_home(text))
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#!~&$" else c for c in line)
 
 
 def _code(text: str) -> str:
     """Text as a code span, which holds any run of backticks shorter than its own."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = _on_one_line(text)
     longest = max(map(len, "".join(c if c == "`" else " " for c in line).split()), default=0)
     fence = "`" * (longest + 1)
     return f"{fence} {line} {fence}" if longest else f"`{line}`"
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

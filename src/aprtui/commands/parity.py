@@ -21,6 +21,10 @@ BACKENDS = ("opencl", "reference")
 
 UNUSABLE = 2
 
+# The line of a rejection is the same wherever a device is rejected, for scripts that look for it.
+# It ends in "attempting fallback", and here there is none.
+ONLY_JUDGES = "parity only judges: nothing was run on the CPU instead"
+
 
 def add_parser(subparsers: Any) -> None:
     """Declare the command."""
@@ -29,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
         help="hold the GPU against the CPU over a few decoding steps; for CI",
         description="Run a prompt and a few decoding steps on the CPU and on an OpenCL device, both"
         " on the CPU's choice of tokens. Rejects the device where the cosine of the logits is below"
-        " 0.99 or it chooses another token, and names the first stage to differ.",
+        " 0.99 or it chooses another token, and names the first stage to differ. It only judges:"
+        " nothing is run on the CPU in place of a device that is rejected.",
         allow_abbrev=False,
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model, as for the explorer")
@@ -85,11 +90,19 @@ def run(args: argparse.Namespace) -> int:
         report = _stream(request, as_json=args.json)
     except BackendError as error:
         # Nothing was compared: neither agreement nor divergence.
-        announce(str(error), request.against)
+        _reject(str(error), request.against)
         return UNUSABLE
     if report.diverges:
-        announce(report.reason, request.against)
+        _reject(report.reason, request.against)
     return int(report.diverges)
+
+
+def _reject(reason: str, backend: str) -> None:
+    """Print the line of a rejection, and that nobody takes over."""
+    import sys
+
+    announce(reason, backend)
+    print(f"aprtui: {ONLY_JUDGES}", file=sys.stderr, flush=True)
 
 
 def _stream(request: ParityRequest, *, as_json: bool) -> ParityReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -63,6 +64,11 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     add_thread_option(parser)
     parser.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS",
+        help="end a case that takes longer, count it as an error and go on with the others; in"
+        " place of the 'timeout' of CASES.toml (default: no limit)",
+    )  # fmt: skip
+    parser.add_argument(
         "--scheduler", metavar="tcp://HOST:PORT",
         help="run on the workers of this Dask cluster, which see the same paths or URLs",
     )  # fmt: skip
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
                         hint=f"end its name in {' or '.join(SUFFIXES)}")  # fmt: skip
     if args.report is not None:
         check_writable(args.report)
-    sweep = read_sweep(args.cases)
+    sweep = read_sweep(args.cases, timeout_s=args.timeout)
     output = args.output or args.cases.with_suffix(".results.jsonl")
     with ResultsFile(output, fresh=args.fresh) as results, _make_runner(args, sweep) as runner:
         finished = _run_to_end(sweep, results, runner)
@@ -235,6 +241,16 @@ def _count(text: str) -> int:
     return int(text[:6])
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return seconds
+
+
 def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
     """A row per case, then where they differ."""
     from aprcore.sweep.cases import ABSENT, AXES
@@ -305,11 +321,12 @@ def _write_report(path: Path, sweep: Sweep, finished: SweepFinished) -> None:
     """
     import json
 
-    from aprcore.sweep.report import to_json, to_markdown
+    from aprcore.sweep.report import to_json, to_markdown, without_homes
     from aprcore.whole_file import write_whole
 
     if path.suffix.lower() == ".json":
-        text = json.dumps(to_json(sweep, finished), indent=1, allow_nan=False) + "\n"
+        data = without_homes(to_json(sweep, finished))
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     else:
         text = to_markdown(sweep, finished)
     with write_whole(path) as file:
