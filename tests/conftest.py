@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from syrupy.location import PyTestLocation
 
+# Objects more than before that make the collector look; Python's 700 come and go with every key.
+GARBAGE = 50_000
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
@@ -46,3 +49,13 @@ def pytest_configure() -> None:
             return str(Path(__file__).parents[1] / "snapshots" / Path(test_location.filepath).stem)
 
     pytest_textual_snapshot.SVGImageExtension = Pictures
+
+
+def pytest_collection_finish() -> None:
+    """Have the collector look less often, and never at what was imported.
+
+    It would be at work for a quarter of the time that tests of the screen take.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE)

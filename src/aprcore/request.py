@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aprcore.plan import Plan
-
 if TYPE_CHECKING:
     from aprcore.budget import Budgets
+    from aprcore.plan import Plan
 
 # What a saved run is called: see `aprcore.saved_run`.
 SUFFIX = ".aprx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
@@ -14,6 +15,7 @@ from textual.widgets import Footer, Static
 
 from aprtui.keymap import check_keys, shown_key
 from aprtui.screens.explorer import ExplorerScreen
+from aprtui.served import end_with_server
 from aprtui.settings import Settings, is_first_use, remember_use
 from aprtui.theme import COSINE_VARIABLE, THEMES, VARIABLES
 
@@ -84,14 +86,28 @@ class ExplorerApp(App[None]):
             variables[COSINE_VARIABLE] = " ".join(map(str, self.settings.cosine))
         return variables
 
+    def refresh_css(self, animate: bool = True) -> None:
+        """Apply other variables; before there is a screen, nothing need be read anew."""
+        if self.screen_stack:
+            super().refresh_css(animate)
+        else:
+            self.stylesheet.set_variables(self.get_css_variables())
+
     def get_default_screen(self) -> ExplorerScreen:
-        """The explorer."""
+        """The explorer, made for the size that there is: it would be laid out again for it."""
+        for size, breakpoints in zip(
+            self.size, (self.HORIZONTAL_BREAKPOINTS, self.VERTICAL_BREAKPOINTS)
+        ):
+            name = max(one for one in breakpoints if one[0] <= size)[1]
+            self.explorer.add_class(name, update=False)
         return self.explorer
 
     def on_mount(self) -> None:
         """Take over the user's keys, and greet who is new."""
         self.set_keymap(self.settings.keys)
         self._leave_on_signals()
+        if self.is_web:
+            end_with_server()
         if self._is_new:
             self.call_after_refresh(self._show_hint)
 
@@ -133,6 +149,9 @@ def run_explorer(
     settings = settings or Settings()
     is_new = settings.hints and is_first_use()
     app = ExplorerApp(request, settings=settings, options=options, is_new=is_new)
+    # What there is now stays to the end: to look through it for garbage would hold up the screen,
+    # the first time before it is painted.
+    gc.freeze()
     app.run()
     if not app.return_code:
         remember_use()

@@ -12,8 +12,10 @@ import html
 import ipaddress
 import secrets
 import shlex
+import signal
 import socket
 import sys
+from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from string import Template
@@ -21,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from textual_serve.app_service import AppService
 from textual_serve.server import Server
 
 from aprcore.errors import PlanError
@@ -97,6 +100,7 @@ class ExplorerServer(Server):
         self._listener = listener
         self._loopback_only = loopback_only
         self._open: set[asyncio.Task[Any]] = set()
+        self._explorers: list[Process] = []
         self._page = Template(files("aprtui").joinpath("browser.html").read_text("utf-8"))
 
     @property
@@ -106,7 +110,7 @@ class ExplorerServer(Server):
         return f"http://{host}:{self.port}/"
 
     def serve(self, debug: bool = False) -> None:
-        """Serve until SIGINT or SIGTERM."""
+        """Serve until SIGINT, SIGTERM or SIGHUP."""
         web.run_app(
             self._make_app(),
             sock=self._listener,
@@ -120,7 +124,12 @@ class ExplorerServer(Server):
         return app
 
     async def on_startup(self, app: web.Application) -> None:
-        """Say nothing: the command says the address."""
+        """End in order, too, when the terminal goes away; but not under nohup.
+
+        The command says the address, so this does not.
+        """
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.request_exit)
 
     async def on_shutdown(self, app: web.Application) -> None:
         """End every explorer before the server; a signal reaches the server alone."""
@@ -128,6 +137,20 @@ class ExplorerServer(Server):
             task.cancel()
         if self._open:
             await asyncio.wait(self._open, timeout=WAIT_FOR_EXPLORERS_S)
+        # The end of a connection is not yet that of its process, and one may hang.
+        for explorer in self._explorers:
+            if explorer.returncode is None:
+                explorer.kill()
+            await explorer.wait()
+
+    async def _process_messages(
+        self, websocket: web.WebSocketResponse, app_service: AppService
+    ) -> None:
+        """Pass on what a tab sends; its explorer has just been started."""
+        self._explorers = [one for one in self._explorers if one.returncode is None]
+        if app_service._process is not None:
+            self._explorers.append(app_service._process)
+        await super()._process_messages(websocket, app_service)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -38,8 +38,14 @@ class Command(NamedTuple):
 
 def commands() -> dict[str, Command]:
     """Every binding of this program, by its id."""
-    # Screens that are imported when they are opened have keys, too.
-    from aprtui.screens import changes, devices, export, parity, profile  # noqa: F401
+    # What is imported when it is opened has keys, too.
+    from aprtui.screens import changes, devices, error, export, help, parity, profile  # noqa: F401
+    from aprtui.widgets import (  # noqa: F401
+        histogram,
+        tensor_map,
+        token_bars,
+        value_grid,
+    )
 
     return _loaded_commands()
 

@@ -40,6 +40,13 @@ class Row(NamedTuple):
         """The layer whose row folds this row away."""
         return None if self.key is None else self.key.layer
 
+    @property
+    def title(self) -> str:
+        """What the pane that describes it is called."""
+        if self.key is not None:
+            return str(self.key)
+        return "run" if self.layer is None else f"layer {self.layer}"
+
 
 RUN_ROW = Row()
 

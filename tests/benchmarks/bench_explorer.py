@@ -99,13 +99,22 @@ def first_paint(folder: Path, runs: int) -> tuple[float, float]:
         with TraceWriter(path, Sidecar(tokens=tuple(range(7)))) as writer:
             for key in stage_keys(2, ("dense",)):
                 writer.write(key, random.standard_normal((7, 8)).astype(np.float32))
+    # As installed: compiled, which Textual is already.
+    environment = os.environ | {"PYTHONPYCACHEPREFIX": str(folder / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def paint(code: str) -> float:
+        start = time.time()
+        command = [sys.executable, "-c", code, *paths]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return float(done.stdout.split()[-1]) - start
+
     times: dict[str, list[float]] = {BARE: [], EXPLORER: []}
+    for code in times:
+        paint(code)
     for _ in range(runs):
         for code, taken in times.items():
-            start = time.time()
-            command = [sys.executable, "-c", code, *paths]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            taken.append(float(done.stdout.split()[-1]) - start)
+            taken.append(paint(code))
     return statistics.median(times[BARE]), statistics.median(times[EXPLORER])
 
 

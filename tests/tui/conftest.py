@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,12 +72,31 @@ def save(folder: str, tensors: Tensors, **sidecar: Any) -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_guessing() -> Iterator[None]:
+    """Keys and clicks wait for nothing by themselves.
+
+    Textual's pilot guesses from the processor time of the process whether it has done its work,
+    which takes 40 ms for each key and is wrong where others need the processor, too.
+    `driving.come_to_rest` knows.
+    """
+
+    async def yield_to_the_loop(*_: float) -> None:
+        await asyncio.sleep(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("textual.app", "textual.pilot"):
+            patch.setattr(f"{module}.wait_for_idle", yield_to_the_loop)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quiet_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory of one's own, so that relative paths on screen are always the same."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TEXTUAL_ANIMATIONS", "none")
+    # Its environment variable is read once, before any test.
+    monkeypatch.setattr("textual.constants.TEXTUAL_ANIMATIONS", "none")
 
 
 @pytest.fixture

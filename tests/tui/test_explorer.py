@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import come_to_rest, drive, explorer_of
+from driving import come_to_rest, drive, explorer_of, press, settle, until
 from textual.binding import Binding
 from textual.pilot import Pilot
 from textual.widgets import Input
@@ -60,12 +60,10 @@ class TestMoving:
             yield from events
 
         async def wait(pilot: Pilot[Any]) -> None:
-            while not explorer_of(pilot).is_open:
-                await pilot.pause(0.01)
-            await pilot.press("down", "down")
+            await until(pilot, lambda: explorer_of(pilot).is_open)
+            await press(pilot, "down", "down")
             release.set()
-            await pilot.app.workers.wait_for_complete()
-            await pilot.pause(0.2)
+            await settle(pilot)
 
         async def steps(pilot: Pilot[Any]) -> None:
             assert explorer_of(pilot).state.report is not None
@@ -77,19 +75,19 @@ class TestMoving:
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
             assert row_of(pilot) == RUN_ROW
-            await pilot.press("down", "right")
+            await press(pilot, "down", "right")
             assert row_of(pilot) == Row(key=StageKey(0, "embedding"))
-            await pilot.press("left")
+            await press(pilot, "left")
             assert row_of(pilot) == Row(layer=0)
-            await pilot.press("left")
+            await press(pilot, "left")
             assert tree.expanded == set()
-            await pilot.press("down", "enter")
+            await press(pilot, "down", "enter")
             assert tree.expanded == {1}
-            await pilot.press("end")
+            await press(pilot, "end")
             assert row_of(pilot) == Row(key=StageKey(None, "lm_head"))
-            await pilot.press("home", "up")
+            await press(pilot, "home", "up")
             assert row_of(pilot) == RUN_ROW
-            await pilot.press("pagedown", "pageup")
+            await press(pilot, "pagedown", "pageup")
             assert row_of(pilot) == RUN_ROW
 
         drive(ExplorerApp(passing_request), steps)
@@ -97,21 +95,23 @@ class TestMoving:
     def test_mouse_moves_and_folds(self, passing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             await pilot.click(StageTree, offset=(3, 1))
+            await come_to_rest(pilot)
             assert row_of(pilot) == Row(layer=0)
             assert explorer_of(pilot).tree_of_stages.expanded == set()
             await pilot.click(StageTree, offset=(3, 30))  # below the last row
+            await come_to_rest(pilot)
 
         drive(ExplorerApp(passing_request), steps)
 
     def test_next_and_previous_divergence(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("n")
+            await press(pilot, "n")
             assert row_of(pilot) == Row(key=StageKey(1, "attn_scores"))
-            await pilot.press("p", "p")
+            await press(pilot, "p", "p")
             assert row_of(pilot) == Row(key=FAULT)
-            await pilot.press("home", "n")
+            await press(pilot, "home", "n")
             assert row_of(pilot) == Row(key=FAULT)
-            await pilot.press("end", "n")
+            await press(pilot, "end", "n")
             assert row_of(pilot) == Row(key=StageKey(None, "lm_head"))
 
         drive(ExplorerApp(failing_request), steps)
@@ -119,7 +119,7 @@ class TestMoving:
     def test_next_says_when_there_is_no_divergence(self, passing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             assert "prev" not in footer_keys(pilot)
-            await pilot.press("n")
+            await press(pilot, "n")
             assert [note.message for note in pilot.app._notifications] == ["no divergence"]
 
         drive(ExplorerApp(passing_request), steps)
@@ -130,12 +130,12 @@ class TestChoosing:
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
             assert "all stages" not in footer_keys(pilot)
-            await pilot.press("slash", *"layer 2 rope", "enter")
+            await press(pilot, "slash", *"layer 2 rope", "enter")
             names = [row.key.stage for row in tree.rows if row.key is not None]
             assert names == ["q_post_rope", "k_post_rope"]
             assert pilot.app.screen.focused is tree
             assert "all stages" in footer_keys(pilot)
-            await pilot.press("escape")
+            await press(pilot, "escape")
             assert len(tree.rows) > 10
             assert not pilot.app.screen.query("#filter")
 
@@ -143,9 +143,9 @@ class TestChoosing:
 
     def test_letters_in_the_filter_are_not_commands(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("slash", *"qnsk?")
+            await press(pilot, "slash", *"qnsk?")
             assert pilot.app.screen.query_one("#filter", Input).value == "qnsk?"
-            await pilot.press("escape")
+            await press(pilot, "escape")
 
         drive(ExplorerApp(failing_request), steps)
 
@@ -153,14 +153,14 @@ class TestChoosing:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
             tree, reports = screen.tree_of_stages, screen.state.reports
-            await pilot.press("s")
+            await press(pilot, "s")
             cosines = [reports[row.key].comparison.cosine for row in tree.rows[1:]]  # type: ignore
             assert cosines == sorted(cosines)
-            await pilot.press("s")
+            await press(pilot, "s")
             errors = [reports[row.key].comparison.relative_l2 for row in tree.rows[1:]]  # type: ignore
             assert errors == sorted(errors, reverse=True)
             assert row_of(pilot) == Row(key=FAULT), "the cursor stays on its stage"
-            await pilot.press("s")
+            await press(pilot, "s")
             assert tree.order is SortOrder.COMPUTATION
 
         drive(ExplorerApp(failing_request), steps)
@@ -168,7 +168,7 @@ class TestChoosing:
     def test_no_sort_without_an_oracle(self, lone_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             assert not {"sort", "top-K"} & footer_keys(pilot)
-            await pilot.press("s")
+            await press(pilot, "s")
             assert explorer_of(pilot).tree_of_stages.order is SortOrder.COMPUTATION
 
         drive(ExplorerApp(lone_request), steps)
@@ -179,7 +179,7 @@ class TestChoosing:
             assert table.row_count == 10
             counts = []
             for _ in TOP_K_STEPS:
-                await pilot.press("k")
+                await press(pilot, "k")
                 counts.append(table.row_count)
             assert counts == [20, 50, 100, 200, 5, 10]
 
@@ -189,11 +189,11 @@ class TestChoosing:
 class TestOverlays:
     def test_help_lists_every_binding(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("question_mark")
+            await press(pilot, "question_mark")
             assert isinstance(pilot.app.screen, HelpScreen)
             shown = {binding.id for binding in pilot.app.screen._shown}
             assert {"explorer.next", "tree.fold", "app.quit"} <= shown
-            await pilot.press("escape")
+            await press(pilot, "escape")
             assert isinstance(pilot.app.screen, ExplorerScreen)
 
         drive(ExplorerApp(failing_request), steps)
@@ -206,10 +206,8 @@ class TestOverlays:
 
     def test_palette_jumps_to_a_stage(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("ctrl+p", *"layer 0 ffn_up")
-            await pilot.pause(0.3)
-            await pilot.press("enter")
-            await pilot.pause(0.2)
+            await press(pilot, "ctrl+p", *"layer 0 ffn_up")
+            await press(pilot, "enter")
             assert row_of(pilot) == Row(key=StageKey(0, "ffn_up"))
 
         drive(ExplorerApp(failing_request), steps)
@@ -217,9 +215,9 @@ class TestOverlays:
     def test_a_jump_drops_the_filter_that_hides_its_stage(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
-            await pilot.press("slash", *"pass", "enter")
+            await press(pilot, "slash", *"pass", "enter")
             screen.go_to(FAULT)
-            await pilot.pause()
+            await come_to_rest(pilot)
             assert row_of(pilot) == Row(key=FAULT)
             assert not screen.query("#filter")
             assert not screen.tree_of_stages.filter
@@ -231,7 +229,7 @@ class TestOverlays:
             assert set(pilot.app.available_themes) == set(THEMES)
             for name, theme in THEMES.items():
                 pilot.app.theme = name
-                await pilot.pause()
+                await come_to_rest(pilot)
                 assert pilot.app.current_theme is theme
                 ground = explorer_of(pilot).styles.background
                 assert ground.hex == theme.background
@@ -242,7 +240,7 @@ class TestOverlays:
         async def steps(pilot: Pilot[Any]) -> None:
             for size in ((40, 10), (300, 100), (1, 1), (63, 15)):
                 await pilot.resize_terminal(*size)
-                await pilot.press("down", "slash", "escape")
+                await press(pilot, "down", "slash", "escape")
 
         drive(ExplorerApp(failing_request), steps)
 
@@ -256,12 +254,10 @@ class TestOverlays:
             screen = explorer_of(pilot)
             stages = screen.query_one("#stages")
             assert (stages.display, screen.detail.display) == (True, False)
-            await pilot.press(there)
-            await come_to_rest(pilot)
+            await press(pilot, there)
             assert (stages.display, screen.detail.display) == (False, True)
             assert screen.query_one("Footer").region.height == 1
-            await pilot.press(back)
-            await come_to_rest(pilot)
+            await press(pilot, back)
             assert (stages.display, screen.detail.display) == (True, False)
             assert screen.focused is screen.tree_of_stages
 
@@ -271,7 +267,7 @@ class TestOverlays:
 class TestEnd:
     def test_codes(self, failing_request: Request) -> None:
         async def leave(pilot: Pilot[Any]) -> None:
-            await pilot.press("q")
+            await press(pilot, "q")
 
         app = ExplorerApp(failing_request)
         drive(app, leave)
@@ -283,9 +279,9 @@ class TestEnd:
     def test_unusable_input(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             assert isinstance(pilot.app.screen, ErrorScreen)
-            await pilot.press("escape")  # there is nothing behind it
+            await press(pilot, "escape")  # there is nothing behind it
             assert isinstance(pilot.app.screen, ErrorScreen)
-            await pilot.press("q")
+            await press(pilot, "q")
 
         app = ExplorerApp(Request(trace=Path("nowhere"), oracle=Path("nowhere")))
         drive(app, steps)
@@ -299,8 +295,7 @@ class TestEnd:
                 yield event
 
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("escape", "n")
-            await pilot.pause(0.1)
+            await press(pilot, "escape", "n")
             assert row_of(pilot) == Row(key=FAULT)
 
         app = ExplorerApp(failing_request, failing)
@@ -323,11 +318,10 @@ class TestEnd:
                 closed.set()
 
         async def wait(pilot: Pilot[Any]) -> None:
-            while len(judged) < 5:
-                await pilot.pause(0.01)
+            await until(pilot, lambda: len(judged) >= 5)
 
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("slash", "ctrl+c")
+            await pilot.press("slash", "ctrl+c")  # such a run does not come to rest
 
         app = ExplorerApp(passing_request, endless)
         drive(app, steps, wait=wait)

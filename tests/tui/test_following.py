@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import demo_runs
-from driving import drive, explorer_of
+from driving import drive, explorer_of, press
 from textual.pilot import Pilot
 
 from aprcore.request import Request
@@ -34,7 +34,7 @@ class TestUpstream:
             explorer.go_to(StageKey(None, "lm_head"))
             seen = [explorer.tree_of_stages.row.key]
             for _ in range(200):
-                await pilot.press("u")
+                await press(pilot, "u")
                 here = explorer.tree_of_stages.row.key
                 if here == seen[-1]:
                     break
@@ -56,7 +56,7 @@ class TestUpstream:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             explorer.go_to(StageKey(None, "lm_head"))
-            await pilot.press("u", "u", "u", "d", "d")
+            await press(pilot, "u", "u", "u", "d", "d")
             assert explorer.tree_of_stages.row.key == StageKey(None, "final_norm")
             assert len(explorer.breadcrumb.way) == 2
 
@@ -66,10 +66,9 @@ class TestUpstream:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             explorer.go_to(StageKey(None, "lm_head"))
-            await pilot.press("u", "u")
+            await press(pilot, "u", "u")
             assert explorer.breadcrumb.display
-            await pilot.press("up")
-            await pilot.pause()
+            await press(pilot, "up")
             assert not explorer.breadcrumb.display
 
         drive(ExplorerApp(kv_run()), steps)
@@ -81,7 +80,7 @@ class TestDownstream:
             explorer = explorer_of(pilot)
             root = explorer.state.divergences[0]
             explorer.go_to(root)
-            await pilot.press("d")
+            await press(pilot, "d")
             here = explorer.tree_of_stages.row.key
             assert here is not None
             assert computation_order(here) > computation_order(root)
@@ -94,7 +93,7 @@ class TestDownstream:
             explorer = explorer_of(pilot)
             key = explorer.state.keys[0]
             explorer.go_to(key)
-            await pilot.press("d")
+            await press(pilot, "d")
             assert explorer.tree_of_stages.row.key == key
 
         drive(ExplorerApp(kv_run()), steps)
@@ -106,7 +105,7 @@ class TestBlame:
             explorer = explorer_of(pilot)
             second = explorer.state.divergences[1]
             explorer.go_to(second)
-            await pilot.press("b")
+            await press(pilot, "b")
             assert explorer.tree_of_stages.row.key == second
             assert explorer.tab is DetailTab.WHY
 
@@ -116,7 +115,7 @@ class TestBlame:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             explorer.go_to(StageKey(None, "final_norm"))
-            await pilot.press("b")
+            await press(pilot, "b")
             assert explorer.tree_of_stages.row.key == explorer.state.divergences[0]
             assert explorer.tab is DetailTab.WHY
             assert explorer.breadcrumb.way[0] == StageKey(None, "final_norm")

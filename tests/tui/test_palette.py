@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from demo_runs import kernel_run
-from driving import come_to_rest, drive, explorer_of, settle
+from driving import come_to_rest, drive, explorer_of, press, settle
 from textual.binding import Binding
 from textual.command import CommandList, CommandPalette, Provider
 from textual.pilot import Pilot
-from textual.widgets import Input
 
 from aprcore.request import Request
 from aprcore.stages import StageKey
@@ -27,8 +26,7 @@ from conftest import FAULT, LAYERS
 
 async def ask(pilot: Pilot[Any], query: str) -> list[str]:
     """Open the palette, type, and read what it offers; it stays open."""
-    await pilot.press("ctrl+p", *query)
-    await come_to_rest(pilot)
+    await press(pilot, "ctrl+p", *query)
     offered = pilot.app.screen.query_one(CommandList)
     return [str(offered.get_option_at_index(n).prompt) for n in range(offered.option_count)]
 
@@ -36,8 +34,7 @@ async def ask(pilot: Pilot[Any], query: str) -> list[str]:
 async def choose(pilot: Pilot[Any], query: str) -> None:
     """Take the first of what the palette offers."""
     assert await ask(pilot, query)
-    await pilot.press("enter")
-    await come_to_rest(pilot)
+    await press(pilot, "enter")
     assert not CommandPalette.is_open(pilot.app)
 
 
@@ -58,13 +55,13 @@ class TestActions:
 
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
-            await pilot.press("escape")  # back from the pane that two sides open
+            await press(pilot, "escape")  # back from the pane that two sides open
             screen.go_to(FAULT)
             for tab in DetailTab:
                 screen.tab = tab
                 await come_to_rest(pilot)
                 found.update(await names_of(ScreenCommands(screen)))
-            await pilot.press("slash")  # there is something to show all stages after
+            await press(pilot, "slash")  # there is something to show all stages after
             await come_to_rest(pilot)
             found.update(await names_of(ScreenCommands(screen)))
 
@@ -131,7 +128,7 @@ class TestFaults:
     def test_of_a_second_side_are_told_apart(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
-            await pilot.press("escape")  # back from the parity pane that such a run opens
+            await press(pilot, "escape")  # back from the parity pane that such a run opens
             await come_to_rest(pilot)
             assert screen.state.parity_faults[0] == FAULT
             offered = await names_of(ExplorerCommands(screen), "trace fault")
@@ -158,8 +155,7 @@ class TestPlaces:
             assert 2 not in tree.expanded
             offered = await ask(pilot, query)
             assert offered[0] == "layer 2  ✗ FAIL\n17 of 17 stages judged"
-            await pilot.press("enter")
-            await come_to_rest(pilot)
+            await press(pilot, "enter")
             assert row_of(pilot) == Row(layer=2)
             assert 2 in tree.expanded
 
@@ -175,7 +171,7 @@ class TestPlaces:
 
     def test_a_layer_in_a_sorted_list_is_its_first_stage(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("s")
+            await press(pilot, "s")
             explorer_of(pilot).go_to_layer(2)
             await come_to_rest(pilot)
             assert row_of(pilot) == Row(key=StageKey(2, "attn_norm"))
@@ -199,8 +195,6 @@ class TestPictures:
         async def run_before(pilot: Pilot[Any]) -> None:
             await settle(pilot)
             await ask(pilot, query)
-            pilot.app.screen.query_one(Input).cursor_blink = False
-            await come_to_rest(pilot)
 
         app = ExplorerApp(failing_request)
         assert snap_compare(app, terminal_size=(100, 30), run_before=run_before)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from demo_runs import OddBackend, bring, dump, kernel_run
-from driving import come_to_rest, drive, explorer_of, settle
+from driving import come_to_rest, drive, explorer_of, press, settle, then_press, until
 from rich.console import Console
 from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
@@ -107,7 +107,7 @@ class TestTwoDumps:
     def test_open_in_the_pane(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             assert pane(pilot).table.keys == explorer_of(pilot).state.keys
-            await pilot.press("escape")
+            await press(pilot, "escape")
             assert pilot.app.screen is explorer_of(pilot)
             assert explorer_of(pilot).state.exit_code == 1
 
@@ -115,18 +115,17 @@ class TestTwoDumps:
 
     def test_n_goes_to_the_wrong_kernel_and_enter_to_the_stage(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("home", "n")
+            await press(pilot, "home", "n")
             assert pane(pilot).table.key == ROOT
             assert "kv heads tiled" in text_of(pilot, "#parity-stage")
-            await pilot.press("enter")
-            await pilot.pause()
+            await press(pilot, "enter")
             assert explorer_of(pilot).tree_of_stages.row == Row(key=ROOT)
 
         drive(ExplorerApp(two_dumps()), steps)
 
     def test_where_the_largest_difference_is(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("home", "n")
+            await press(pilot, "home", "n")
             found = explorer_of(pilot).state.parity[ROOT].comparison
             assert found is not None
             assert "at head 1, token 8, position 8" in text_of(pilot, "#parity-figures")
@@ -135,7 +134,7 @@ class TestTwoDumps:
 
     def test_both_sides_of_a_stage_fit_a_narrow_screen(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("home", "n")
+            await press(pilot, "home", "n")
             parity = explorer_of(pilot).state.parity[ROOT]
             shown = pilot.app.screen.query_one("#parity-figures", Static)
             lines = str(shown.render()).splitlines()
@@ -171,7 +170,7 @@ class TestTwoDumps:
 
     def test_one_side_only_has_no_pane(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("g")
+            await press(pilot, "g")
             assert pilot.app.screen is explorer_of(pilot)
             shown = {
                 a.binding.action for a in pilot.app.screen.active_bindings.values() if a.enabled
@@ -182,26 +181,21 @@ class TestTwoDumps:
 
     @pytest.mark.parametrize("size", SIZES)
     def test_picture(self, snap_compare: Any, size: tuple[int, int]) -> None:
-        async def wait(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("home", "n")
-            await come_to_rest(pilot)
-
         app = ExplorerApp(two_dumps(), still)
-        assert snap_compare(app, terminal_size=size, run_before=wait)
+        assert snap_compare(app, terminal_size=size, run_before=then_press("home", "n"))
 
 
 class TestTree:
     def test_takes_the_colours_of_each_measure(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            await pilot.press("escape")
+            await press(pilot, "escape")
             seen = []
             for _ in explorer.state.measures:
                 tree = explorer.tree_of_stages
                 row = Row(key=StageKey(2, "ffn_out"))
                 seen.append((tree.measure, tree.painter().row(row).plain.split()[-1]))
-                await pilot.press("t")
+                await press(pilot, "t")
             # The kernel is right; against the other dump it inherits what was wrong before it.
             assert dict(seen) == {
                 Measure.KERNEL: "PASS", Measure.PARITY: "INHERITED", Measure.TESTED: "PASS",
@@ -212,7 +206,7 @@ class TestTree:
     def test_is_sorted_by_the_difference(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            await pilot.press("escape", "t", "s", "s")
+            await press(pilot, "escape", "t", "s", "s")
             tree = explorer.tree_of_stages
             assert tree.order is SortOrder.PARITY
             parity = explorer.state.parity
@@ -225,12 +219,7 @@ class TestTree:
         drive(ExplorerApp(two_dumps()), steps)
 
     def test_picture(self, snap_compare: Any) -> None:
-        async def wait(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("escape", "t")
-            await come_to_rest(pilot)
-
-        assert snap_compare(ExplorerApp(two_dumps(), still), run_before=wait,
+        assert snap_compare(ExplorerApp(two_dumps(), still), run_before=then_press("escape", "t"),
                             terminal_size=(120, 40))  # fmt: skip
 
 
@@ -239,7 +228,7 @@ class TestDevice:
     def test_a_sound_device_agrees_in_every_stage(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             state = explorer_of(pilot).state
-            await pilot.press("g")
+            await press(pilot, "g")
             assert "71 stages agree" in text_of(pilot, "#parity-summary")
             assert state.device is not None
             assert state.device.label in text_of(pilot, "#parity-title")
@@ -263,14 +252,11 @@ class TestDevice:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             assert not explorer.state.has_second_side
-            await pilot.press("v")
+            await press(pilot, "v")
             screen = pilot.app.screen
             assert isinstance(screen, DevicesScreen)
-            for _ in range(400):
-                if screen.query_one(OptionList).option_count:
-                    break
-                await pilot.pause(0.025)
-            await pilot.press("enter")
+            assert screen.query_one(OptionList).option_count
+            await press(pilot, "enter")
             await settle(pilot)
             assert explorer.state.has_second_side
             assert len(explorer.state.parity) == len(explorer.state.keys)
@@ -292,14 +278,11 @@ class TestTitle:
 
         async def look(pilot: Pilot[Any]) -> None:
             try:
-                while not isinstance(pilot.app.screen, ParityScreen):
-                    await pilot.pause(0.02)
-                await pilot.press("escape")
-                await come_to_rest(pilot)
+                await until(pilot, lambda: isinstance(pilot.app.screen, ParityScreen))
+                await press(pilot, "escape")
                 assert "gpu: opening" in shown_title(pilot)
                 closed.set()
-                while explorer_of(pilot).state.device is None:
-                    await pilot.pause(0.02)
+                await until(pilot, lambda: explorer_of(pilot).state.device is not None)
                 await come_to_rest(pilot)
                 assert explorer_of(pilot).state.is_running
                 assert "gpu: opencl: A Device" in shown_title(pilot)
@@ -339,13 +322,8 @@ class TestBanner:
         request = Request(model=bring("sound.apr", demo_path() / "sound.apr"), trace=trace,
                           against=oracle)  # fmt: skip
 
-        async def wait(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("escape")
-            await come_to_rest(pilot)
-
         app = ExplorerApp(request, as_device)
-        assert snap_compare(app, terminal_size=size, run_before=wait)
+        assert snap_compare(app, terminal_size=size, run_before=then_press("escape"))
 
 
 def made_up_devices() -> tuple[DeviceInfo, ...]:
@@ -370,11 +348,5 @@ class TestDeviceList:
         module = "aprcore.backends.opencl.device"
         monkeypatch.setattr(f"{module}.list_devices", lambda: devices)
 
-        async def wait(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("v")
-            await pilot.pause(0.3)
-            await come_to_rest(pilot)
-
         app = ExplorerApp(kernel_run("kv-tiled"))
-        assert snap_compare(app, terminal_size=size, run_before=wait)
+        assert snap_compare(app, terminal_size=size, run_before=then_press("v"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from demo_runs import kernel_run
-from driving import drive, explorer_of, finish
+from driving import come_to_rest, drive, explorer_of, finish, press, then_press
 from hypothesis import given
 from hypothesis import strategies as st
 from textual.pilot import Pilot
@@ -85,55 +85,53 @@ class TestHeights:
 class TestScreen:
     def test_begins_at_the_cursor_and_enter_goes_to_the_point(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("o")
+            await press(pilot, "o")
             point = profile_of(pilot).plot.point()
             assert point is not None and ROOT in point.keys
-            await pilot.press("left", "left", "enter")
-            await pilot.pause()
+            await press(pilot, "left", "left", "enter")
             assert explorer_of(pilot).tree_of_stages.row.key == StageKey(2, "q_post_rope")
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
 
     def test_escape_leaves_the_cursor_where_it_was(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("o", "home", "escape")
-            await pilot.pause()
+            await press(pilot, "o", "home", "escape")
             assert explorer_of(pilot).tree_of_stages.row.key == ROOT
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
 
     def test_a_stage_over_all_layers_keeps_the_layer(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("o", "down")
+            await press(pilot, "o", "down")
             plot = profile_of(pilot).plot
             for presses, stage in enumerate(("attn_scores", "attn_softmax", "attention")):
-                await pilot.press(*["down"] * bool(presses))
+                await press(pilot, *["down"] * bool(presses))
                 point = plot.point()
                 assert plot.stage == stage
                 assert point is not None and point.key == StageKey(2, stage)
                 assert len(plot.points()) == 4
-            await pilot.press("up")
+            await press(pilot, "up")
             assert plot.stage == "attn_softmax"
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
 
     def test_n_and_p_go_from_fault_to_fault(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("o", "home", "n")
+            await press(pilot, "o", "home", "n")
             plot = profile_of(pilot).plot
             assert plot.chosen == ROOT
-            await pilot.press("n")
+            await press(pilot, "n")
             assert plot.chosen == StageKey(2, "attention")
-            await pilot.press("p")
+            await press(pilot, "p")
             assert plot.chosen == ROOT
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
 
     def test_a_click_on_the_strip_goes_to_the_worst_of_a_layer(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("home")
+            await press(pilot, "home")
             await pilot.click("#profile", offset=(len("depth ") + 3 * 2 + 1, 0))
-            await pilot.pause()
+            await come_to_rest(pilot)
             assert explorer_of(pilot).tree_of_stages.row.key == ROOT
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
@@ -142,22 +140,10 @@ class TestScreen:
 class TestPictures:
     @pytest.mark.parametrize("size", [(40, 10), (80, 24), (120, 40), (200, 60)])
     def test_all_stages(self, snap_compare: Any, size: tuple[int, int]) -> None:
-        from driving import settle
-
-        async def wait(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("o")
-            await pilot.pause()
-
         app = ExplorerApp(kernel_run("kv-tiled"))
-        assert snap_compare(app, terminal_size=size, run_before=wait)
+        assert snap_compare(app, terminal_size=size, run_before=then_press("o"))
 
     def test_one_stage(self, snap_compare: Any) -> None:
-        from driving import settle
-
-        async def wait(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("o", *["down"] * 11)
-            await pilot.pause()
-
-        assert snap_compare(ExplorerApp(kernel_run("kv-tiled")), run_before=wait)
+        assert snap_compare(
+            ExplorerApp(kernel_run("kv-tiled")), run_before=then_press("o", *["down"] * 11)
+        )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from demo_runs import kernel_run
-from driving import come_to_rest, drive, explorer_of
+from driving import come_to_rest, drive, explorer_of, press, settle
 from textual.geometry import Region
 from textual.pilot import Pilot
 from textual.screen import ModalScreen
@@ -63,22 +63,18 @@ def open_app() -> ExplorerApp:
 async def open_view(pilot: Pilot[Any], view: str) -> None:
     """Go to a view, from wherever such a run begins."""
     assert isinstance(pilot.app.screen, ParityScreen)  # what two dumps are named for
-    await pilot.press("escape")
-    await come_to_rest(pilot)
+    await press(pilot, "escape")
     if view == "changes":
         await run_again(pilot)
-    await pilot.press(*VIEWS[view])
-    await come_to_rest(pilot)
+    await press(pilot, *VIEWS[view])
     assert isinstance(pilot.app.screen, SCREENS.get(view, object))
 
 
 async def run_again(pilot: Pilot[Any]) -> None:
-    screen = explorer_of(pilot)
-    before = screen.state.number
-    await pilot.press("r")
-    while screen.state.number == before or screen.state.is_running:
-        await pilot.pause(0.05)
-    await come_to_rest(pilot)
+    before = explorer_of(pilot).state.number
+    await press(pilot, "r")
+    await settle(pilot)
+    assert explorer_of(pilot).state.number == before + 1
 
 
 @pytest.mark.slow
@@ -90,8 +86,9 @@ class TestEverySize:
             kind = type(pilot.app.screen)
             for size in SIZES:
                 await pilot.resize_terminal(*size)
-                faults = await wait_for_order(pilot)
+                await come_to_rest(pilot)
                 assert type(pilot.app.screen) is kind
+                faults = list(faults_of(pilot.app.screen))
                 assert not faults, f"{view} at {size[0]}x{size[1]}: {faults}"
 
         drive(open_app(), steps)
@@ -102,7 +99,7 @@ class TestEverySize:
             for size in ((120, 40), (1, 1), (40, 10), (300, 100)):
                 await pilot.resize_terminal(*size)
                 await run_again(pilot)
-                assert not await wait_for_order(pilot)
+                assert not list(faults_of(pilot.app.screen))
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps, size=size)
 
@@ -114,24 +111,13 @@ class TestEverySize:
         async def steps(pilot: Pilot[Any]) -> None:
             for _ in range(30):
                 await pilot.resize_terminal(*random.choice(SIZES))
-                await pilot.press(*random.choices(KEYS, k=4))
-                await pilot.pause(0.02)
+                await pilot.press(*random.choices(KEYS, k=4))  # faster than they are drawn
+                await come_to_rest(pilot)
             await pilot.resize_terminal(120, 40)
-            assert not await wait_for_order(pilot)
+            await come_to_rest(pilot)
+            assert not list(faults_of(pilot.app.screen))
 
         drive(open_app(), steps)
-
-
-async def wait_for_order(pilot: Pilot[Any]) -> list[str]:
-    """What is still wrong with the arrangement once there was time to draw it."""
-    faults, calm = ["not looked at"], 0
-    for _ in range(40):
-        await pilot.pause(0.05)
-        faults = list(faults_of(pilot.app.screen))
-        calm = 0 if faults else calm + 1
-        if calm == 3:  # what comes late, such as the figures of a stage, has come
-            break
-    return faults
 
 
 def faults_of(screen: Any) -> Iterator[str]:

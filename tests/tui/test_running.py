@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from demo_runs import kernel_run
-from driving import come_to_rest, drive, explorer_of, settle
+from driving import come_to_rest, drive, explorer_of, press, settle, until
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input
+from textual.widgets import DataTable, Input, Static
 
 from aprcore.bisect import run
 from aprcore.request import Request
@@ -25,22 +27,16 @@ from aprtui.screen_options import ScreenOptions
 from aprtui.screens.changes import ChangesScreen
 from aprtui.screens.error import ErrorScreen
 from aprtui.screens.export import ExportScreen
-from aprtui.watch import INTERVAL_S
+from aprtui.watch import Signature, signature_of, wait_for_change
 from conftest import FAULT, faulty, rounded, save, sound_tensors
+
+# Between two looks at the files; an engine that dumps pauses for less.
+INTERVAL_S = 0.1
 
 
 def told(pilot: Pilot[Any]) -> str:
     """Every notification so far."""
     return "\n".join(str(note.message) for note in pilot.app._notifications)
-
-
-async def until(pilot: Pilot[Any], holds: Any) -> None:
-    """Wait for something that another thread brings about."""
-    for _ in range(400):
-        if holds():
-            return
-        await pilot.pause(0.025)
-    raise AssertionError("it never came about")
 
 
 def mend(folder: str = "engine-dump") -> None:
@@ -55,7 +51,7 @@ class TestAgain:
             explorer = explorer_of(pilot)
             assert explorer.state.exit_code == 1
             mend()
-            await pilot.press("r")
+            await press(pilot, "r")
             await settle(pilot)
             assert explorer.state.exit_code == 0
             assert explorer.state.divergences == []
@@ -67,7 +63,7 @@ class TestAgain:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             explorer.go_to(StageKey(2, "ffn_out"))
-            await pilot.press("r")
+            await press(pilot, "r")
             await settle(pilot)
             assert explorer.tree_of_stages.row == Row(key=StageKey(2, "ffn_out"))
 
@@ -83,7 +79,7 @@ class TestAgain:
 
             assert "FAIL" in line()
             mend()
-            await pilot.press("r")
+            await press(pilot, "r")
             await settle(pilot)
             assert "PASS" in line()
 
@@ -94,7 +90,7 @@ class TestAgain:
     ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             (Path("engine-dump") / "lm_head.bin").write_bytes(b"APR")
-            await pilot.press("r")
+            await press(pilot, "r")
             await until(pilot, lambda: "lm_head.bin" in told(pilot))
             assert not isinstance(pilot.app.screen, ErrorScreen)
             assert explorer_of(pilot).state.exit_code == 1
@@ -107,7 +103,7 @@ class TestAgain:
         async def steps(pilot: Pilot[Any]) -> None:
             assert isinstance(pilot.app.screen, ErrorScreen)
             save("hf-stages", sound_tensors())
-            await pilot.press("r")
+            await press(pilot, "r")
             await settle(pilot)
             assert explorer_of(pilot).state.exit_code == 0
 
@@ -115,6 +111,20 @@ class TestAgain:
 
 
 class TestWatching:
+    @pytest.fixture(autouse=True)
+    def looks(self, monkeypatch: pytest.MonkeyPatch) -> list[Signature]:
+        """What the watch has seen, look by look; it looks more often than for a user."""
+        seen: list[Signature] = []
+
+        def look(*asked: Any) -> Signature:
+            seen.append(signature_of(*asked))
+            return seen[-1]
+
+        monkeypatch.setattr("aprtui.watch.signature_of", look)
+        often = partial(wait_for_change, interval_s=INTERVAL_S)
+        monkeypatch.setattr("aprtui.screens.running.wait_for_change", often)
+        return seen
+
     def test_a_new_dump_is_run_at_once(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
@@ -138,13 +148,17 @@ class TestWatching:
         drive(ExplorerApp(request, options=ScreenOptions(watch=True)), steps)
 
     def test_a_run_saved_beside_its_dump_does_not_start_the_next(
-        self, failing_request: Request
+        self, failing_request: Request, looks: list[Signature]
     ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            await until(pilot, saved.exists)
-            # Several looks at the files, the first of which see it appear.
-            await pilot.pause(5 * INTERVAL_S)
+            worker = explorer.engine_worker
+            assert saved.exists()
+            # Two that see the same make the next run; the first of these may have begun before.
+            seen = len(looks)
+            await until(pilot, lambda: len(looks) >= seen + 4)
+            await come_to_rest(pilot)
+            assert explorer.engine_worker is worker
             assert explorer.state.number == 1
 
         saved = Path("engine-dump") / "run.aprx"
@@ -178,11 +192,18 @@ class TestWatching:
 
         drive(ExplorerApp(failing_request, options=ScreenOptions(watch=True)), steps)
 
-    def test_without_it_nothing_is_run(self, failing_request: Request) -> None:
+    def test_without_it_nothing_is_run(
+        self, failing_request: Request, looks: list[Signature]
+    ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            worker = explorer.engine_worker
             mend()
-            await pilot.pause(1.5)
-            assert explorer_of(pilot).state.number == 1
+            await asyncio.sleep(4 * INTERVAL_S)
+            await come_to_rest(pilot)
+            assert not looks
+            assert explorer.engine_worker is worker
+            assert explorer.state.number == 1
 
         drive(ExplorerApp(failing_request), steps)
 
@@ -190,7 +211,7 @@ class TestWatching:
 class TestChanges:
     def test_none_before_the_second_run(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("x")
+            await press(pilot, "x")
             assert "no run before" in told(pilot)
 
         drive(ExplorerApp(failing_request), steps)
@@ -198,15 +219,14 @@ class TestChanges:
     def test_fixed_stages_are_listed_and_lead_back(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             mend()
-            await pilot.press("r")
+            await press(pilot, "r")
             await settle(pilot)
-            await pilot.press("x")
+            await press(pilot, "x")
             assert isinstance(pilot.app.screen, ChangesScreen)
             table = pilot.app.screen.query_one(DataTable)
             assert "fixed" in str(table.get_row_at(0)[0])
             assert str(table.get_row_at(0)[1]) == str(FAULT)
-            await pilot.press("enter")
-            await pilot.pause()
+            await press(pilot, "enter")
             assert explorer_of(pilot).tree_of_stages.row.key == FAULT
 
         drive(ExplorerApp(failing_request), steps)
@@ -221,11 +241,10 @@ class TestChanges:
             tensors[StageKey(2, "ffn_gate")] *= np.float32(1.5)
             shutil.rmtree("engine-dump")
             save("engine-dump", tensors)
-            await pilot.press("r")
+            await press(pilot, "r")
             await settle(pilot)
             pilot.app.clear_notifications()
-            await pilot.press("x")
-            await come_to_rest(pilot)
+            await press(pilot, "x")
 
         assert snap_compare(ExplorerApp(failing_request), terminal_size=size, run_before=wait)
 
@@ -234,10 +253,10 @@ class TestExport:
     @pytest.mark.parametrize("name", ["run.html", "run.md", "run.json", "run.svg", "run.aprx"])
     def test_the_suffix_says_what_is_written(self, name: str) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("e")
+            await press(pilot, "e")
             assert isinstance(pilot.app.screen, ExportScreen)
             pilot.app.screen.query_one(Input).value = name
-            await pilot.press("enter")
+            await press(pilot, "enter")
             await until(pilot, lambda: f"wrote {name}" in told(pilot))
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
@@ -258,19 +277,39 @@ class TestExport:
 
     def test_a_wrong_name_is_said_there(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("e")
+            await press(pilot, "e")
             screen = pilot.app.screen
             for value in ("run.docx", "nowhere/run.html", ""):
                 screen.query_one(Input).value = value
-                await pilot.press("enter")
-                await pilot.pause()
+                await press(pilot, "enter")
                 assert pilot.app.screen is screen
-            await pilot.press("escape")
+            await press(pilot, "escape")
             assert pilot.app.screen is explorer_of(pilot)
 
         before = set(Path().iterdir())
         drive(ExplorerApp(failing_request), steps)
         assert set(Path().iterdir()) == before
+
+    def test_a_file_is_replaced_only_when_asked_twice(self, failing_request: Request) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "e")
+            screen = pilot.app.screen
+            screen.query_one(Input).value = "kept.md"
+            await press(pilot, "enter")
+            problem = screen.query_one("#export-problem", Static)
+            assert str(problem.render()) == "kept.md exists: enter again replaces it"
+            screen.query_one(Input).value = "other.md"
+            await press(pilot, "enter")  # about another file nothing was said yet
+            assert pilot.app.screen is screen
+            assert {Path(name).read_text() for name in ("kept.md", "other.md")} == {"before"}
+            await press(pilot, "enter")
+            await until(pilot, lambda: "wrote other.md" in told(pilot))
+
+        for name in ("kept.md", "other.md"):
+            Path(name).write_text("before")
+        drive(ExplorerApp(failing_request), steps)
+        assert Path("kept.md").read_text() == "before"
+        assert "layer 1 · q_post_rope" in Path("other.md").read_text()
 
     @pytest.mark.parametrize("size", [(40, 10), (80, 24), (120, 40)])
     def test_picture(
@@ -278,12 +317,10 @@ class TestExport:
     ) -> None:
         async def wait(pilot: Pilot[Any]) -> None:
             await settle(pilot)
-            await pilot.press("e")
+            await press(pilot, "e")
             screen = pilot.app.screen
-            screen.query_one(Input).cursor_blink = False
             screen.query_one(Input).value = "report.docx"
-            await pilot.press("enter")
-            await come_to_rest(pilot)
+            await press(pilot, "enter")
 
         assert snap_compare(ExplorerApp(failing_request), terminal_size=size, run_before=wait)
 
@@ -291,7 +328,7 @@ class TestExport:
 class TestCopying:
     def test_a_stage_goes_to_the_clipboard_of_the_terminal(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("y")
+            await press(pilot, "y")
             text = pilot.app.clipboard
             assert text.startswith("layer 2 · attn_scores  FAIL\nkernel FAIL: kv heads tiled")
             assert "cumulative: relative L2 1.2e+00, cosine 0.2098475" in text
@@ -304,7 +341,7 @@ class TestCopying:
         async def steps(pilot: Pilot[Any]) -> None:
             assert pilot.app._driver is not None
             monkeypatch.setattr(pilot.app._driver, "write", written.append)
-            await pilot.press("home", "y")
+            await press(pilot, "home", "y")
             coded = base64.b64encode(pilot.app.clipboard.encode()).decode()
             assert f"\x1b]52;c;{coded}\a" in "".join(written)
             assert pilot.app.clipboard.startswith("first divergence: layer 2")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import come_to_rest, settle
-from textual.pilot import Pilot
+from driving import settle, then_press
 
 from aprcore.bisect import bisect
 from aprcore.errors import FormatError, TraceError
@@ -19,17 +18,6 @@ from aprtui.app import ExplorerApp
 
 Compare = Callable[..., bool]
 SIZES = {"40x10": (40, 10), "80x24": (80, 24), "120x40": (120, 40), "200x60": (200, 60)}
-
-
-def then_press(*keys: str) -> Callable[[Pilot[Any]], Any]:
-    """Keys once the run is over."""
-
-    async def run_before(pilot: Pilot[Any]) -> None:
-        await settle(pilot)
-        await pilot.press(*keys)
-        await come_to_rest(pilot)
-
-    return run_before
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -139,12 +127,7 @@ class TestOverlays:
         assert snap_compare(app, terminal_size=size, run_before=run_before)
 
     def test_palette(self, snap_compare: Compare, failing_request: Request) -> None:
-        async def run_before(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            await pilot.press("ctrl+p", *"layer 2 rope")
-            await come_to_rest(pilot)
-            pilot.app.screen.query_one("Input").cursor_blink = False  # type: ignore[attr-defined]
-            await come_to_rest(pilot)
+        run_before = then_press("ctrl+p", *"layer 2 rope")
 
         app = ExplorerApp(failing_request)
         assert snap_compare(app, terminal_size=(100, 30), run_before=run_before)

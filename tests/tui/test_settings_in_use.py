@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import drive, explorer_of, settle
+from driving import come_to_rest, drive, explorer_of, press, settle
 from textual.pilot import Pilot
 from textual.widgets import Footer, Static
 
 from aprcore.request import Request
 from aprtui import app as app_module
-from aprtui.app import HINTED, ExplorerApp, run_explorer
+from aprtui.app import HINT_S, HINTED, ExplorerApp, run_explorer
 from aprtui.commands.explore import add_explorer_options, open_explorer, request_under
 from aprtui.keymap import check_keys, commands
 from aprtui.settings import THEMES, Settings, SettingsError, is_first_use, read_settings
@@ -41,9 +41,9 @@ class TestKeys:
 
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
-            await pilot.press("home", "n")
+            await press(pilot, "home", "n")
             assert tree.row.key is None
-            await pilot.press("f8")
+            await press(pilot, "f8")
             assert tree.row.key == FAULT
             assert display_of(pilot, "explorer.next") == {"f8"}
 
@@ -55,11 +55,11 @@ class TestKeys:
         async def steps(pilot: Pilot[Any]) -> None:
             bar = explorer_of(pilot).verdict_bar.render().plain
             assert "[f8] next" in bar and "[n]" not in bar
-            await pilot.press("home", "u", "z")
+            await press(pilot, "home", "u", "z")
             told = "\n".join(note.message for note in pilot.app._notifications)
             assert "f8 goes to the first divergence" in told
             assert "^r runs again" in told
-            await pilot.press("ctrl+r")
+            await press(pilot, "ctrl+r")
             await settle(pilot)
             assert "f9 shows them" in "\n".join(n.message for n in pilot.app._notifications)
 
@@ -71,9 +71,9 @@ class TestKeys:
 
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
-            await pilot.press("home", "p")
+            await press(pilot, "home", "p")
             assert tree.row.key == FAULT
-            await pilot.press("end", "n")
+            await press(pilot, "end", "n")
             assert tree.row.key is not None and tree.row.key != FAULT
 
         drive(ExplorerApp(failing_request, settings=settings), steps)
@@ -84,18 +84,18 @@ class TestKeys:
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
             for key in ("f8", "ctrl+n", "percent_sign"):
-                await pilot.press("home", key)
+                await press(pilot, "home", key)
                 assert tree.row.key == FAULT, key
-            await pilot.press("q")
+            await press(pilot, "q")
             assert pilot.app.is_running and not pilot.app._exit
-            await pilot.press("f9")
+            await press(pilot, "f9")
             assert pilot.app._exit
 
         drive(ExplorerApp(failing_request, settings=settings), steps)
 
     def test_a_letter_typed_into_the_filter_is_a_letter(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            await pilot.press("slash", "é")
+            await press(pilot, "slash", "é")
             assert explorer_of(pilot).query_one("#filter").value == "é"  # type: ignore[attr-defined]
 
         drive(ExplorerApp(failing_request, settings=with_keys(explorer_next="é")), steps)
@@ -187,11 +187,8 @@ class TestHint:
             "? help · ^n next divergence · w why"
         ]
 
-    def test_is_one_line_that_covers_nothing_and_goes(
-        self, passing_request: Request, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_is_one_line_that_covers_nothing_and_goes(self, passing_request: Request) -> None:
         """On the smallest screen a notification would hide the half of it, and what lies above."""
-        monkeypatch.setattr(app_module, "HINT_S", 3)
         app = ExplorerApp(passing_request, is_new=True)
 
         async def steps(pilot: Pilot[Any]) -> None:
@@ -201,10 +198,12 @@ class TestHint:
             assert line.region.bottom == explorer.query_one(Footer).region.y
             assert not explorer.tree_of_stages.region.overlaps(line.region)
             assert not list(pilot.app._notifications)
-            await pilot.press("question_mark")
+            await press(pilot, "question_mark")
             assert not pilot.app.screen.query("#hint")
-            await pilot.press("escape")
-            await pilot.pause(3.2)
+            await press(pilot, "escape")
+            (timer,) = (one for one in app._timers if one._interval == HINT_S)
+            await timer._tick(next_timer=0, count=1)  # its time has come
+            await come_to_rest(pilot)
             assert not explorer.query("#hint")
 
         drive(app, steps, size=(40, 10))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_runs import kernel_run
-from driving import come_to_rest, drive, explorer_of, settle
+from driving import come_to_rest, drive, explorer_of, press, settle, then_press, until
 from textual.geometry import Region
 from textual.pilot import Pilot
 from textual.widgets import Static
@@ -65,16 +65,6 @@ def broken_request() -> Request:
     return Request(trace=save("engine-dump", trace), oracle=save("hf-stages", oracle))
 
 
-async def press(pilot: Pilot[Any], *keys: str) -> None:
-    """Press keys one after the other, and wait until every picture is there."""
-    for key in keys:
-        await pilot.press(key)
-        await pilot.pause(0.06)  # longer than the debounce of the detail pane
-        while pictures_of(pilot).is_busy:
-            await pilot.pause(0.01)
-    await pilot.pause()
-
-
 def pictures_of(pilot: Pilot[Any]) -> PicturePane:
     return explorer_of(pilot).detail.pictures
 
@@ -101,15 +91,6 @@ def lines_of(view: PictureView) -> list[str]:
     return [view.render_line(y).text.rstrip() for y in range(view.size.height)]
 
 
-def then_press(*keys: str) -> Callable[[Pilot[Any]], Any]:
-    async def run_before(pilot: Pilot[Any]) -> None:
-        await settle(pilot)
-        await press(pilot, *keys)
-        await come_to_rest(pilot)
-
-    return run_before
-
-
 class TestTabs:
     def test_numbers_brackets_and_clicks_open_tabs(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
@@ -125,6 +106,7 @@ class TestTabs:
             strip = screen.query_one(TabStrip)
             at = strip.render().plain.index("Histogram")
             await pilot.click(TabStrip, offset=(at, 0))
+            await come_to_rest(pilot)
             assert screen.tab is DetailTab.HISTOGRAM
 
         drive(ExplorerApp(failing_request), steps)
@@ -370,7 +352,7 @@ class TestMap:
             shown = map_of(pilot)
             assert shown.window is not None
             await pilot.click(TensorMap, offset=(4, 1))
-            await press(pilot)
+            await come_to_rest(pilot)
             assert (shown.window.row, shown.window.column) == (
                 shown.window.top, shown.window.left
             )  # fmt: skip
@@ -378,6 +360,7 @@ class TestMap:
             await pilot.mouse_down(TensorMap, offset=(30, 3))
             await pilot.hover(TensorMap, offset=(10, 3))
             await pilot.mouse_up(TensorMap, offset=(10, 3))
+            await come_to_rest(pilot)
             assert shown.window.left > before.left
 
         drive(ExplorerApp(failing_request), steps, size=(100, 30))
@@ -387,7 +370,6 @@ class TestMap:
             await press(pilot, "3", "enter", "plus", "plus", "right", "escape")
             before = map_of(pilot).window
             explorer_of(pilot).go_to(StageKey(2, "q_post_rope"))
-            await press(pilot)
             await come_to_rest(pilot)
             assert map_of(pilot).window == before
 
@@ -462,6 +444,7 @@ class TestValues:
             assert values.index > 5 * count
             await press(pilot, "home")
             await pilot.click(ValueGrid, offset=(8 + 3 * 10 + 4, 3))
+            await come_to_rest(pilot)
             assert values.index == 2 * count + 3
 
         drive(ExplorerApp(failing_request), steps)
@@ -521,13 +504,11 @@ class TestMaking:
             pictures = pictures_of(pilot)
             pictures.use(slow)
             await pilot.press("3")
-            while COMPUTING not in lines_of(map_of(pilot))[0]:
-                await pilot.pause(0.01)
+            await until(pilot, lambda: COMPUTING in " ".join(lines_of(map_of(pilot))))
             assert pictures.is_busy
             await pilot.press("down", "up")  # keys are answered meanwhile
             slow.release.set()
-            while pictures.is_busy:
-                await pilot.pause(0.01)
+            await come_to_rest(pilot)
             said = " ".join(lines_of(map_of(pilot)))
             assert "engine-dump: has changed since the run" in said
             assert "run again" in said
@@ -558,7 +539,6 @@ class TestMaking:
             assert explorer_of(pilot).state.is_running
             explorer_of(pilot).go_to(StageKey(0, "attn_norm"))
             await press(pilot, "3")
-            await come_to_rest(pilot)
             assert "token × dim" in lines_of(map_of(pilot))[0]
 
         drive(ExplorerApp(failing_request, stopping(20)), steps)
@@ -774,12 +754,7 @@ class TestStates:
         assert snap_compare(app, terminal_size=(120, 40), run_before=then_press(tab))
 
     def test_not_finite(self, snap_compare: Compare, broken_request: Request, tab: str) -> None:
-        async def run_before(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            explorer_of(pilot).go_to(BROKEN)
-            await press(pilot, tab)
-            await come_to_rest(pilot)
-
+        run_before = then_press(tab, at=BROKEN)
         app = ExplorerApp(broken_request)
         assert snap_compare(app, terminal_size=(120, 40), run_before=run_before)
 
@@ -842,12 +817,7 @@ class TestPictures:
         assert snap_compare(app, terminal_size=size, run_before=then_press(*keys))
 
     def test_glyphs_of_single_values(self, snap_compare: Compare, broken_request: Request) -> None:
-        async def run_before(pilot: Pilot[Any]) -> None:
-            await settle(pilot)
-            explorer_of(pilot).go_to(BROKEN)
-            await press(pilot, "3", "enter", *["plus"] * 4)
-            await come_to_rest(pilot)
-
+        run_before = then_press("3", "enter", *["plus"] * 4, at=BROKEN)
         app = ExplorerApp(broken_request)
         assert snap_compare(app, terminal_size=(120, 40), run_before=run_before)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from driving import drive, settle
+from driving import come_to_rest, drive, press, settle
 from textual.color import Color
 from textual.pilot import Pilot
 
@@ -102,8 +102,7 @@ def test_monochrome_has_two_colours(failing_request: Request, keys: tuple[str, .
     app = ExplorerApp(failing_request, settings=Settings(theme="monochrome"))
 
     async def steps(pilot: Pilot[Any]) -> None:
-        await pilot.press(*keys)
-        await pilot.pause(0.3)
+        await press(pilot, *keys)
         found = colors_of(pilot.app.export_screenshot())
         assert {"#000000", "#ffffff"} <= found
         # The picture's own ink, of cells that have none.
@@ -130,7 +129,7 @@ def test_another_theme_is_drawn_at_once(failing_request: Request) -> None:
         before = colors_of(pilot.app.export_screenshot())
         for name, other in itertools.pairwise([*THEMES, *THEMES]):
             pilot.app.theme = other
-            await pilot.pause(0.2)
+            await come_to_rest(pilot)
             after = colors_of(pilot.app.export_screenshot())
             assert after != before, (name, other)
             assert THEMES[other].variables["verdict-pass"].lower() in after

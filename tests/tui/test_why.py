@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from demo_runs import ODD_STAGE, fused_run, kernel_run, model_run, odd_run
-from driving import drive, explorer_of, finish
+from driving import come_to_rest, drive, explorer_of, finish, press
 from rich.console import Console
 from textual.pilot import Pilot
 
@@ -145,16 +145,17 @@ class TestKeys:
     def test_why_and_back(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
-            await pilot.press("w")
+            await press(pilot, "w")
             assert screen.tab is DetailTab.WHY
-            await pilot.press("w")
+            await press(pilot, "w")
             assert screen.tab is DetailTab.TOP_K
-            await pilot.press("left_square_bracket")
+            await press(pilot, "left_square_bracket")
             assert screen.tab is DetailTab.WHY
-            await pilot.press("right_square_bracket")
+            await press(pilot, "right_square_bracket")
             assert screen.tab is DetailTab.TOP_K
             at = screen.query_one(TabStrip).render().plain.index("Why")
             await pilot.click(TabStrip, offset=(at, 0))
+            await come_to_rest(pilot)
             assert screen.tab is DetailTab.WHY
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
@@ -163,13 +164,12 @@ class TestKeys:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
             assert not screen.detail.display
-            await pilot.press("w")
-            await pilot.pause()
+            await press(pilot, "w")
             assert screen.detail.display
             assert not screen.query_one("#stages").display
-            await pilot.press("n")
+            await press(pilot, "n")
             assert screen.tree_of_stages.row.key == StageKey(2, "attention")
-            await pilot.press("w")
+            await press(pilot, "w")
             assert screen.query_one("#stages").display
             assert screen.focused is screen.tree_of_stages
 
@@ -178,14 +178,14 @@ class TestKeys:
     def test_figures_and_order_go_together(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             tree = explorer_of(pilot).tree_of_stages
-            await pilot.press("t")
+            await press(pilot, "t")
             assert (tree.measure, tree.order) == (Measure.MODEL, SortOrder.COMPUTATION)
-            await pilot.press("t", "t", "s")
+            await press(pilot, "t", "t", "s")
             assert (tree.measure, tree.order) == (Measure.CUMULATIVE, SortOrder.COSINE)
-            await pilot.press("t", "t")
+            await press(pilot, "t", "t")
             assert (tree.measure, tree.order) == (Measure.KERNEL, SortOrder.KERNEL)
             assert tree.rows[1].key == StageKey(2, "attn_scores")
-            await pilot.press("s")
+            await press(pilot, "s")
             assert tree.order is SortOrder.COMPUTATION
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
@@ -200,7 +200,7 @@ class TestKeys:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
             assert screen.tree_of_stages.measure is Measure.KERNEL
-            await pilot.press("t", "s")
+            await press(pilot, "t", "s")
             assert screen.tree_of_stages.order is SortOrder.KERNEL
 
         drive(ExplorerApp(kernel_run("kv-tiled", oracle=False)), steps)

@@ -69,6 +69,15 @@ def test_no_module_of_the_terminal_loads_a_heavy_library() -> None:
     assert brought_along(names, ON_DEMAND) == {}
 
 
+def test_the_first_screen_is_painted_without_what_shows_a_stage() -> None:
+    names = ("pane_text", "why", "lineage", "pictures", "screens.help", "screens.error",
+             "widgets.divergence_table", "widgets.picture_pane", "widgets.stage_row",
+             "widgets.tensor_map")  # fmt: skip
+    later = {f"aprtui.{name}" for name in names}
+    assert later <= set(modules_of("aprtui"))
+    assert brought_along(["aprtui.app"], later) == {}
+
+
 @pytest.mark.parametrize("name", ["aprcore.errors", "aprcore.stages", "aprcore.plan"])
 def test_what_checks_arguments_does_not_pay_for_numpy(name: str) -> None:
     assert brought_along([name], {"numpy"}) == {}

@@ -16,15 +16,12 @@ from textual.timer import Timer
 from textual.widgets import Footer, Input
 
 from aprtui.keys import EXPLORER_KEYS
-from aprtui.lineage import trace_upstream
 from aprtui.screen_options import ScreenOptions
-from aprtui.screens.help import HelpScreen
 from aprtui.screens.run_view import RunView
 from aprtui.screens.running import RunningScreen
 from aprtui.session import StageJudged
 from aprtui.settings import DEFAULT_TOP_K, TOP_K_STEPS
 from aprtui.text import visible
-from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.profile_strip import ProfileStrip
 from aprtui.widgets.rejection import Rejection
 from aprtui.widgets.run_title import RunTitle, base_name
@@ -101,7 +98,14 @@ class ExplorerScreen(RunningScreen):
         """Paint first, then run."""
         self.tree_of_stages.focus()
         self.app.theme_changed_signal.subscribe(self, lambda _: self.show_all())
-        self.call_after_refresh(self.start_run)
+        self.call_after_refresh(self._begin)
+
+    async def _begin(self) -> None:
+        """Open the run in its thread, and meanwhile make what will show it."""
+        if self.is_attached:  # else the user has left already
+            self.start_run()
+            await self.detail.fill()
+            self.show_all()
 
     # The run
 
@@ -185,8 +189,9 @@ class ExplorerScreen(RunningScreen):
         self._is_detail_judged = report is not None
 
     def on_resize(self) -> None:
-        """Columns depend on the width."""
-        self.call_after_refresh(self.show_all)
+        """Columns depend on the width; a run that is not open has none."""
+        if self.detail.is_filled:
+            self.call_after_refresh(self.show_all)
 
     def watch_top_k(self) -> None:
         """Fill the table anew."""
@@ -200,10 +205,10 @@ class ExplorerScreen(RunningScreen):
             self._show_detail()
             if self._hides_tree and self.tab.is_picture:
                 self.call_after_refresh(self.detail.focus_inside)
-            elif isinstance(self.focused, PictureView) and not self.tab.is_picture:
-                self.tree_of_stages.focus()
-            elif isinstance(self.focused, PictureView):
+            elif self.detail.has_focused_picture and self.tab.is_picture:
                 self.detail.focus_inside()
+            elif self.detail.has_focused_picture:
+                self.tree_of_stages.focus()
 
     def _make_room(self) -> None:
         """Give the detail pane the screen, or take it back."""
@@ -224,8 +229,8 @@ class ExplorerScreen(RunningScreen):
         elif self.tab.is_picture:
             self.detail.focus_inside()
 
-    @on(PictureView.Left)
-    def _leave_picture(self) -> None:
+    def on_picture_view_left(self) -> None:
+        """Go back to the stages; named as the toolkit has it, for a view is read when it opens."""
         if self._hides_tree:
             self._swap_panes(to_detail=False)
         else:
@@ -269,13 +274,13 @@ class ExplorerScreen(RunningScreen):
             case "place":
                 return self.is_open and self.tab.is_picture
             case "clear_filter":
-                is_asking = self.detail.pictures.is_asking
+                is_asking = self.is_open and self.detail.pictures.is_asking
                 return self.is_filtered or self._hides_tree or is_asking
         return True
 
     async def action_clear_filter(self) -> None:
         """Show all stages again, or the tree before that."""
-        if self.detail.pictures.is_asking:
+        if self.is_open and self.detail.pictures.is_asking:
             await self.detail.pictures.leave_place()
         elif self._hides_tree:
             self._swap_panes(to_detail=False)
@@ -296,6 +301,8 @@ class ExplorerScreen(RunningScreen):
     def action_blame(self) -> None:
         """Go to the stage to blame for the one under the cursor, and show why."""
         here = self.tree_of_stages.row.key
+        from aprtui.lineage import trace_upstream
+
         is_fault = here in self.state.divergences  # on its own account, whatever came before
         lineage = None if here is None or is_fault else trace_upstream(self.state, here)
         first = self.state.first_divergence
@@ -346,9 +353,6 @@ class ExplorerScreen(RunningScreen):
 
     def action_parity(self) -> None:
         """Show two sides, stage by stage; it ends with the stage to go to."""
-        if not self.state.has_second_side:
-            self.notify("no second side: give --gpu, or --trace with --against")
-            return
         at = self.tree_of_stages.row.key
         from aprtui.screens.parity import ParityScreen
 
@@ -360,6 +364,8 @@ class ExplorerScreen(RunningScreen):
 
     def action_help(self) -> None:
         """Show every key."""
+        from aprtui.screens.help import HelpScreen
+
         self.app.push_screen(HelpScreen(self.active_bindings.values()))
 
 

@@ -27,7 +27,10 @@ KINDS = (
 
 
 class ExportScreen(ModalScreen[Path | None]):
-    """A file name, whose suffix says what is written. Ends with the path, or None."""
+    """A file name, whose suffix says what is written. Ends with the path, or None.
+
+    A file that exists is replaced when that is said a second time.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "cancel", id="export.close", tooltip="Write nothing"),
@@ -36,6 +39,7 @@ class ExportScreen(ModalScreen[Path | None]):
     def __init__(self, suggested: Path) -> None:
         super().__init__()
         self._suggested = suggested
+        self._warned_of: Path | None = None
 
     def compose(self) -> ComposeResult:
         """The name, and what the suffixes mean."""
@@ -63,13 +67,18 @@ class ExportScreen(ModalScreen[Path | None]):
         try:
             check_export_path(path, has_screen=True)
         except AprError as error:
-            paint = Paint(self.app.theme_variables)
-            told = Text(visible(str(error)), paint("verdict-fail"))
-            problem = self.query_one("#export-problem", Static)
-            problem.update(told)
-            problem.display = True
+            self._tell(visible(str(error)), "verdict-fail")
+            return
+        if path.exists() and path != self._warned_of:
+            self._warned_of = path
+            self._tell(f"{visible(str(path))} exists: enter again replaces it", "verdict-missing")
             return
         self.dismiss(path)
+
+    def _tell(self, words: str, ink: str) -> None:
+        problem = self.query_one("#export-problem", Static)
+        problem.update(Text(words, Paint(self.app.theme_variables)(ink)))
+        problem.display = True
 
     def action_dismiss(self, result: Path | None = None) -> None:  # type: ignore[override]
         """Write nothing."""

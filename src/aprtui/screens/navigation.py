@@ -9,7 +9,6 @@ from textual.widgets import Input
 
 from aprcore.stages import StageKey
 from aprtui.keymap import shown_key
-from aprtui.lineage import spoiled_by, trace_upstream
 from aprtui.measures import Measure
 from aprtui.rows import Filter, Row, SortOrder, matching_keys, place_among
 from aprtui.run_state import RunState
@@ -90,6 +89,8 @@ class StageNavigation(Screen[None]):
         if here is None:
             self._ask_for_a_stage()
             return
+        from aprtui.lineage import trace_upstream
+
         lineage = trace_upstream(self.state, here)
         if lineage is None:
             diverges = here in self.state.divergences
@@ -106,6 +107,8 @@ class StageNavigation(Screen[None]):
             return
         target = self.breadcrumb.before(here)
         if target is None:
+            from aprtui.lineage import spoiled_by
+
             target = next(iter(spoiled_by(self.state, here)), None)
         if target is None:
             self.notify("nothing that reads it is off")

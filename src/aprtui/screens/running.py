@@ -11,7 +11,6 @@ from textual.worker import Worker, get_current_worker
 
 from aprtui.keymap import shown_key
 from aprtui.screen_options import ScreenOptions
-from aprtui.screens.error import ErrorScreen
 from aprtui.screens.navigation import StageNavigation
 from aprtui.session import (
     DeviceFound,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from aprcore.request import Request
     from aprcore.stages import StageKey
     from aprcore.tensor_source import TensorSource
+    from aprtui.screens.error import ErrorScreen
     from aprtui.session import Engine
 
 
@@ -52,6 +52,7 @@ class RunningScreen(StageNavigation):
         self.engine_worker: Worker[None] | None = None
         self.tensors: TensorSource | None = None
         self._engine = engine
+        self._error_screen: ErrorScreen | None = None
 
     # A run
 
@@ -76,9 +77,9 @@ class RunningScreen(StageNavigation):
             self.run_worker(before.close, thread=True, group="close", exit_on_error=False)
         self.state.open(event.header)
         self.has_divergence = False
-        if isinstance(self.app.screen, ErrorScreen):
+        if self._error_screen is not None and self._error_screen.is_active:
             # Files that changed have started the run; what was wrong with them is over.
-            self.app.screen.dismiss(False)
+            self._error_screen.dismiss(False)
         self.show_opened(event.header)
 
     def on_unmount(self) -> None:
@@ -105,8 +106,11 @@ class RunningScreen(StageNavigation):
         self.state.error = event.error
         self.show_all()
         has_rows = self.state.header is not None
-        if not isinstance(self.app.screen, ErrorScreen):
-            self.app.push_screen(ErrorScreen(event.error, has_rows=has_rows), self._leave_error)
+        if self._error_screen is None or not self._error_screen.is_active:
+            from aprtui.screens.error import ErrorScreen
+
+            self._error_screen = ErrorScreen(event.error, has_rows=has_rows)
+            self.app.push_screen(self._error_screen, self._leave_error)
 
     def _leave_error(self, again: bool | None) -> None:
         if again:

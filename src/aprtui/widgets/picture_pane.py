@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from textual import on, work
-from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.timer import Timer
 from textual.widgets import Input
@@ -14,12 +13,8 @@ from textual.worker import get_current_worker
 
 from aprtui.pictures import Ask, GridAsk, PictureFailed, PictureMade, PictureMaker
 from aprtui.text import visible
-from aprtui.widgets.histogram import HistogramView
 from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.tab_strip import DetailTab
-from aprtui.widgets.tensor_map import TensorMap
-from aprtui.widgets.token_bars import TokenBars
-from aprtui.widgets.value_grid import ValueGrid
 
 if TYPE_CHECKING:
     from aprcore.report import RunHeader, StageReport
@@ -30,8 +25,29 @@ if TYPE_CHECKING:
 PATIENCE_S = 0.1
 
 
+class Views(dict[DetailTab, PictureView]):
+    """A picture for each tab that has one, made when it is first asked for.
+
+    Most are never opened, and each takes milliseconds to read and to mount.
+    """
+
+    def __init__(self, mount: Callable[[PictureView], Any]) -> None:
+        super().__init__()
+        self._mount = mount
+
+    def __missing__(self, tab: DetailTab) -> PictureView:
+        self[tab] = view = _make_view(tab)
+        self._mount(view)
+        return view
+
+
 class PicturePane(Vertical):
-    """The pictures of a stage, of which a tab shows one."""
+    """The pictures of a stage, of which a tab shows one.
+
+    Attributes:
+        views: The picture of each tab.
+        open_view: The one that is shown.
+    """
 
     DEFAULT_CSS = """
     PicturePane { height: 1fr; min-height: 5; display: none; }
@@ -41,20 +57,11 @@ class PicturePane(Vertical):
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
-        self.views: Mapping[DetailTab, PictureView] = {
-            DetailTab.TOKENS: TokenBars(id="tokens"),
-            DetailTab.MAP: TensorMap(id="map"),
-            DetailTab.HISTOGRAM: HistogramView(id="histogram"),
-            DetailTab.VALUES: ValueGrid(id="values"),
-        }
+        self.views = Views(self.mount)
         self.open_view: PictureView | None = None
         self._maker: PictureMaker | None = None
         self._making: tuple[StageKey, Ask] | None = None
         self._waiting_timer: Timer | None = None
-
-    def compose(self) -> ComposeResult:
-        """Every picture; one at most is displayed."""
-        yield from self.views.values()
 
     def use(self, tensors: TensorSource) -> None:
         """Take the tensors of a run, in place of those of the last."""
@@ -66,7 +73,7 @@ class PicturePane(Vertical):
         self, report: StageReport | None, header: RunHeader | None, tab: DetailTab, said: str
     ) -> None:
         """Show the picture of a tab, or what is said where a row has none."""
-        view = self.views.get(tab)
+        view = self.views[tab] if tab.is_picture else None
         if view is not self.open_view:
             if self.open_view is not None:
                 self.open_view.display = False
@@ -193,6 +200,27 @@ class PicturePane(Vertical):
         if self.open_view is not None:
             self.open_view.focus()
         await self.query("#place").remove()
+
+
+def _make_view(tab: DetailTab) -> PictureView:
+    match tab:
+        case DetailTab.TOKENS:
+            from aprtui.widgets.token_bars import TokenBars
+
+            return TokenBars(id="tokens")
+        case DetailTab.MAP:
+            from aprtui.widgets.tensor_map import TensorMap
+
+            return TensorMap(id="map")
+        case DetailTab.HISTOGRAM:
+            from aprtui.widgets.histogram import HistogramView
+
+            return HistogramView(id="histogram")
+        case DetailTab.VALUES:
+            from aprtui.widgets.value_grid import ValueGrid
+
+            return ValueGrid(id="values")
+    raise KeyError(tab)
 
 
 def _replaces(wanted: tuple[StageKey, Ask], making: tuple[StageKey, Ask]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
@@ -23,7 +23,9 @@ from aprtui.measures import Measure
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
-from aprtui.widgets.stage_row import RowPainter
+
+if TYPE_CHECKING:
+    from aprtui.widgets.stage_row import RowPainter
 
 MOVE = Binding.Group("move", compact=True)
 FOLD = Binding.Group("fold", compact=True)
@@ -90,6 +92,7 @@ class StageTree(ScrollView, can_focus=True):
         self._chosen: tuple[object, ...] = ()
         # Lines of stages that are judged: their figures change no more.
         self._drawn: dict[Row, Strip] = {}
+        self._ground = Style.null()
 
     @property
     def row(self) -> Row:
@@ -108,6 +111,8 @@ class StageTree(ScrollView, can_focus=True):
             self.line_width, everything, self.order, self.measure, self.app.theme, self.state.number
         )  # fmt: skip
         if self._painter is None or chosen != self._chosen:
+            from aprtui.widgets.stage_row import RowPainter
+
             paint = Paint(self.app.theme_variables)
             self._painter = RowPainter(
                 self.state, paint, self.line_width, everything, self.order, self.measure
@@ -123,6 +128,8 @@ class StageTree(ScrollView, can_focus=True):
             self.state, expanded=self.expanded, filter=self.filter, order=self.order
         )
         self.virtual_size = Size(self.line_width, len(self.rows))
+        if len(self.rows) <= self.size.height:
+            self.show_vertical_scrollbar = False  # the toolkit may keep one that was needed before
         candidates = (before, Row(layer=before.group) if before.group is not None else before)
         found = next((self.rows.index(row) for row in candidates if row in self.rows), None)
         self._place(min(self._cursor, len(self.rows) - 1) if found is None else found)
@@ -204,24 +211,30 @@ class StageTree(ScrollView, can_focus=True):
         self.virtual_size = Size(self.line_width, len(self.rows))
         self._place(self._cursor)
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Lines in the widget's own style, which the toolkit would find anew for each of them."""
+        self._ground = self.rich_style
+        return super().render_lines(crop)
+
     def render_line(self, y: int) -> Strip:
         """The line at `y` below the top of the view."""
         number = y + self.scroll_offset.y
         if number < len(self.rows):
             row = self.rows[number]
             return self._draw_cursor(row) if number == self._cursor else self._draw(row)
-        is_opening = self.state.header is None and number == 0
-        text = Text(self._opening, Paint(self.app.theme_variables)("ink-quiet"))
-        return self._strip(text if is_opening else Text(""), self.rich_style)
+        if self.state.header is not None or number > 0:
+            return Strip.blank(self.line_width, self._ground)
+        paint = Paint(self.app.theme_variables)
+        return self._strip(Text(self._opening, paint("ink-quiet")), self._ground)
 
     def _draw(self, row: Row) -> Strip:
         """A row's line, drawn once where it can be kept."""
         painter, faults = self.painter(), self.state.faults_of(self.measure)
         # The mark of the first fault is yet to come while there is none.
         if row.key not in self.state.reports_of(self.measure) or not faults:
-            return self._strip(painter.row(row), self.rich_style)
+            return self._strip(painter.row(row), self._ground)
         if row not in self._drawn:
-            self._drawn[row] = self._strip(painter.row(row), self.rich_style)
+            self._drawn[row] = self._strip(painter.row(row), self._ground)
         return self._drawn[row]
 
     def _draw_cursor(self, row: Row) -> Strip:
@@ -229,9 +242,9 @@ class StageTree(ScrollView, can_focus=True):
         cursor = self.get_component_rich_style(name)
         text = self.painter().row(row)
         if not self.has_focus:
-            return self._strip(text, self.rich_style + Style(bgcolor=cursor.bgcolor))
+            return self._strip(text, self._ground + Style(bgcolor=cursor.bgcolor))
         # On the focused cursor every ink gives way: its background is a strong colour.
-        return self._strip(Text(text.plain), self.rich_style + cursor)
+        return self._strip(Text(text.plain), self._ground + cursor)
 
     def _strip(self, text: Text, style: Style) -> Strip:
         segments = [

@@ -17,7 +17,7 @@ class DetailTab(Enum):
     """What the lower part of the detail pane shows. The value is its title.
 
     A further tab is a further member here, with a short title in `SHORT_TITLES`, and a branch in
-    `StageDetail`.
+    `aprtui.pane_text`, or in `PicturePane` if it is a picture.
     """
 
     TOP_K = "Top-K"
