@@ -11,18 +11,19 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.stages import BY_NAME
-from aprcore.wording import REASON_LIMIT, finding_of, token_name
-from aprtui.formatting import (
+from aprcore.wording import (
+    REASON_LIMIT,
     figures_of,
+    finding_of,
     format_cosine,
-    format_figure,
     format_position,
     format_ratio,
     format_shape,
-    format_short,
     format_tolerance,
     quoted,
+    token_name,
 )
+from aprtui.formatting import format_figure, format_short
 from aprtui.judgments import judgment_lines, parity_lines
 from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import summarise_layer

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aprcore.wording import finding_of
-from aprtui.formatting import figures_of, format_cosine, format_ratio
+from aprcore.wording import figures_of, finding_of, format_cosine, format_ratio
 from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import Row
 from aprtui.run_state import RunState

@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-from aprcore.wording import (
-    COSINE_PLACES,
-    figures_of,
-    format_cosine,
-    format_position,
-    format_ratio,
-    format_shape,
-    format_times,
-    format_tolerance,
-    format_value,
-    plural,
-    quoted,
-    without_mantissa,
-)
+from aprcore.wording import without_mantissa
 
-# For narrow columns; `COSINE_PLACES` tell rounding from equality.
+# For narrow columns; the places of `format_cosine` tell rounding from equality.
 NARROW_COSINE_PLACES = 4
-
-__all__ = (
-    "COSINE_PLACES",
-    "NARROW_COSINE_PLACES",
-    "figures_of",
-    "format_compact",
-    "format_cosine",
-    "format_figure",
-    "format_position",
-    "format_ratio",
-    "format_shape",
-    "format_short",
-    "format_times",
-    "format_tolerance",
-    "format_value",
-    "plural",
-    "quoted",
-)
 
 
 def format_compact(figure: float, cells: int = 6) -> str:

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprtui.formatting import (
-    figures_of,
-    format_compact,
-    format_cosine,
-    format_position,
-    format_ratio,
-    format_times,
-)
+from aprcore.wording import figures_of, format_cosine, format_position, format_ratio, format_times
+from aprtui.formatting import format_compact
 from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
 from aprtui.theme import (
     MARKS,

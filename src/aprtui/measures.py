@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from aprcore.stages import BY_NAME
-from aprtui.formatting import figures_of
+from aprcore.wording import figures_of
 
 if TYPE_CHECKING:
     from aprcore.judge import Judgment

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from aprcore.stages import StageKey
-from aprtui.formatting import figures_of
+from aprcore.wording import figures_of
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
 from aprtui.theme import SEVERITY, mark_of

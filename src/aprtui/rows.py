@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from aprcore.stages import StageKey
-from aprtui.formatting import figures_of
+from aprcore.wording import figures_of
 from aprtui.measures import JUDGMENTS, Measure, error_of, worst_by
 from aprtui.run_state import RunState
 from aprtui.theme import SEVERITY, mark_of

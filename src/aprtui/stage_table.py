@@ -11,7 +11,7 @@ from aprcore.judge import Judgment, Verdict
 from aprcore.parity.records import StageParity
 from aprcore.report import Report, RunEvent, RunHeader, StageReport
 from aprcore.stages import StageKey
-from aprtui.formatting import figures_of, format_tolerance
+from aprcore.wording import figures_of, format_tolerance
 from aprtui.text import visible
 from aprtui.theme import VARIABLES, judgment_mark, mark_of_verdict
 

@@ -11,8 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.stages import BY_NAME, StageKey
-from aprcore.wording import MEANINGS, REASON_LIMIT, TWO_DUMPS, finding_of
-from aprtui.formatting import format_cosine, format_position, format_ratio, format_times, plural
+from aprcore.wording import (
+    MEANINGS,
+    REASON_LIMIT,
+    TWO_DUMPS,
+    finding_of,
+    format_cosine,
+    format_position,
+    format_ratio,
+    format_times,
+    plural,
+)
 from aprtui.lineage import Lineage, trace_upstream
 from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
 from aprtui.run_state import RunState

@@ -22,14 +22,8 @@ from aprcore.judge import Verdict
 from aprcore.report import RunHeader, StageReport
 from aprcore.request import Request
 from aprcore.stages import StageKey
-from aprtui.formatting import (
-    figures_of,
-    format_cosine,
-    format_figure,
-    format_ratio,
-    format_short,
-    quoted,
-)
+from aprcore.wording import figures_of, format_cosine, format_ratio, quoted
+from aprtui.formatting import format_figure, format_short
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, matching_keys, summarise_layer
 from aprtui.run_state import RunState
 from aprtui.stage_table import PATH_WIDTH, StageTable

@@ -14,8 +14,9 @@ from textual.pilot import Pilot
 
 from aprcore.budget import Budget, Budgets
 from aprcore.stages import StageKey
+from aprcore.wording import format_times
 from aprtui.app import ExplorerApp
-from aprtui.formatting import format_compact, format_times
+from aprtui.formatting import format_compact
 from aprtui.judgments import judgment_lines
 from aprtui.lineage import trace_upstream
 from aprtui.measures import Measure

@@ -18,7 +18,7 @@ from aprcore.judge import Judgment, Verdict
 from aprcore.noise import Assessment, Part
 from aprcore.report import RunHeader, Side, StageReport
 from aprcore.stages import BY_NAME, Scope, StageKey
-from aprtui.formatting import format_tolerance
+from aprcore.wording import format_tolerance
 
 KEY = StageKey(3, "ffn_out")
 

@@ -163,7 +163,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
     """Run what is left, with a bar on stderr where that is a terminal."""
     from aprcore.sweep.run import CaseFinished, pending_cases, run_sweep
-    from aprtui.formatting import plural
+    from aprcore.wording import plural
 
     total = len(sweep.cases)
     kept = total - len(pending_cases(sweep, results))
@@ -279,7 +279,7 @@ def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
 
 
 def _cells(case: Case, result: CaseResult, axes: Sequence[str]) -> tuple[str, ...]:
-    from aprtui.formatting import format_ratio
+    from aprcore.wording import format_ratio
     from aprtui.text import visible
 
     first, worst = result.first, result.worst_relative_l2
@@ -300,7 +300,7 @@ def _short(name: str) -> str:
 
 def _print_differences(finished: SweepFinished) -> None:
     from aprcore.sweep.report import find_differences
-    from aprtui.formatting import plural
+    from aprcore.wording import plural
     from aprtui.text import visible
 
     findings = find_differences(finished.results)

@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
 from aprcore.stages import StageKey
-from aprtui.formatting import figures_of, format_ratio
+from aprcore.wording import figures_of, format_ratio
 from aprtui.theme import MARKS, Paint, mark_of
 
 if TYPE_CHECKING:

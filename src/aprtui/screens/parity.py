@@ -12,14 +12,8 @@ from textual.command import Provider
 from textual.widgets import Footer, Static
 
 from aprcore.stages import StageKey
-from aprtui.formatting import (
-    COSINE_PLACES,
-    NARROW_COSINE_PLACES,
-    figures_of,
-    format_cosine,
-    format_position,
-    format_ratio,
-)
+from aprcore.wording import COSINE_PLACES, figures_of, format_cosine, format_position, format_ratio
+from aprtui.formatting import NARROW_COSINE_PLACES
 from aprtui.palette import ScreenCommands
 from aprtui.run_state import RunState
 from aprtui.screens.run_view import RunView

@@ -18,7 +18,7 @@ from textual.widget import Widget
 from textual.widgets import Footer, Static
 
 from aprcore.stages import STAGES, StageKey
-from aprtui.formatting import format_ratio
+from aprcore.wording import format_ratio
 from aprtui.palette import ScreenCommands
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState

@@ -12,7 +12,8 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprtui.formatting import format_ratio, format_short, format_value, quoted
+from aprcore.wording import format_ratio, format_value, quoted
+from aprtui.formatting import format_short
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:

@@ -10,13 +10,8 @@ from rich.text import Text
 from textual.geometry import Region
 from textual.strip import Strip
 
-from aprtui.formatting import (
-    format_compact,
-    format_position,
-    format_ratio,
-    format_short,
-    format_value,
-)
+from aprcore.wording import format_position, format_ratio, format_value
+from aprtui.formatting import format_compact, format_short
 from aprtui.pictures import WINDOW_VALUES
 from aprtui.widgets.divergence_table import SHORT_AXES
 from aprtui.widgets.picture_view import PictureView

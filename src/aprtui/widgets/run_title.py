@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from textual.widget import Widget
 
-from aprtui.formatting import plural
+from aprcore.wording import plural
 from aprtui.run_state import RunState
 from aprtui.text import visible
 from aprtui.theme import Paint

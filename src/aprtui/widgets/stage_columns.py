@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.text import Text
 
-from aprtui.formatting import (
-    COSINE_PLACES,
-    NARROW_COSINE_PLACES,
-    figures_of,
-    format_compact,
-    format_cosine,
-    format_ratio,
-    format_short,
-    format_times,
-)
+from aprcore.wording import COSINE_PLACES, figures_of, format_cosine, format_ratio, format_times
+from aprtui.formatting import NARROW_COSINE_PLACES, format_compact, format_short
 from aprtui.measures import BASIS, JUDGMENTS, Measure, judgment_of
 from aprtui.theme import Paint, judgment_mark
 
