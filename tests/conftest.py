@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def settings_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 def pytest_configure() -> None:
     """Keep pictures of screens under `snapshots/<test file>` rather than beside the tests."""
     import pytest_textual_snapshot
+
+    # In the background of a script it is ignored, and so would be by what the tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # A process of pytest-xdist says 80 x 24 for the terminal that it does not have.
     for name in ("COLUMNS", "LINES"):

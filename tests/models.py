@@ -120,6 +120,9 @@ def build(recipe: RandomModel, dtype: str = "float32") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _silence()
+    # Layers so small take longer on several threads, and several times as long where other
+    # programs hold a processor that one of the threads waits for.
+    torch.set_num_threads(1)
     config = AutoConfig.for_model(recipe.architecture, **recipe.settings)
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

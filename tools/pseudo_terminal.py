@@ -17,8 +17,12 @@ COMMAND = Path(sys.executable).with_name("aprtui")
 PATIENCE_S = 60
 # A program that has drawn nothing for so long, and shows what it must, has come to rest.
 QUIET_S = 0.6
-# So long is waited for more output; a tenth of what a person notices would only burn time.
+# One that does not show what it must may only be slow: another program has the processor.
+LONG_QUIET_S = 3.0
+# So long is waited for output; a tenth of what a person notices would only burn time.
 POLL_S = 0.2
+# A screen comes in pieces, this far apart.
+PIECES_S = 0.02
 
 
 class Terminal:
@@ -56,12 +60,14 @@ class Terminal:
         )  # fmt: skip
 
     def read(self) -> str:
-        """What is on the screen now."""
+        """What is on the screen now, or as soon as something is drawn."""
+        timeout_s = POLL_S
         try:
             while True:
-                data = self.process.read_nonblocking(65536, timeout=POLL_S)
+                data = self.process.read_nonblocking(65536, timeout=timeout_s)
                 self.output += data
                 self._stream.feed(data)
+                timeout_s = PIECES_S
         except (pexpect.TIMEOUT, pexpect.EOF):
             return "\n".join(self._screen.display)
 
@@ -84,20 +90,26 @@ class Terminal:
             if time.monotonic() > end:
                 raise AssertionError(f"{missing} is not on the screen:\n{screen}")
 
-    def wait_until_still(self) -> None:
+    def wait_until_still(self, is_known: Callable[[list[list[Char]]], bool] | None = None) -> None:
         """Wait until the screen stays as it is.
+
+        Args:
+            is_known: Whether a screen is as it must be, and need not be watched for long.
 
         Raises:
             AssertionError: It never does.
         """
+        quiet_s = QUIET_S if is_known is None else LONG_QUIET_S
         end = time.monotonic() + PATIENCE_S
         before, since = self.cells(), time.monotonic()
-        while time.monotonic() - since < QUIET_S:
+        while time.monotonic() - since < quiet_s:
             if time.monotonic() > end:
                 raise AssertionError(f"the screen never comes to rest:\n{self.read()}")
             self.read()
             if (now := self.cells()) != before:
                 before, since = now, time.monotonic()
+            elif is_known is not None and is_known(now):
+                return
 
     def press(self, keys: str) -> None:
         """Type, in the terminal's own codes."""

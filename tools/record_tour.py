@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from aprcore.model import open_model
 from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
 from aprtui.demo import ORACLE, SOUND_MODEL, demo_path, load_faults
 from pseudo_terminal import Terminal
-from screen_files import Cells, draw_screen, record_screens
+from screen_files import Cells, draw_screen, look_alike, record_screens
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = DOCS / "tour"
@@ -171,11 +172,12 @@ SCENES = (
 )  # fmt: skip
 
 
-def take_tour(directory: Path) -> Iterator[Frame]:
+def take_tour(directory: Path, known: Iterable[Cells] = ()) -> Iterator[Frame]:
     """Take the tour; yields what each step shows.
 
     Args:
         directory: An empty directory to work in.
+        known: What the steps are known to show, one after the other, which saves time.
 
     Raises:
         AssertionError: A step does not show what it must, or a scene does not end as it must.
@@ -189,19 +191,22 @@ def take_tour(directory: Path) -> Iterator[Frame]:
         "COLORTERM": "truecolor",
         "TEXTUAL_ANIMATIONS": "none",
     }
+    left = iter(known)
     for scene in SCENES:
         terminal = Terminal(
             *scene.command.split(), columns=COLUMNS, rows=ROWS, directory=directory,
             variables=variables,
         )  # fmt: skip
         try:
-            yield from play(scene, terminal, directory)
+            yield from play(scene, terminal, directory, left)
         finally:
             terminal.kill()
 
 
-def play(scene: Scene, terminal: Terminal, directory: Path) -> Iterator[Frame]:
-    """One scene; yields what each step shows.
+def play(
+    scene: Scene, terminal: Terminal, directory: Path, known: Iterator[Cells]
+) -> Iterator[Frame]:
+    """One scene; yields what each step shows, and takes from `known` what it should.
 
     Raises:
         AssertionError: A step does not show what it must, or the scene does not end as it must.
@@ -214,7 +219,8 @@ def play(scene: Scene, terminal: Terminal, directory: Path) -> Iterator[Frame]:
             break
         terminal.wait_for(*step.shows, *map(is_gone, step.hides))
         if not step.moves:
-            terminal.wait_until_still()
+            expected = next(known, None)
+            terminal.wait_until_still(None if expected is None else partial(look_alike, expected))
             yield Frame(step, f"aprtui {scene.command}", terminal.cells())
     code = terminal.end()
     assert code == scene.exit_code, f"aprtui {scene.command}: exit code {code}"
@@ -263,13 +269,17 @@ def write_dump(model: Path, directory: Path) -> None:
             writer.write(key, stored[key])
 
 
-def make_files(directory: Path) -> dict[Path, str]:
+def make_files(directory: Path, known: Iterable[Cells] = ()) -> dict[Path, str]:
     """Take the tour, in an empty directory, and make every file that comes of it.
+
+    Args:
+        directory: As of `take_tour`.
+        known: As of `take_tour`.
 
     Raises:
         AssertionError: The tour does not go as it must.
     """
-    frames = list(take_tour(directory))
+    frames = list(take_tour(directory, known))
     pictures = {
         PICTURES / f"{frame.step.picture}.svg": draw_screen(frame.cells, frame.command)
         for frame in frames

@@ -83,6 +83,15 @@ def draw_screen(cells: Cells, title: str) -> str:
     )
 
 
+def look_alike(cells: Cells, others: Cells) -> bool:
+    """Whether nobody could tell two screens apart."""
+    return all(
+        one == other or (one.data, _codes(one)) == (other.data, _codes(other))
+        for line, other_line in zip(cells, others, strict=True)
+        for one, other in zip(line, other_line, strict=True)
+    )
+
+
 def _draw_grounds(line: Sequence[Char], y: int) -> Iterator[str]:
     column = 0
     for ground, run in groupby(line, _ground):

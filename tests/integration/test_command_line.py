@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,21 @@ IDS = ",".join(map(str, TOKENS))
 UP = StageKey(1, "ffn_up")
 NASTY = "[bold]\x1b[2J\u202e[/INST]"
 NASTY_SHOWN = r"[bold]\x1b[2J\u202e[/INST]"
+Command = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "transformers", "pyopencl", "gguf", "numpy", "textual", "rich", "tokenizers")
+
+
+# What Python runs first where it finds it on PYTHONPATH: the file of the second layer's first stage
+# takes for ever to open, so that a run is in its middle for as long as a test likes.
+HOLDER = """
+import sys, time
+
+def hold(event, arguments):
+    while event == "open" and str(arguments[0]).endswith("layer-1/attn_norm.bin"):
+        time.sleep(0.01)
+
+sys.addaudithook(hold)
+"""
 
 
 def aprtui(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -92,6 +107,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_stages(root / "bad-sidecar", tensors)
     (root / "bad-sidecar/_trace.json").write_text("{")
     return root
+
+
+@pytest.fixture
+def called(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    """The command in `root` and in this process, for its output: a new one takes half a second."""
+    monkeypatch.chdir(root)
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        code = main([str(argument) for argument in arguments])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return call
 
 
 class TestArguments:
@@ -157,10 +186,10 @@ class TestFiles:
         ],
     )
     def test_an_unusable_oracle_is_one_line(
-        self, root: Path, oracle: str, words: list[str]
+        self, root: Path, called: Command, oracle: str, words: list[str]
     ) -> None:
         flags = ["--tokens", IDS] if oracle == "other-prompt" else []
-        done = aprtui("bisect", root / "m.apr", "--oracle", root / oracle, "--json", *flags)
+        done = called("bisect", root / "m.apr", "--oracle", root / oracle, "--json", *flags)
         assert_refused(done, *words)
 
     def test_a_damaged_stage_file_is_found_before_the_first_row(self, root: Path) -> None:
@@ -171,7 +200,6 @@ class TestFiles:
         ("arguments", "words"),
         [
             (["bisect", "none.apr"], ["none.apr", "no such file"]),
-            (["bisect", "x" * 300], ["too long"]),
             (["bisect", "file"], ["file", "not a model"]),
             (["bisect", "empty"], ["empty", "config.json"]),
             (["bisect", "m.apr", "--tokens", "1,40"], ["token id 40", "vocabulary of 40"]),
@@ -192,10 +220,17 @@ class TestFiles:
         ],
     )  # fmt: skip
     def test_an_unusable_file_is_one_line_and_nothing_is_written(
-        self, root: Path, arguments: list[str], words: list[str]
+        self, root: Path, called: Command, arguments: list[str], words: list[str]
     ) -> None:
         before = leftovers(root)
-        assert_refused(aprtui(*arguments, cwd=root), *words)
+        assert_refused(called(*arguments), *words)
+        assert leftovers(root) == before
+
+    def test_so_it_is_in_a_process(self, root: Path) -> None:
+        before = leftovers(root)
+        assert_refused(aprtui("bisect", "none.apr", cwd=root), "none.apr", "no such file")
+        # The system's own error: what is printed goes nowhere from then on.
+        assert_refused(aprtui("bisect", "x" * 300, cwd=root), "too long")
         assert leftovers(root) == before
 
     def test_names_that_look_like_markup_are_shown_literally(
@@ -242,8 +277,8 @@ class TestBisect:
             (["m.apr"], 0),
         ],
     )
-    def test_exit_codes(self, root: Path, arguments: list[str], code: int) -> None:
-        done = aprtui("bisect", *arguments, cwd=root)
+    def test_exit_codes(self, called: Command, arguments: list[str], code: int) -> None:
+        done = called("bisect", *arguments)
         assert (done.returncode, done.stderr) == (code, "")
 
     def test_json_is_the_same_finding(self, root: Path) -> None:
@@ -311,23 +346,26 @@ class TestTrace:
         assert record["prompt"] == "What is 2+2?"
         assert len(record["tokens"]) == 12
 
-    @pytest.mark.timeout(60)
     def test_ctrl_c_leaves_nothing_and_says_nothing(self, root: Path, tmp_path: Path) -> None:
         tokens = ",".join(["1"] * 2000)
+        holder = tmp_path / "holder"
+        holder.mkdir()
+        (holder / "sitecustomize.py").write_text(HOLDER)
         process = subprocess.Popen(
             [sys.executable, "-m", "aprtui", "trace", root / "m.apr", "--tokens", tokens,
              "--save-tensor", "all", "--save-tensor-layers", "all",
              "--save-tensor-dir", tmp_path / "new/dir"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(holder), "PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
         while process.poll() is None and not list(tmp_path.rglob("attn_norm.bin")):
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=60)
         # Python itself may end by the signal when it came during an import; shells show 130 too.
         assert process.returncode in (130, -signal.SIGINT)
         assert (output, errors) == ("", "")
-        assert leftovers(tmp_path) == []
+        assert leftovers(tmp_path) == ["holder", "holder/sitecustomize.py"]
 
 
 class TestDiff:
@@ -344,16 +382,16 @@ class TestDiff:
             (["oracle/lm_head.bin", "wrong/lm_head.bin"], 0),
         ],
     )
-    def test_exit_codes(self, root: Path, arguments: list[str], code: int) -> None:
-        done = aprtui("diff", *arguments, cwd=root)
+    def test_exit_codes(self, called: Command, arguments: list[str], code: int) -> None:
+        done = called("diff", *arguments)
         assert (done.returncode, done.stderr) == (code, "")
         assert done.stdout.splitlines()[-1] == (
             "different" if code else "equal within the tolerance"
         )
 
     @pytest.mark.parametrize(("a", "b", "code"), [("oracle", "wrong", 1), ("m.apr", "m.apr", 0)])
-    def test_json(self, root: Path, a: str, b: str, code: int) -> None:
-        as_json = aprtui("diff", a, b, "--json", cwd=root)
+    def test_json(self, called: Command, a: str, b: str, code: int) -> None:
+        as_json = called("diff", a, b, "--json")
         assert (as_json.returncode, as_json.stderr) == (code, "")
         assert json.loads(as_json.stdout)["schema"] == "apr-stage-diff-v1"
 

@@ -396,10 +396,15 @@ class TestTwoProcesses:
                              env=environment)
             for line in commands
         ]  # fmt: skip
-        for number, process in enumerate(running):
-            out, errors = process.communicate(timeout=200)
-            assert (process.returncode, errors) == (0, "")
-            assert out == TEXT if number % 2 == 0 else "same: " in out
+        try:
+            for number, process in enumerate(running):
+                out, errors = process.communicate(timeout=200)
+                assert (process.returncode, errors) == (0, "")
+                assert out == TEXT if number % 2 == 0 else "same: " in out
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
         assert any((tmp_path / "cache").rglob("*.so")), "the cache was not where it was looked for"
 
 
@@ -422,10 +427,12 @@ class TestInterrupt:
         process = subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
+        started = time.monotonic()
         try:
             while process.poll() is None and used_s(process.pid) < cpu_s:
                 time.sleep(0.05)
             assert process.poll() is None, "the pass is too short to be interrupted"
+            reached_s = time.monotonic() - started
             process.send_signal(signal.SIGINT)
             interrupted = time.monotonic()
             out, errors = process.communicate(timeout=100)
@@ -434,7 +441,8 @@ class TestInterrupt:
             process.kill()
             process.wait()
         assert (process.returncode, out, errors) == (130, "", "")
-        assert took_s < self.SOON_S
+        # Where others have the processors, all of the pass takes that much longer.
+        assert took_s < max(self.SOON_S, 2 * reached_s)
 
     def test_a_wait_for_a_tensor_hears_it(self) -> None:
         done = subprocess.run([sys.executable, "-c", WAITING, str(self.NUM_TOKENS)], text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shlex
@@ -13,10 +14,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pyte
 import pytest
 
@@ -87,11 +90,12 @@ def browser() -> Iterator[Any]:
 def serve() -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str | Path, **environment: str) -> tuple[str, subprocess.Popen[str]]:
+    def start(
+        *arguments: str | Path, command: Sequence[str | Path] = (COMMAND,)
+    ) -> tuple[str, subprocess.Popen[str]]:
         process = subprocess.Popen(
-            [COMMAND, "serve", *arguments, "--port", "0"], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "TERM": "dumb", **environment},
+            [*command, "serve", *arguments, "--port", "0"], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
         started.append(process)
         assert process.stdout is not None
@@ -102,14 +106,29 @@ def serve() -> Iterator[Callable[..., tuple[str, subprocess.Popen[str]]]]:
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        process.communicate(timeout=PATIENCE_S)
 
 
 def children_of(process: subprocess.Popen[str]) -> list[str]:
     """Process ids of what a server runs."""
     task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return task.read_text("ascii").split() if task.exists() else []
+
+
+def is_running(process_id: str) -> bool:
+    """Whether a process is there, and has not ended for somebody to take notice of."""
+    try:
+        return Path("/proc", process_id, "stat").read_text("utf-8").rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(is_true: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not is_true():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
 
 
 class TestBrowser:
@@ -144,24 +163,16 @@ class TestBrowser:
         with browser.new_page() as tab:
             Page(tab, url).wait_for("palette")
             assert len(children_of(process)) == 1
-        end = time.monotonic() + PATIENCE_S
-        while children_of(process):
-            assert time.monotonic() < end, "the explorer is still there"
-            time.sleep(0.1)
+        wait_until(lambda: not children_of(process), "the explorer is still there")
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_the_server_ends_while_a_tab_is_open(
-        self, browser: Any, serve: Any, number: signal.Signals
-    ) -> None:
+    def test_the_server_ends_while_a_tab_is_open(self, browser: Any, serve: Any) -> None:
         url, process = serve(FAULT.model, "--oracle", demo_path() / "oracle")
         with browser.new_page() as tab:
             Page(tab, url).wait_for("palette")
             (explorer,) = children_of(process)
-            begin = time.monotonic()
-            process.send_signal(number)
+            process.send_signal(signal.SIGINT)
             assert process.wait(PATIENCE_S) == 0
-            assert time.monotonic() - begin < 20
-        assert not Path("/proc", explorer).exists()
+        assert not is_running(explorer)
 
     def test_paths_are_not_read_by_the_shell(
         self, browser: Any, serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +186,75 @@ class TestBrowser:
             page.wait_for("model.apr", "✗ FAIL")
             assert tab.title() == f"aprtui {name}"
         assert not (tmp_path / "pwned").exists()
+
+
+# A server that waits for its explorers for a moment only.
+IMPATIENT = """
+import sys
+from aprtui import browser
+from aprtui.cli import main
+
+browser.WAIT_FOR_EXPLORERS_S = 0.5
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class TestEnd:
+    """However a server ends, nothing that it has started stays behind."""
+
+    def end(
+        self, url: str, process: subprocess.Popen[str], number: signal.Signals, *, stopped: bool
+    ) -> int:
+        """End a server by a signal while a page is connected to it, and return its exit code.
+
+        Args:
+            url: Where it is.
+            process: The server.
+            number: The signal.
+            stopped: Whether its explorer does not get to run any more.
+        """
+
+        async def connect_and_end() -> None:
+            session = aiohttp.ClientSession()
+            patience = asyncio.timeout(PATIENCE_S)
+            async with (
+                patience, session, session.ws_connect(f"{url}ws?width=80&height=24") as page
+            ):  # fmt: skip
+                shown = b""
+                while b"FAIL" not in shown:
+                    message = await page.receive()
+                    assert not page.closed, shown
+                    shown += message.data if message.type is aiohttp.WSMsgType.BINARY else b""
+                explorers.extend(children_of(process))
+                if stopped:
+                    os.kill(int(explorers[0]), signal.SIGSTOP)
+                process.send_signal(number)
+                while not page.closed:
+                    await page.receive()
+
+        explorers: list[str] = []
+        with ThreadPoolExecutor(1) as other:  # the browser has a loop running in this thread
+            other.submit(asyncio.run, connect_and_end()).result()
+        code = process.wait(PATIENCE_S)
+        (explorer,) = explorers
+        if number is signal.SIGKILL:  # which left it no time for anything
+            wait_until(lambda: not is_running(explorer), "the explorer is still there")
+        assert not is_running(explorer)
+        return code
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_by_a_signal(self, serve: Any, number: signal.Signals) -> None:
+        url, process = serve(FAULT.model, "--oracle", demo_path() / "oracle")
+        assert self.end(url, process, number, stopped=False) == 0
+
+    def test_by_one_that_nobody_hears(self, serve: Any) -> None:
+        url, process = serve(FAULT.model, "--oracle", demo_path() / "oracle")
+        assert self.end(url, process, signal.SIGKILL, stopped=False) == -signal.SIGKILL
+
+    def test_while_an_explorer_hangs(self, serve: Any) -> None:
+        command = (sys.executable, "-c", IMPATIENT)
+        url, process = serve(FAULT.model, "--oracle", demo_path() / "oracle", command=command)
+        assert self.end(url, process, signal.SIGTERM, stopped=True) == 0
 
 
 def status_of(url: str, **headers: str) -> int:
@@ -196,8 +276,8 @@ class TestWhoMayAsk:
         found = re.search(r"http://\S+", process.stdout.readline())
         assert found is not None
         yield found[0]
-        process.kill()
-        process.communicate()
+        process.terminate()
+        process.communicate(timeout=PATIENCE_S)
 
     @pytest.mark.parametrize("path", ["", "ws", "static/js/textual.js", "download/x"])
     def test_no_other_site(self, url: str, path: str) -> None:

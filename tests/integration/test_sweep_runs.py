@@ -26,6 +26,7 @@ from tiny import draw_weights, trace_model, write_model, write_stages
 
 UP = StageKey(1, "ffn_up")
 UP_WEIGHT = "model.layers.1.mlp.up_proj.weight"
+PATIENCE_S = 60  # a busy machine may take seconds to start an interpreter
 LAYERS = ["all", "0..1", "0..2", "1..2", "1..3", "2..3"]
 
 # What Python runs first in every process that finds it on PYTHONPATH: opening one of the files
@@ -48,6 +49,20 @@ def end(event, arguments):
 sys.addaudithook(end)
 """
 
+# So too: opening one of the files named here waits until there is the file LET_GO, as a read does
+# that waits for a disk. So a sweep is in its middle for as long as a test likes.
+HOLDER = """
+import os, sys, time
+
+def hold(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("held.apr"):
+        while not os.path.exists(os.environ["LET_GO"]):
+            time.sleep(0.01)
+
+sys.addaudithook(hold)
+"""
+FREE, HELD = 6, 4  # cases of `write_held_cases`
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,7 +71,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_stages(root / "oracle", trace_model(write_model(root / "m.apr")))
     rows = draw_weights()[UP_WEIGHT]
     write_model(root / "wrong.apr", changed={UP_WEIGHT: -rows})
-    (root / "deadly.apr").write_bytes((root / "m.apr").read_bytes())
+    for name in ("deadly.apr", "held.apr"):
+        (root / name).write_bytes((root / "m.apr").read_bytes())
     return root
 
 
@@ -65,6 +81,16 @@ def write_cases(folder: Path, root: Path, *models: str, layers: list[str] = LAYE
     found = [f"{root}/{model}" for model in models]
     path.write_text(f'[[matrix]]\nmodels = {found}\noracles = ["{root}/oracle"]\n'
                     f"layers = {layers}\n")  # fmt: skip
+    return path
+
+
+def write_held_cases(folder: Path, root: Path) -> Path:
+    """Cases that run through, and behind them some that are held."""
+    path = folder / "cases.toml"
+    path.write_text(f'[[matrix]]\nmodels = ["{root}/m.apr"]\n'
+                    f"prompts = {[[n] for n in range(FREE)]}\n"
+                    f'[[matrix]]\nmodels = ["{root}/held.apr"]\n'
+                    f"prompts = {[[n] for n in range(HELD)]}\n")  # fmt: skip
     return path
 
 
@@ -107,6 +133,18 @@ def killer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("KILL_LOG", str(log))
     monkeypatch.setenv("KILLS", "1")
     yield log
+
+
+@pytest.fixture
+def let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Holds processes started from here that open held.apr, until this file is made."""
+    folder, file = tmp_path / "holder", tmp_path / "let-go"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HOLDER)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("LET_GO", str(file))
+    yield file
+    file.touch()
 
 
 class TestLocal:
@@ -174,45 +212,38 @@ class TestLocal:
 
     @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
     def test_a_sweep_that_is_cut_off_goes_on(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: signal.Signals
-    ) -> None:
-        cases = tmp_path / "cases.toml"
-        prompts = [[n] for n in range(40)]
-        cases.write_text(f'[[matrix]]\nmodels = ["{root}/m.apr"]\nprompts = {prompts}\n')
+        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], let_go: Path,
+        end: signal.Signals,
+    ) -> None:  # fmt: skip
+        cases = write_held_cases(tmp_path, root)
         results = tmp_path / "cases.results.jsonl"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aprtui", "sweep", str(cases), "--jobs", "2"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-        wait_for(lambda: results.exists() and results.read_text().count("\n") >= 3)
-        os.kill(process.pid, end)
-        out, err = process.communicate(timeout=30)
+        with started(cases) as process:
+            wait_for(lambda: count_lines(results) == FREE)
+            os.kill(process.pid, end)
+            out, err = process.communicate(timeout=PATIENCE_S)
         before = results.read_text()
-        finished = before.count("\n")
-        assert 3 <= finished < 40
+        assert before.count("\n") == FREE
         if end is signal.SIGINT:
             assert process.returncode == 130 and out == ""
             (line,) = err.splitlines()
-            assert f"stopped: {finished} of 40 cases" in line
+            assert f"stopped: {FREE} of {FREE + HELD} cases" in line
         wait_for(lambda: not session_members(process.pid))  # nobody is left behind
+        let_go.touch()
         data = sweep_json(capsys, cases)
-        assert data["kept"] == finished
+        assert data["kept"] == FREE
         assert results.read_text().startswith(before)
         assert_each_once(results, data)
 
-    def test_ctrl_c_in_a_terminal_is_for_the_whole_group(self, root: Path, tmp_path: Path) -> None:
-        cases = tmp_path / "cases.toml"
-        cases.write_text(f'[[matrix]]\nmodels = ["{root}/m.apr"]\n'
-                         f"prompts = {[[n] for n in range(40)]}\n")  # fmt: skip
+    def test_ctrl_c_in_a_terminal_is_for_the_whole_group(
+        self, root: Path, tmp_path: Path, let_go: Path
+    ) -> None:
+        cases = write_held_cases(tmp_path, root)
         results = tmp_path / "cases.results.jsonl"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aprtui", "sweep", str(cases), "--jobs", "2"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
-        wait_for(results.exists)
-        time.sleep(0.1)  # its workers are starting
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        with started(cases) as process:
+            wait_for(results.exists)
+            time.sleep(0.1)  # its workers are starting
+            os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
         assert len(err.splitlines()) <= 1 and "Traceback" not in err
 
@@ -367,27 +398,23 @@ class TestCluster:
         assert_each_once(tmp_path / "cases.results.jsonl", data)
 
     def test_a_worker_killed_in_the_middle_loses_nothing(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], let_go: Path
     ) -> None:
-        cases = tmp_path / "cases.toml"
-        cases.write_text(f'[[matrix]]\nmodels = ["{root}/m.apr"]\n'
-                         f"prompts = {[[n, n] for n in range(40)]}\n")  # fmt: skip
+        cases = write_held_cases(tmp_path, root)
         results = tmp_path / "cases.results.jsonl"
         with cluster(tmp_path) as held:
             victim = held.workers[0].pid
-            seen: list[int] = []
 
             def kill() -> None:
-                wait_for(lambda: results.exists() and results.read_text().count("\n") >= 5)
+                wait_for(lambda: count_lines(results) == FREE)
                 os.kill(victim, signal.SIGKILL)
-                seen.append(results.read_text().count("\n"))
+                let_go.touch()
 
             thread = threading.Thread(target=kill)
             thread.start()
             data = sweep_json(capsys, cases, "--scheduler", held.scheduler_address)
             thread.join()
-        assert 5 <= seen[0] < 40  # in the middle
-        assert data["counts"] == {"PASS": 40}
+        assert data["counts"] == {"PASS": FREE + HELD}
         assert_each_once(results, data)
 
     def test_a_case_that_always_kills_is_given_up(
@@ -402,20 +429,25 @@ class TestCluster:
         assert "ended every worker" in data["cases"][1]["summary"]
 
     def test_a_scheduler_that_goes_away_ends_the_sweep_and_keeps_its_results(
-        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], let_go: Path
     ) -> None:
-        cases = tmp_path / "cases.toml"
-        cases.write_text(f'[[matrix]]\nmodels = ["{root}/m.apr"]\n'
-                         f"prompts = {[[n] for n in range(60)]}\n")  # fmt: skip
+        cases = write_held_cases(tmp_path, root)
         results = tmp_path / "cases.results.jsonl"
         with cluster(tmp_path) as held:
-            threading.Thread(target=close_after, args=(held, results, 3)).start()
+
+            def close() -> None:
+                wait_for(lambda: count_lines(results) == FREE)
+                held.close()
+
+            thread = threading.Thread(target=close)
+            thread.start()
             code, out, err = called(capsys, cases, "--scheduler", held.scheduler_address)
-        finished = len(lines_of(results))
-        assert (code, out) == (2, "") and 3 <= finished < 60
+            let_go.touch()
+            thread.join()
+        assert (code, out) == (2, "") and count_lines(results) == FREE
         assert "went away" in err and "Traceback" not in err
         data = sweep_json(capsys, cases, "--jobs", "2")
-        assert data["kept"] == finished
+        assert data["kept"] == FREE
         assert_each_once(results, data)
 
     def test_workers_copy_what_is_behind_a_url(
@@ -443,11 +475,29 @@ class TestCluster:
             assert "no scheduler answers" in line and address in line
 
 
-def wait_for(is_true: Any, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_for(is_true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def count_lines(path: Path) -> int:
+    """Lines that have been written to their end; 0 of a file that is not there yet."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@contextmanager
+def started(cases: Path) -> Iterator[subprocess.Popen[str]]:
+    """A sweep of two processes at the head of a session of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "aprtui", "sweep", str(cases), "--jobs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def session_members(leader: int) -> list[int]:
@@ -473,11 +523,6 @@ def cluster(folder: Path) -> Iterator[Any]:
         local_directory=str(folder / "dask"), silence_logs=50,
     ) as held:  # fmt: skip
         yield held
-
-
-def close_after(held: Any, results: Path, lines: int) -> None:
-    wait_for(lambda: results.exists() and results.read_text().count("\n") >= lines)
-    held.close()
 
 
 @contextmanager

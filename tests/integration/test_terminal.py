@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pseudo_terminal import Terminal
+from pseudo_terminal import PATIENCE_S, Terminal
 
 LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049l"
 SHOW_CURSOR = b"\x1b[?25h"
@@ -93,7 +93,7 @@ def test_a_terminal_that_goes_away_ends_it(terminal) -> None:
     one = terminal("demo")
     one.wait_for("next token")
     one.process.ptyproc.fileobj.close()
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE_S
     while one.process.ptyproc.isalive():
         assert time.monotonic() < end, "still running without a terminal"
         time.sleep(0.1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyte
 import pytest
+from pyte.screens import Char
 
 from record_tour import CAST, COLUMNS, PICTURES, ROWS, SCENES, STEP_S, make_files
 from screen_files import draw_screen
@@ -22,11 +24,21 @@ STEPS = [
 
 @pytest.mark.slow
 def test_the_documentation_shows_what_the_tour_shows(tmp_path: Path) -> None:
-    made = make_files(tmp_path)
+    made = make_files(tmp_path, recorded_screens())
     stale = {path for path, text in made.items() if not says(path, text)}
     stale |= set(PICTURES.glob("*.svg")) - made.keys()
     names = ", ".join(sorted(path.name for path in stale))
     assert not stale, f"no longer what the explorer shows: {names}; `make tour` makes them anew"
+
+
+def recorded_screens() -> Iterator[list[list[Char]]]:
+    """What a player of the recording shows at each step."""
+    screen = pyte.Screen(COLUMNS, ROWS)
+    stream = pyte.Stream(screen)
+    _, *events = map(json.loads, CAST.read_text("utf-8").splitlines())
+    for data in [data for _, kind, data in events if kind == "o"][:-1]:  # the last is its end
+        stream.feed(data)
+        yield [[screen.buffer[y][x] for x in range(COLUMNS)] for y in range(ROWS)]
 
 
 def says(path: Path, text: str) -> bool:
@@ -38,12 +50,8 @@ def test_a_player_of_the_recording_sees_the_pictures() -> None:
     header, *events = map(json.loads, CAST.read_text("utf-8").splitlines())
     assert (header["version"], header["width"], header["height"]) == (2, COLUMNS, ROWS)
     assert [data for _, kind, data in events if kind == "m"] == [step.told for _, step in STEPS]
-    drawn = [(time, data) for time, kind, data in events if kind == "o"]
-    assert [time for time, _ in drawn] == [STEP_S * number for number in range(len(STEPS) + 1)]
-    screen = pyte.Screen(COLUMNS, ROWS)
-    stream = pyte.Stream(screen)
-    for (command, step), (_, data) in zip(STEPS, drawn):
-        stream.feed(data)
+    times = [time for time, kind, _ in events if kind == "o"]
+    assert times == [STEP_S * number for number in range(len(STEPS) + 1)]
+    for (command, step), cells in zip(STEPS, recorded_screens(), strict=True):
         if step.picture is not None:
-            cells = [[screen.buffer[y][x] for x in range(COLUMNS)] for y in range(ROWS)]
             assert says(PICTURES / f"{step.picture}.svg", draw_screen(cells, command)), step.told

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from . import corpus, table
 from .grounds import Farm, quiet
 from .trial import Case, Outcome, attempt
@@ -18,6 +20,7 @@ from .trial import Case, Outcome, attempt
 def outcomes(cases: Iterable[Case], farm: Farm) -> Iterator[Outcome]:
     """Every case judged, but those whose model is not at hand."""
     quiet()
+    torch.set_num_threads(1)  # as `models.build` does, and for the same reason
     for case in cases:
         if farm.missing(case.ground) is None:
             yield attempt(case, farm, farm.directory / "case")
