@@ -17,9 +17,9 @@ from pathlib import Path
 # What the figures of a run may depend on; what is not installed is left out.
 PACKAGES = ("aprtui", "numpy", "gguf", "tokenizers", "transformers", "torch", "pyopencl")
 
-# Not "/home/ann" of "/srv/home/ann"; nor, where it ends, of "/home/anna".
-_PATH_BEGINS = r"(?<![\w./~-])"
-_TILDE = re.compile(rf"{_PATH_BEGINS}~(?=$|/)")
+# Not "/home/ann" of "/srv/home/ann"; nor, where it ends, of "/home/anna" or "/home/ann.old".
+_PATH_BEGINS = r"(?:(?<![\w./~-])|(?<=file://))"
+_NAME_ENDS = r"(?=$|[^\w.-]|\.(?:\s|$))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +65,24 @@ def format_command(arguments: Sequence[str]) -> str:
     return " ".join(_shell_word(word) for word in _with_bare_program(arguments))
 
 
-def without_home_in_command(arguments: Sequence[str]) -> list[str]:
-    """The arguments as they may be passed on; `with_home_in_command` reads them back."""
-    return [without_home(word) for word in _with_bare_program(arguments)]
+def without_home_in_command(arguments: Sequence[str]) -> list[str | list[str]]:
+    """The arguments as they may be passed on; `with_home_in_command` reads them back.
+
+    One with the home directory in it becomes the pieces between: a "~" may be the user's own.
+    """
+    pieces = [_split_at_home(word) for word in _with_bare_program(arguments)]
+    return [found[0] if len(found) == 1 else found for found in pieces]
 
 
-def with_home_in_command(arguments: Sequence[str]) -> tuple[str, ...]:
+def with_home_in_command(arguments: Sequence[str | Sequence[str]]) -> tuple[str, ...]:
     """The arguments of `without_home_in_command` for whoever reads them, below their own home."""
-    home = str(Path.home())
-    return tuple(_TILDE.sub(lambda _: home, word) for word in arguments)
+    home = _home().rstrip(os.sep)
+    return tuple(word if isinstance(word, str) else home.join(word) for word in arguments)
+
+
+def _home() -> str:
+    """The home directory; "~" where a container's user has none, and pathlib raises."""
+    return os.path.expanduser("~")  # noqa: PTH111
 
 
 def _with_bare_program(arguments: Sequence[str]) -> list[str]:
@@ -97,13 +106,13 @@ def _shell_word(argument: str) -> str:
 
 
 def _split_at_home(text: str) -> list[str]:
-    home = str(Path.home())
+    home = _home()
     # A path that was resolved has the directory by its other name, where it is a link.
-    names = {home, os.path.realpath(home)} - {os.sep}
+    names = {home, os.path.realpath(home)} - {os.sep} if home != "~" else set()
     if not names:
         return [text]
     either = "|".join(re.escape(name) for name in sorted(names))
-    return re.split(rf"{_PATH_BEGINS}(?:{either})(?=$|[^\w.-])", text)
+    return re.split(rf"{_PATH_BEGINS}(?:{either}){_NAME_ENDS}", text)
 
 
 def _version(name: str) -> str:

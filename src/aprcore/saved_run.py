@@ -124,8 +124,7 @@ class SavedRun:
     Attributes:
         path: The file.
         about: What it says of itself: "made", "command", "environment".
-        command: The command line that made the run; "~" in it is the home directory of whoever
-            reads it.
+        command: The command line that made the run, below the home directory of whoever reads it.
         environment: Where it was made.
         report: The run.
     """
@@ -221,7 +220,7 @@ class SavedRun:
         import msgspec
 
         try:
-            command = msgspec.convert(self.about.get("command"), tuple[str, ...])
+            command = msgspec.convert(self.about.get("command"), list[str | list[str]])
             environment = msgspec.convert(self.about.get("environment"), Environment)
         except msgspec.MsgspecError as error:
             raise self._broken(f"{ABOUT}: {error}") from error

@@ -112,6 +112,8 @@ class ExplorerApp(App[None]):
             self.call_after_refresh(self._show_hint)
 
     def _show_hint(self) -> None:
+        if not self.explorer.is_attached:
+            return  # the user is leaving
         told = " · ".join(f"{shown_key(self, name)} {what}" for name, what in HINTED.items())
         # A line of its own: a notification would lie over half of a small screen, and over Help.
         line = Static(f" {told}", id="hint", markup=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from driving import come_to_rest, drive, explorer_of, press, settle
+from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Footer, Static
 
@@ -186,6 +188,21 @@ class TestHint:
         assert self.hints_of(passing_request, settings, is_new=True) == [
             "? help · ^n next divergence · w why"
         ]
+
+    def test_leaving_at_once_is_no_crash(self, passing_request: Request) -> None:
+        async def leave_after(turns: int) -> None:
+            app = ExplorerApp(passing_request, is_new=True)
+            running = asyncio.create_task(app.run_async(headless=True, size=(120, 40)))
+            while not app.is_running:
+                await asyncio.sleep(0)
+            app.post_message(events.Key("q", "q"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await running
+            assert not app.return_code
+
+        for turns in (0, 4):
+            asyncio.run(leave_after(turns))
 
     def test_is_one_line_that_covers_nothing_and_goes(self, passing_request: Request) -> None:
         """On the smallest screen a notification would hide the half of it, and what lies above."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from demo_runs import kernel_run
 from driving import come_to_rest, drive, explorer_of, press, settle, then_press, until
+from textual import events
 from textual.geometry import Region
 from textual.pilot import Pilot
 from textual.widgets import Static
@@ -26,7 +28,14 @@ from aprtui.app import ExplorerApp
 from aprtui.keymap import commands
 from aprtui.map_window import FIGURE_COLUMNS, MapWindow, scales_for
 from aprtui.palette import ScreenCommands
-from aprtui.pictures import PICTURES_KEPT, PictureFailed, PictureMade, PictureMaker, ValuesAsk
+from aprtui.pictures import (
+    PICTURES_KEPT,
+    PictureFailed,
+    PictureMade,
+    PictureMaker,
+    TokensAsk,
+    ValuesAsk,
+)
 from aprtui.places import parse_place
 from aprtui.ramp import LEVELS, level_of
 from aprtui.screens.help import HelpScreen
@@ -514,6 +523,50 @@ class TestMaking:
             assert "run again" in said
 
         drive(ExplorerApp(failing_request), steps)
+
+    def test_a_picture_goes_to_the_view_that_it_was_made_for(
+        self, failing_request: Request, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another tab may be opened after a picture was made and before it is handed over."""
+        go, made, make = threading.Event(), threading.Event(), PictureMaker.make
+
+        def slow(maker: PictureMaker, report: Any, ask: Any, *rest: Any) -> None:
+            if isinstance(ask, TokensAsk):
+                assert go.wait(30)
+            make(maker, report, ask, *rest)
+            made.set()
+
+        monkeypatch.setattr(PictureMaker, "make", slow)
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            pictures = pictures_of(pilot)
+            await pilot.press("2")
+            await until(pilot, lambda: pictures.is_busy)
+            with pilot.app._context():
+                explorer_of(pilot).tab = DetailTab.HISTOGRAM
+            go.set()
+            assert made.wait(30)  # before the screen is laid out again for the other tab
+            await come_to_rest(pilot)
+            assert "|value|" in lines_of(pictures.views[DetailTab.HISTOGRAM])[0]
+
+        drive(ExplorerApp(failing_request), steps)
+
+    @pytest.mark.parametrize("key", ["3", "5"])
+    def test_leaving_while_a_tab_opens_is_no_crash(
+        self, failing_request: Request, key: str
+    ) -> None:
+        async def leave_after(turns: int) -> None:
+            app = ExplorerApp(failing_request)
+            async with app.run_test(size=(120, 40)) as pilot:
+                await settle(pilot)
+                app.post_message(events.Key(key, key))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                app.exit()
+            assert not app.return_code
+
+        for turns in range(12):
+            asyncio.run(leave_after(turns))
 
     def test_a_file_that_is_gone_is_no_crash(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:

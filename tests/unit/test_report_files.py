@@ -719,12 +719,42 @@ class TestEnvironment:
         ]
         monkeypatch.setenv("HOME", "/home/ann")
         saved = without_home_in_command(arguments)
-        assert saved == ["aprtui", "~", "--oracle=~/x", "/srv/~x", "a ~ b"]
+        assert saved == ["aprtui", ["", ""], ["--oracle=", "/x"], "/srv/~x", "a ~ b"]
         line = format_command(arguments)
         assert format_command(with_home_in_command(saved)) == line
         monkeypatch.setenv("HOME", "/home/bob")
         assert with_home_in_command(saved)[1:3] == ("/home/bob", "--oracle=/home/bob/x")
         assert format_command(with_home_in_command(saved)) == line
+        monkeypatch.setenv("HOME", "/")
+        assert with_home_in_command(saved)[2] == "--oracle=/x"
+
+    def test_a_tilde_of_the_users_own_stays_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/ann")
+        arguments = ("aprtui", "--prompt", "ls ~/", "~")
+        assert with_home_in_command(without_home_in_command(arguments)) == arguments
+        assert format_command(arguments) == "aprtui --prompt 'ls ~/' '~'"
+
+    def test_a_user_without_a_home_has_none_to_hide(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # as in a container, by number alone
+        assert without_home("/home/ann/x and ~") == "/home/ann/x and ~"
+        assert with_home_in_command([["--oracle=", "/x"]]) == ("--oracle=~/x",)
+
+    @pytest.mark.parametrize(
+        ("text", "written"),
+        [
+            ("file:///home/ann/m.apr", "file://~/m.apr"),
+            ("cannot read /home/ann.", "cannot read ~."),
+            ("/home/ann.old/x", "/home/ann.old/x"),
+            ("/home/anna", "/home/anna"),
+            ("https://host/home/ann/x", "https://host/home/ann/x"),
+        ],
+    )
+    def test_the_home_directory_is_found_where_it_begins_a_path(
+        self, monkeypatch: pytest.MonkeyPatch, text: str, written: str
+    ) -> None:
+        monkeypatch.setenv("HOME", "/home/ann")
+        assert without_home(text) == written
 
     @pytest.mark.parametrize("program", ["/opt/x y/bin/aprtui", "/lib/aprtui/__main__.py"])
     def test_where_the_program_is_installed_is_left_out(self, program: str) -> None:

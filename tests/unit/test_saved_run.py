@@ -180,7 +180,7 @@ class TestSharing:
             found.about["command"] = list(found.command)
             save_run(made.with_name("again.aprx"), found.report, found)
         with zipfile.ZipFile(made.with_name("again.aprx")) as archive:
-            assert json.loads(archive.read(ABOUT))["command"] == ["aprtui", "~/m.apr"]
+            assert json.loads(archive.read(ABOUT))["command"] == ["aprtui", ["", "/m.apr"]]
 
 
 class TestWriting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -63,7 +64,8 @@ class ExportScreen(ModalScreen[Path | None]):
     def _accept(self, event: Input.Submitted) -> None:
         from aprcore.errors import AprError
 
-        path = Path(event.value.strip() or ".").expanduser()
+        # Unlike pathlib's, it does not raise where there is no such user.
+        path = Path(os.path.expanduser(event.value.strip() or "."))  # noqa: PTH111
         try:
             check_export_path(path, has_screen=True)
         except AprError as error:

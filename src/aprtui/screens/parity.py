@@ -56,17 +56,21 @@ class ParityScreen(RunView):
     def __init__(self, state: RunState, at: StageKey | None) -> None:
         super().__init__()
         self._state = state
+        # Held, not looked for: they are redrawn for a resize while the screen comes or goes, too.
+        names = ("title", "summary", "headings", "stage", "figures")
+        self._lines = {name: Static(id=f"parity-{name}") for name in names}
+        self._rejection = Rejection(state, id="rejection")
         self.table = ParityTable(state, at, id="parity-table")
 
     def compose(self) -> ComposeResult:
         """Both sides, what they come to, the stages, the one under the cursor."""
-        yield Static(id="parity-title")
-        yield Static(id="parity-summary")
-        yield Rejection(self._state, id="rejection")
-        yield Static(id="parity-headings")
+        yield self._lines["title"]
+        yield self._lines["summary"]
+        yield self._rejection
+        yield self._lines["headings"]
         yield self.table
-        yield Static(id="parity-stage")
-        yield Static(id="parity-figures")
+        yield self._lines["stage"]
+        yield self._lines["figures"]
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
@@ -85,10 +89,10 @@ class ParityScreen(RunView):
     def refresh_run(self) -> None:
         """Stages were judged meanwhile."""
         paint = Paint(self.app.theme_variables)
-        self.query_one("#parity-title", Static).update(self._title(paint))
-        self.query_one("#parity-summary", Static).update(self._summary(paint))
-        self.query_one("#parity-headings", Static).update(self.table.headings(paint))
-        self.query_one(Rejection).refresh_run()
+        self._lines["title"].update(self._title(paint))
+        self._lines["summary"].update(self._summary(paint))
+        self._lines["headings"].update(self.table.headings(paint))
+        self._rejection.refresh_run()
         self.table.update_rows()
         self._tell_stage()
 
@@ -145,8 +149,8 @@ class ParityScreen(RunView):
             mark = mark_of_verdict(parity.verdict)
             line.append(f" {mark.glyph} {key}  ", paint(mark.ink, bold=True))
             line.append(visible(parity.reason))
-        self.query_one("#parity-stage", Static).update(line)
-        self.query_one("#parity-figures", Static).update(self._figures(parity, paint))
+        self._lines["stage"].update(line)
+        self._lines["figures"].update(self._figures(parity, paint))
 
     def _figures(self, parity: StageParity | None, paint: Paint) -> Text:
         """Where the largest difference is, what the oracle says of each side, and the times."""

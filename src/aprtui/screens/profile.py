@@ -181,14 +181,15 @@ class ProfileScreen(RunView):
     def __init__(self, state: RunState, at: StageKey | None) -> None:
         super().__init__()
         self._state = state
+        self._heading, self._foot = Static(id="plot-title"), Static(id="plot-point")
         self.plot = ProfilePlot(state, id="plot")
         self.plot.set_reactive(ProfilePlot.chosen, at)
 
     def compose(self) -> ComposeResult:
         """What is shown, the curves, what is under the cursor."""
-        yield Static(id="plot-title")
+        yield self._heading
         yield self.plot
-        yield Static(id="plot-point")
+        yield self._foot
         yield Footer(compact=True)
 
     def on_mount(self) -> None:
@@ -210,8 +211,8 @@ class ProfileScreen(RunView):
         for curve, (glyph, ink) in reversed(LOOKS.items()):
             title.append(f"{glyph} ", paint(ink, bold=True)).append(f"{curve.value}  ")
         title.append("relative L2, log scale", paint("ink-quiet"))
-        self.query_one("#plot-title", Static).update(title)
-        self.query_one("#plot-point", Static).update(self._describe(paint))
+        self._heading.update(title)
+        self._foot.update(self._describe(paint))
 
     def _describe(self, paint: Paint) -> Text:
         """The point under the cursor: its stage, verdict and figures."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from textual import on, work
 from textual.containers import Vertical
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 # A picture that takes longer says so; a shorter wait would only flicker.
 PATIENCE_S = 0.1
+
+
+class _Making(NamedTuple):
+    """What is being made, and for which view."""
+
+    view: PictureView
+    stage: StageKey
+    ask: Ask
+
+    def is_of(self, event: PictureMade | PictureFailed) -> bool:
+        """Whether that is what came of it."""
+        return (self.stage, self.ask) == (event.stage, event.ask)
 
 
 class Views(dict[DetailTab, PictureView]):
@@ -60,7 +72,7 @@ class PicturePane(Vertical):
         self.views = Views(self.mount)
         self.open_view: PictureView | None = None
         self._maker: PictureMaker | None = None
-        self._making: tuple[StageKey, Ask] | None = None
+        self._making: _Making | None = None
         self._waiting_timer: Timer | None = None
 
     def use(self, tensors: TensorSource) -> None:
@@ -73,6 +85,8 @@ class PicturePane(Vertical):
         self, report: StageReport | None, header: RunHeader | None, tab: DetailTab, said: str
     ) -> None:
         """Show the picture of a tab, or what is said where a row has none."""
+        if not self.is_attached:
+            return  # the user is leaving
         view = self.views[tab] if tab.is_picture else None
         if view is not self.open_view:
             if self.open_view is not None:
@@ -105,9 +119,10 @@ class PicturePane(Vertical):
         if ask is None:
             self._rest()
             return
-        if self._making is not None and not _replaces((stage, ask), self._making):
+        wanted = _Making(view, stage, ask)
+        if self._making is not None and not _replaces(wanted, self._making):
             return  # it will be asked for again when that is done
-        self._making = stage, ask
+        self._making = wanted
         if self._waiting_timer is None:
             self._waiting_timer = self.set_timer(PATIENCE_S, self._say_waiting)
         self._make(maker, view.report, ask)
@@ -121,28 +136,34 @@ class PicturePane(Vertical):
     @on(PictureMade)
     def _take_picture(self, event: PictureMade) -> None:
         event.stop()
-        if self._making != (event.stage, event.ask):
+        if self._making is None or not self._making.is_of(event):
             return
-        self._making = None
-        view = self.open_view
-        if view is not None and view.report is not None and view.report.key == event.stage:
+        view = self._take_waiting()
+        if view is not None:
             view.take(event.ask, event.picture)
         self._turn()
 
     @on(PictureFailed)
     def _take_failure(self, event: PictureFailed) -> None:
         event.stop()
-        if self._making != (event.stage, event.ask):
+        if self._making is None or not self._making.is_of(event):
             return
-        self._making = None
+        view = self._take_waiting()
         self._rest()
-        view = self.open_view
-        if view is not None and view.report is not None and view.report.key == event.stage:
+        if view is not None:
             from aprcore.errors import AprError
 
             is_ours = isinstance(event.error, AprError)
             said = str(event.error) if is_ours else f"a bug in aprtui: {event.error!r}"
             view.forget(f"no picture: {visible(said)}")
+
+    def _take_waiting(self) -> PictureView | None:
+        """Nothing is being made any more: the view that it was for, if it still waits for it."""
+        made, self._making = self._making, None
+        view = self.open_view
+        if made is None or view is not made.view:  # another tab was opened meanwhile
+            return None
+        return view if view.report is not None and view.report.key == made.stage else None
 
     def _say_waiting(self) -> None:
         if self.open_view is not None:
@@ -223,14 +244,14 @@ def _make_view(tab: DetailTab) -> PictureView:
     raise KeyError(tab)
 
 
-def _replaces(wanted: tuple[StageKey, Ask], making: tuple[StageKey, Ask]) -> bool:
+def _replaces(wanted: _Making, making: _Making) -> bool:
     """Whether what is being made is given up for what is wanted.
 
     Another part of the same map waits its turn: while a key is held down, every picture would be
     given up for the next.
     """
-    (stage, ask), (stage_before, before) = wanted, making
-    if stage != stage_before or type(ask) is not type(before):
+    ask, before = wanted.ask, making.ask
+    if wanted.stage != making.stage or type(ask) is not type(before):
         return True
     if isinstance(ask, GridAsk) and isinstance(before, GridAsk):
         return (ask.kind, ask.view) != (before.kind, before.view)
