@@ -331,6 +331,20 @@ class TestRefused:
     def test_what_is_no_port(self, capsys: pytest.CaptureFixture[str], port: str) -> None:
         assert port in self.refused(capsys, str(FAULT.model), f"--port={port}")
 
+    @pytest.mark.parametrize("name", ["cut.apr", "none.aprx", "folder.aprx"])
+    def test_a_file_that_cannot_be_opened(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    ) -> None:
+        path = tmp_path / name
+        match name:
+            case "cut.apr":
+                path.write_bytes(FAULT.model.read_bytes()[:3000])
+            case "none.aprx":
+                path.write_bytes(b"no zip file")
+            case _:
+                path.mkdir()
+        assert str(path) in self.refused(capsys, str(path))
+
     @pytest.mark.parametrize("option", ["--oracle", "--trace", "--reference-weights"])
     def test_a_file_that_is_missing(
         self, capsys: pytest.CaptureFixture[str], option: str, tmp_path: Path

@@ -245,7 +245,8 @@ class TestOverlays:
         drive(ExplorerApp(failing_request), steps)
 
     @pytest.mark.parametrize(
-        ("there", "back"), [("enter", "escape"), ("tab", "tab"), ("w", "escape")]
+        ("there", "back"),
+        [("enter", "escape"), ("tab", "tab"), ("w", "escape"), ("1", "escape"), ("k", "escape")],
     )
     def test_on_a_tiny_screen_the_detail_takes_the_place_of_the_tree(
         self, failing_request: Request, there: str, back: str

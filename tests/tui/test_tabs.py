@@ -163,6 +163,16 @@ class TestTabs:
 
         drive(ExplorerApp(failing_request), steps, size=(40, 10))
 
+    def test_one_can_be_chosen_while_the_run_opens(
+        self, failing_request: Request, stopping: Any
+    ) -> None:
+        async def steps(pilot: Pilot[Any]) -> None:
+            await press(pilot, "3")
+            assert explorer_of(pilot).tab is DetailTab.MAP
+            assert "choose a stage" in lines_of(map_of(pilot))[0]
+
+        drive(ExplorerApp(failing_request, stopping(0)), steps)
+
     def test_rows_without_a_tensor_say_so(self, failing_request: Request, stopping: Any) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             await press(pilot, "3", "home")

@@ -780,6 +780,15 @@ class TestTheCommand:
         if suffix == ".html":
             assert path.read_text("utf-8").count('src="data:image/png;base64,') == 2
 
+    def test_it_writes_as_many_as_are_asked_for(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        paths = [tmp_path / f"out{suffix}" for suffix in SUFFIXES]
+        options = [word for path in paths for word in ("--report", str(path))]
+        assert main([*self.arguments(), *options]) == 1
+        assert capsys.readouterr().err == "".join(f"wrote {path}\n" for path in paths)
+        assert all(path.stat().st_size for path in paths)
+
     def test_a_report_that_cannot_be_written_stops_the_run_before_it_starts(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

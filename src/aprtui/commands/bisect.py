@@ -35,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
         help="let a MISSING stage, and noise beyond its --budget, fail the run too",
     )  # fmt: skip
     parser.add_argument(
-        "--report", type=Path, metavar="FILE",
-        help="write the run to a .html, .md or .json file to hand on",
+        "--report", type=Path, metavar="FILE", action="append", default=[],
+        help="write the run to a .html, .md or .json file to hand on; may be given several times",
     )  # fmt: skip
     add_save_option(parser)
     parser.set_defaults(run=run)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         AprError: The arguments or a file are unusable.
     """
     request = make_request(args)
-    files = [path for path in (args.report, args.save) if path is not None]
+    files = [path for path in (*args.report, args.save) if path is not None]
     return print_run(request, as_json=args.json, strict=args.strict, files=files)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,8 @@ def _check(args: argparse.Namespace) -> Request:
         AprError: As `run`.
     """
     from aprcore.errors import PlanError
+    from aprcore.matching import open_sides
+    from aprcore.saved_run import SavedRun
     from aprtui.app import ExplorerApp
 
     settings = choose_settings(args)
@@ -106,6 +109,8 @@ def _check(args: argparse.Namespace) -> Request:
                  request.reference_weights, request.saved):  # fmt: skip
         if path is not None and not path.exists():
             raise PlanError("does not exist", where=path)
+    with open_sides(request) if request.saved is None else closing(SavedRun(request.saved)):
+        pass  # what can be opened now can be opened for a page
     ExplorerApp(request, settings=settings)
     return request
 

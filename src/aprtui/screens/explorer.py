@@ -267,7 +267,7 @@ class ExplorerScreen(RunningScreen):
                 return self.is_open
             case "parity":
                 return self.state.has_second_side
-            case "why" | "tab" | "open_tab" | "upstream" | "downstream" | "blame" | "profile":
+            case "why" | "upstream" | "downstream" | "blame" | "profile":
                 return self.is_open
             case "picture":
                 return self.is_open and self.detail.pictures.can(str(parameters[0]))
@@ -323,7 +323,13 @@ class ExplorerScreen(RunningScreen):
 
     def action_open_tab(self, number: int) -> None:
         """Show a tab by its number."""
-        self.tab = list(DetailTab)[number]
+        self._open_detail(list(DetailTab)[number])
+
+    def _open_detail(self, tab: DetailTab) -> None:
+        """Show a tab, also on a tiny screen, where the tree gives way to it."""
+        self.tab = tab
+        if self.has_class("-tiny") and not self._hides_tree:
+            self._swap_panes(to_detail=True)
 
     def action_picture(self, command: str) -> None:
         """Do something to the open picture."""
@@ -335,9 +341,10 @@ class ExplorerScreen(RunningScreen):
 
     def action_top_k(self) -> None:
         """Open the table; in it, show more of the largest differences, then few again."""
-        if self.tab is DetailTab.TOP_K:
+        is_shown = self.tab is DetailTab.TOP_K and (self._hides_tree or not self.has_class("-tiny"))
+        if is_shown:
             self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
-        self.tab = DetailTab.TOP_K
+        self._open_detail(DetailTab.TOP_K)
 
     def action_profile(self) -> None:
         """Show the depth profile; it ends with the stage to go to."""
