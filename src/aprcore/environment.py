@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from aprcore.home import expand_user
+
 # What the figures of a run may depend on; what is not installed is left out.
 PACKAGES = ("aprtui", "numpy", "gguf", "tokenizers", "transformers", "torch", "pyopencl")
 
@@ -76,13 +78,8 @@ def without_home_in_command(arguments: Sequence[str]) -> list[str | list[str]]:
 
 def with_home_in_command(arguments: Sequence[str | Sequence[str]]) -> tuple[str, ...]:
     """The arguments of `without_home_in_command` for whoever reads them, below their own home."""
-    home = _home().rstrip(os.sep)
+    home = str(expand_user("~")).rstrip(os.sep)
     return tuple(word if isinstance(word, str) else home.join(word) for word in arguments)
-
-
-def _home() -> str:
-    """The home directory; "~" where a container's user has none, and pathlib raises."""
-    return os.path.expanduser("~")  # noqa: PTH111
 
 
 def _with_bare_program(arguments: Sequence[str]) -> list[str]:
@@ -106,7 +103,7 @@ def _shell_word(argument: str) -> str:
 
 
 def _split_at_home(text: str) -> list[str]:
-    home = _home()
+    home = str(expand_user("~"))
     # A path that was resolved has the directory by its other name, where it is a link.
     names = {home, os.path.realpath(home)} - {os.sep} if home != "~" else set()
     if not names:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from aprcore.errors import AprError
+from aprcore.home import expand_user
 
 # How many of the largest differences the explorer shows: more than 200 rows take too long to fill.
 TOP_K_STEPS = (5, 10, 20, 50, 100, 200)
@@ -138,13 +139,8 @@ def _xdg_home(variable: str, default: str) -> Path:
     """Our folder in one of the user's. Source: XDG Base Directory Specification 0.8."""
     said = os.environ.get(variable, "")
     # Relative paths are to be ignored, says the specification.
-    home = Path(said) if Path(said).is_absolute() else _expand(f"~/{default}")
+    home = Path(said) if Path(said).is_absolute() else expand_user(f"~/{default}")
     return home / "aprtui"
-
-
-def _expand(path: str) -> Path:
-    # Unlike pathlib's, it does not raise where a container's user has no home.
-    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _check_names(path: Path, table: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
@@ -205,7 +201,7 @@ def _read_path(path: Path, name: str, value: Any) -> Path | None:
         return None
     if not isinstance(value, str) or not value or "\0" in value:
         raise _wrong(path, name, value, "the path of a file")
-    return path.parent / _expand(value)
+    return path.parent / expand_user(value)
 
 
 def _wrong(path: Path, name: str, value: Any, expected: str) -> SettingsError:

@@ -279,7 +279,7 @@ class TestExport:
         async def steps(pilot: Pilot[Any]) -> None:
             await press(pilot, "e")
             screen = pilot.app.screen
-            for value in ("run.docx", "nowhere/run.html", ""):
+            for value in ("run.docx", "nowhere/run.html", "~no-such-user/run.html", ""):
                 screen.query_one(Input).value = value
                 await press(pilot, "enter")
                 assert pilot.app.screen is screen

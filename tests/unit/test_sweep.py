@@ -204,6 +204,7 @@ class TestPlan:
             ("[[matrix]]\nmodels = ['a']\ntimeout = 0", ["'timeout' is 0, not a positive"]),
             ("[[matrix]]\nmodels = ['a']\ntimeout = true", ["'timeout' is True"]),
             ("[[matrix]]\nmodels = ['a']\ntimeout = inf", ["'timeout' is inf"]),
+            ("[[case]]\nmodel = '~no-such-user/a'\ntolerances = 'gone.toml'", ["gone.toml"]),
             (f"[[matrix]]\nmodels = ['a']\ntimeout = 1{'0' * 400}", ["'timeout' is 10000"]),
             ("[defaults]\ntimeout = '9'\n[[matrix]]\nmodels = ['a']", ["'timeout' is '9'"]),
             ("[[matrix]]\nmodels = ['a']\nbudgets = ['ffn_out']", ["'budgets'", "'ffn_out'"]),

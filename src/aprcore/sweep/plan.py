@@ -33,6 +33,7 @@ from typing import Any
 from aprcore.budget import parse_budgets
 from aprcore.errors import PlanError
 from aprcore.formats.fields import read_toml
+from aprcore.home import expand_user
 from aprcore.plan import parse_layers, parse_stages
 from aprcore.precision import ARITHMETICS
 from aprcore.sweep.cases import BACKENDS, DUMP, Case, Prompt, Settings, Source
@@ -333,7 +334,7 @@ class _Table:
             return Source(base_name(text), text)
         if "\0" in text:
             raise self._fault(f"{text!r} is no path")
-        located = self._path.absolute().parent / Path(text).expanduser()
+        located = self._path.absolute().parent / expand_user(text)
         return Source(base_name(text), str(located))
 
 

@@ -248,6 +248,10 @@ class ExplorerScreen(RunningScreen):
     def _hides_tree(self) -> bool:
         return self.has_class("-tiny") and self.has_class("-why")
 
+    @property
+    def _hides_detail(self) -> bool:
+        return self.has_class("-tiny") and not self.has_class("-why")
+
     # Actions
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -328,7 +332,7 @@ class ExplorerScreen(RunningScreen):
     def _open_detail(self, tab: DetailTab) -> None:
         """Show a tab, also on a tiny screen, where the tree gives way to it."""
         self.tab = tab
-        if self.has_class("-tiny") and not self._hides_tree:
+        if self._hides_detail:
             self._swap_panes(to_detail=True)
 
     def action_picture(self, command: str) -> None:
@@ -341,8 +345,7 @@ class ExplorerScreen(RunningScreen):
 
     def action_top_k(self) -> None:
         """Open the table; in it, show more of the largest differences, then few again."""
-        is_shown = self.tab is DetailTab.TOP_K and (self._hides_tree or not self.has_class("-tiny"))
-        if is_shown:
+        if self.tab is DetailTab.TOP_K and not self._hides_detail:
             self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
         self._open_detail(DetailTab.TOP_K)
 

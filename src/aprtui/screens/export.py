@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
+from aprcore.home import expand_user
 from aprtui.exporting import check_export_path
 from aprtui.text import visible
 from aprtui.theme import Paint
@@ -64,8 +64,7 @@ class ExportScreen(ModalScreen[Path | None]):
     def _accept(self, event: Input.Submitted) -> None:
         from aprcore.errors import AprError
 
-        # Unlike pathlib's, it does not raise where there is no such user.
-        path = Path(os.path.expanduser(event.value.strip() or "."))  # noqa: PTH111
+        path = expand_user(event.value.strip() or ".")
         try:
             check_export_path(path, has_screen=True)
         except AprError as error:

@@ -52,14 +52,6 @@ class DrawnMap(PictureView):
         self._blocks: MapBlocks | None = None
         self._drawn_in: tuple[str, bool, int] | None = None
 
-    def on_focus(self) -> None:
-        """The cursor shows."""
-        self.refresh()
-
-    def on_blur(self) -> None:
-        """The cursor hides."""
-        self.refresh()
-
     def refresh_cursor(self, *windows: MapWindow) -> None:
         """Draw anew only what a move of the cursor changes.
 

@@ -57,14 +57,6 @@ class DrawnTokens(PictureView):
         self._lines: dict[int, Strip] = {}
         self._drawn_in: tuple[object, ...] = ()
 
-    def on_focus(self) -> None:
-        """The cursor shows."""
-        self.refresh()
-
-    def on_blur(self) -> None:
-        """The cursor hides."""
-        self.refresh()
-
     def fit(self) -> None:
         """There are as many lines as tokens, and the headings; the columns fill them."""
         self._measured = None

@@ -62,14 +62,6 @@ class DrawnValues(PictureView):
         self._lines: dict[int, Strip] = {}
         self._drawn_in: tuple[object, ...] = ()
 
-    def on_focus(self) -> None:
-        """The cursor shows."""
-        self.refresh()
-
-    def on_blur(self) -> None:
-        """The cursor hides."""
-        self.refresh()
-
     def refresh_cursor(self, *indices: int) -> None:
         """Draw anew only what a move of the cursor changes: its lines, and what is under it."""
         top, width = self.scroll_offset.y, self.size.width

@@ -64,6 +64,14 @@ class PictureView(ScrollView, can_focus=True):
         self._ground = Style.null()
         self._theme = ""
 
+    def on_focus(self) -> None:
+        """The cursor shows."""
+        self.refresh()
+
+    def on_blur(self) -> None:
+        """The cursor hides."""
+        self.refresh()
+
     def open(self, report: StageReport, header: RunHeader) -> None:
         """Show another stage, or the same with other figures."""
         if report is self.report:
