@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.config import ModelConfig
 from aprcore.dumps.source import StageSource
-from aprcore.stages import StageKey
+from aprcore.network.config import ModelConfig
+from aprcore.network.graph import StageKey
 
 Arrays = dict[str, NDArray[Any]]
 

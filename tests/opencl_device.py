@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.device import list_devices, open_device
-from aprcore.errors import BackendError
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.device import list_devices, open_device
+from aprcore.ground.errors import BackendError
 
 
 @cache

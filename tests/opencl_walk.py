@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.device import open_device
-from aprcore.backends.opencl.program import Programs
-from aprcore.backends.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS
-from aprcore.rope import Rope
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.device import open_device
+from aprcore.engines.opencl.program import Programs
+from aprcore.engines.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS
+from aprcore.network.rope import Rope
 from closeness import relative_l2
 from stored_weights import fitting_width, random_tensor
 from tiny import ArrayWeight

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.formats.data_file import DataFile
 from aprcore.formats.storage import StoredTensor
-from aprcore.quant import FORMATS, Layout, storage_size
+from aprcore.ground.data_file import DataFile
+from aprcore.quant.types import FORMATS, Layout, storage_size
 
 # Where a block has its half-precision scales: any other byte may be anything.
 SCALES = {

@@ -12,13 +12,13 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.numpy import NumpyBackend
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
+from aprcore.engines.forward import trace
+from aprcore.engines.numpy import NumpyBackend
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.forward import trace
-from aprcore.model import Model, open_model
-from aprcore.stages import STAGES, WEIGHT_SHAPES, Scope, StageKey, resolve_shape
+from aprcore.models.model import Model, open_model
+from aprcore.network.graph import STAGES, WEIGHT_SHAPES, Scope, StageKey, resolve_shape
 
 Float32 = NDArray[np.float32]
 Tensors = dict[StageKey, Float32]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl.program import read_source
-from aprcore.errors import BackendError
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl.program import read_source
+from aprcore.ground.errors import BackendError
 
 
 class WrongStride(NumpyBackend):

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.bisect import run
-from aprcore.compare import compare
-from aprcore.conversion.convert import import_model
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.writer import TraceWriter
+from aprcore.engines.forward import forward
+from aprcore.engines.numpy import NumpyBackend
 from aprcore.formats.apr import read_apr
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.forward import forward
-from aprcore.model import Model, open_model
-from aprcore.report import Report
-from aprcore.request import Request
-from aprcore.stages import StageKey
-from aprcore.weights import read_all
+from aprcore.judging.compare import compare
+from aprcore.models.convert import import_model
+from aprcore.models.model import Model, open_model
+from aprcore.network.graph import StageKey
+from aprcore.network.weights import read_all
+from aprcore.records.report import Report
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
 from wrong_engine import Mistake, run_engine
 
 Weights = dict[str, np.ndarray]

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from aprcore.backends.reference import ReferenceBackend
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.writer import TraceWriter
-from aprcore.forward import Floats, forward
-from aprcore.model import open_model
-from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.engines.forward import Floats, forward
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.models.model import open_model
+from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
 from aprtui.demo import ORACLE, SOUND_MODEL, demo_path, load_faults
 from pseudo_terminal import Terminal
 from screen_files import Cells, draw_screen, look_alike, record_screens

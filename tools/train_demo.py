@@ -21,8 +21,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from aprcore.conversion.convert import import_model
-from aprcore.oracle import OracleRequest, quiet_transformers, write_oracle
+from aprcore.dumps.oracle import OracleRequest, quiet_transformers, write_oracle
+from aprcore.models.convert import import_model
 from aprcore.tokenization.vocabulary import PATTERNS
 from demo_faults import plant_faults
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aprcore.model import Model
-from aprcore.stages import StageKey
-from aprcore.weights import read_all
+from aprcore.models.model import Model
+from aprcore.network.graph import StageKey
+from aprcore.network.weights import read_all
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """The engine of aprtui: run a transformer stage by stage and judge every stage against a reference.
 
-Importable and typed; it prints nothing and knows no terminal. Start at `aprcore.stages`, the table
+Importable and typed; it prints nothing and knows no terminal. Start at `aprcore.network.graph`,
 from which everything else derives.
 """

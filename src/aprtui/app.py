@@ -20,7 +20,7 @@ from aprtui.settings import Settings, is_first_use, remember_use
 from aprtui.theme import COSINE_VARIABLE, THEMES, VARIABLES
 
 if TYPE_CHECKING:
-    from aprcore.request import Request
+    from aprcore.runs.request import Request
     from aprtui.screen_options import ScreenOptions
     from aprtui.session import Engine
 
@@ -34,7 +34,7 @@ class ExplorerApp(App[None]):
 
     Args:
         request: What to run.
-        engine: Yields the run's events; default: `aprcore.bisect.bisect`.
+        engine: Yields the run's events; default: `aprcore.runs.bisect.bisect`.
         settings: What the user has chosen; default: nothing.
         options: What is asked of the screen rather than of the run.
         is_new: Whether the user is told the first keys.

@@ -26,7 +26,7 @@ from aiohttp import web
 from textual_serve.app_service import AppService
 from textual_serve.server import Server
 
-from aprcore.errors import PlanError
+from aprcore.ground.errors import PlanError
 
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
 FONT_SIZES_PX = range(6, 49)

@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit code."""
-    from aprcore.errors import AprError
+    from aprcore.ground.errors import AprError
     from aprtui.text import ERROR_LIMIT, visible
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # where the terminal has no ✓, say "\\u2713"

@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from aprcore.stages import BY_NAME
-from aprcore.wording import (
+from aprcore.network.graph import BY_NAME
+from aprcore.records.wording import (
     REASON_LIMIT,
     figures_of,
     finding_of,
@@ -40,9 +40,9 @@ from aprtui.theme import (
 )
 
 if TYPE_CHECKING:
-    from aprcore.compare import Comparison, Statistics
-    from aprcore.layouts import Layout
-    from aprcore.report import LogitsReport, RunHeader, Side, StageReport
+    from aprcore.judging.compare import Comparison, Statistics
+    from aprcore.judging.layouts import Layout
+    from aprcore.records.report import LogitsReport, RunHeader, Side, StageReport
 
 # Symbols of FORMATS.md beside a shape; more than a line of tokens is cut.
 TOKENS_SHOWN = 200

@@ -13,7 +13,7 @@ from aprtui.text import byte_count, visible
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aprcore.backends.opencl.device import DeviceInfo
+    from aprcore.engines.opencl.device import DeviceInfo
 
 
 def device_name(device: DeviceInfo) -> Text:

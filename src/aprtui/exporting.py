@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aprcore.wording import figures_of, finding_of, format_cosine, format_ratio
+from aprcore.records.wording import figures_of, finding_of, format_cosine, format_ratio
 from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import Row
 from aprtui.run_state import RunState
 from aprtui.theme import mark_of
 
 if TYPE_CHECKING:
-    from aprcore.report import Report, StageReport
-    from aprcore.tensor_source import TensorSource
+    from aprcore.records.report import Report, StageReport
+    from aprcore.records.tensor_source import TensorSource
 
 KINDS = (".html", ".md", ".json", ".svg", ".aprx")
 
@@ -29,10 +29,10 @@ def check_export_path(path: Path, *, has_screen: bool = False) -> None:
     Raises:
         AprError: The suffix is of no kind, or the file cannot be written.
     """
-    from aprcore.errors import AprError
+    from aprcore.ground.errors import AprError
+    from aprcore.ground.whole_file import check_writable
     from aprcore.reports.files import check_report_path
-    from aprcore.request import SUFFIX
-    from aprcore.whole_file import check_writable
+    from aprcore.runs.request import SUFFIX
 
     suffix = path.suffix.lower()
     if has_screen and suffix not in KINDS:
@@ -60,11 +60,11 @@ def export(
     Raises:
         AprError: The suffix is of no kind, or the file cannot be written.
     """
+    from aprcore.ground.whole_file import write_whole
+    from aprcore.records.saved_run import SavedRun, save_run
     from aprcore.reports.collect import collect_maps
     from aprcore.reports.files import write_report
-    from aprcore.request import SUFFIX
-    from aprcore.saved_run import SavedRun, save_run
-    from aprcore.whole_file import write_whole
+    from aprcore.runs.request import SUFFIX
 
     check_export_path(path, has_screen=picture is not None)
     match path.suffix.lower():

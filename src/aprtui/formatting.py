@@ -1,8 +1,8 @@
-"""Figures as text for columns of few cells; the words of reports are in `aprcore.wording`."""
+"""Figures as text for columns of few cells; reports have theirs in `aprcore.records.wording`."""
 
 from __future__ import annotations
 
-from aprcore.wording import without_mantissa
+from aprcore.records.wording import without_mantissa
 
 # For narrow columns; the places of `format_cosine` tell rounding from equality.
 NARROW_COSINE_PLACES = 4

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aprcore.config import ModelConfig
-from aprcore.conversion.convert import describe_config
-from aprcore.errors import AprError
 from aprcore.formats.apr import AprFlag, AprHeader, read_apr
-from aprcore.formats.data_file import DataFile
 from aprcore.formats.storage import StoredTensor
-from aprcore.model import open_model
+from aprcore.ground.data_file import DataFile
+from aprcore.ground.errors import AprError
+from aprcore.models.convert import describe_config
+from aprcore.models.model import open_model
+from aprcore.network.config import ModelConfig
 
 SCHEMA = "apr-inspect-v1"
 

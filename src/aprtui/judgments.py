@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprcore.wording import figures_of, format_cosine, format_position, format_ratio, format_times
+from aprcore.records.wording import (
+    figures_of,
+    format_cosine,
+    format_position,
+    format_ratio,
+    format_times,
+)
 from aprtui.formatting import format_compact
 from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
 from aprtui.theme import (
@@ -21,9 +27,9 @@ from aprtui.theme import (
 )
 
 if TYPE_CHECKING:
-    from aprcore.judge import Judgment
-    from aprcore.parity.records import StageParity
-    from aprcore.report import RunHeader, StageReport
+    from aprcore.judging.verdict import Judgment
+    from aprcore.records.parity import StageParity
+    from aprcore.records.report import RunHeader, StageReport
 
 # Cells from which the table has all its columns, and from which the worst part stands in them.
 WIDE_CELLS = 60

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aprcore.stages import StageKey, computation_order, input_keys, stage_keys
+from aprcore.network.graph import StageKey, computation_order, input_keys, stage_keys
 from aprtui.run_state import RunState
 
 # Verdicts by word: the engine need not be imported to paint the first screen. What has one of these

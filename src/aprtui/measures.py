@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from aprcore.stages import BY_NAME
-from aprcore.wording import figures_of
+from aprcore.network.graph import BY_NAME
+from aprcore.records.wording import figures_of
 
 if TYPE_CHECKING:
-    from aprcore.judge import Judgment
-    from aprcore.parity.records import StageParity
-    from aprcore.report import RunHeader, StageReport
+    from aprcore.judging.verdict import Judgment
+    from aprcore.records.parity import StageParity
+    from aprcore.records.report import RunHeader, StageReport
 
 
 class Measure(Enum):
@@ -53,7 +53,7 @@ def view_of(parity: StageParity, measure: Measure) -> StageReport:
     PARITY compares both sides and has their verdict; TESTED has the kernel judgment of the tested
     side alone.
     """
-    from aprcore.report import StageReport
+    from aprcore.records.report import StageReport
 
     if measure is Measure.TESTED:
         side = parity.tested

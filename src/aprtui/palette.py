@@ -13,13 +13,13 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.dom import DOMNode
 from textual.markup import escape
 
-from aprcore.stages import BY_NAME, StageKey
+from aprcore.network.graph import BY_NAME, StageKey
 from aprtui.rows import Filter, summarise_layer
 from aprtui.text import visible
 from aprtui.theme import mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
-    from aprcore.report import StageReport
+    from aprcore.records.report import StageReport
     from aprtui.run_state import RunState
     from aprtui.screens.explorer import ExplorerScreen
 

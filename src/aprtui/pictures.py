@@ -18,7 +18,8 @@ from textual.message import Message
 from aprtui.ramp import DECADES, LEVELS, VALUE_DECADES
 
 if TYPE_CHECKING:
-    from aprcore.layouts import Layout
+    from aprcore.judging.layouts import Layout
+    from aprcore.network.graph import StageKey
     from aprcore.pictures import (
         CellValue,
         Grid,
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
         TokenFigures,
         ValueWindow,
     )
-    from aprcore.report import StageReport
-    from aprcore.stages import StageKey
-    from aprcore.tensor_source import TensorSource
+    from aprcore.records.report import StageReport
+    from aprcore.records.tensor_source import TensorSource
 
 # Pictures kept. The largest is a map of a large terminal: half a megabyte.
 PICTURES_KEPT = 48

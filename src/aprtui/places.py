@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aprcore.layouts import Layout
+    from aprcore.judging.layouts import Layout
 
 
 def parse_place(text: str, layout: Layout) -> int | str:

@@ -12,14 +12,14 @@ from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from aprcore.stages import StageKey
-from aprcore.wording import figures_of
+from aprcore.network.graph import StageKey
+from aprcore.records.wording import figures_of
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
 from aprtui.theme import SEVERITY, mark_of
 
 if TYPE_CHECKING:
-    from aprcore.report import StageReport
+    from aprcore.records.report import StageReport
 
 
 class Curve(Enum):

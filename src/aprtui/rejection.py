@@ -7,7 +7,7 @@ import sys
 
 def announce(reason: str, backend: str = "opencl") -> None:
     """Print the line, whatever else is printed."""
-    from aprcore.parity.fallback import rejection_line
+    from aprcore.runs.fallback import rejection_line
     from aprtui.text import ERROR_LIMIT, visible
 
     line = visible(rejection_line(backend, reason), limit=ERROR_LIMIT)

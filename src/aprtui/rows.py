@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from aprcore.stages import StageKey
-from aprcore.wording import figures_of
+from aprcore.network.graph import StageKey
+from aprcore.records.wording import figures_of
 from aprtui.measures import JUDGMENTS, Measure, error_of, worst_by
 from aprtui.run_state import RunState
 from aprtui.theme import SEVERITY, mark_of
 
 if TYPE_CHECKING:
-    from aprcore.judge import Verdict
-    from aprcore.report import StageReport
+    from aprcore.judging.verdict import Verdict
+    from aprcore.records.report import StageReport
 
 
 class Row(NamedTuple):

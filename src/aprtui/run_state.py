@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 from aprtui.measures import BASIS, Measure, measures_of, view_of
 
 if TYPE_CHECKING:
-    from aprcore.judge import Verdict
-    from aprcore.parity.records import StageParity
-    from aprcore.report import (
+    from aprcore.judging.verdict import Verdict
+    from aprcore.records.parity import StageParity
+    from aprcore.records.report import (
         DeviceOpened,
         LogitsReport,
         PathRejected,

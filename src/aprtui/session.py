@@ -17,8 +17,8 @@ from textual.message import Message
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from aprcore.parity.records import StageParity
-    from aprcore.report import (
+    from aprcore.records.parity import StageParity
+    from aprcore.records.report import (
         DeviceOpened,
         PathRejected,
         Report,
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         RunHeader,
         StageReport,
     )
-    from aprcore.request import Request
-    from aprcore.tensor_source import TensorSource
+    from aprcore.records.tensor_source import TensorSource
+    from aprcore.runs.request import Request
 
     Engine = Callable[[Request], Iterator[RunEvent]]
     Post = Callable[[Message], Any]
@@ -113,17 +113,23 @@ def stream_run(
         request: What to run.
         post: Takes the messages.
         is_cancelled: Asked after every stage.
-        engine: Yields the events; default: `aprcore.bisect.bisect`.
+        engine: Yields the events; default: `aprcore.runs.bisect.bisect`.
     """
     try:
         # The engine's own imports (numpy) happen here, after the first screen is painted.
-        from aprcore.parity.records import StageParity
-        from aprcore.report import DeviceOpened, PathRejected, Report, RunHeader, StageReport
-        from aprcore.tensors import LayerInputs, open_tensors
+        from aprcore.records.parity import StageParity
+        from aprcore.records.report import (
+            DeviceOpened,
+            PathRejected,
+            Report,
+            RunHeader,
+            StageReport,
+        )
+        from aprcore.runs.tensors import LayerInputs, open_tensors
 
         kept = LayerInputs()
         if engine is None:
-            from aprcore.bisect import bisect
+            from aprcore.runs.bisect import bisect
 
             engine = partial(bisect, kept=kept)
         # Closing the generator ends the run: files are closed and nothing half written remains.

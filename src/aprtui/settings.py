@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from aprcore.errors import AprError
-from aprcore.home import expand_user
+from aprcore.ground.errors import AprError
+from aprcore.ground.home import expand_user
 
 # How many of the largest differences the explorer shows: more than 200 rows take too long to fill.
 TOP_K_STEPS = (5, 10, 20, 50, 100, 200)
@@ -88,7 +88,7 @@ def read_settings(path: Path) -> Settings:
         FormatError: The file cannot be read or is not TOML.
         SettingsError: It has an unknown key, or a value that is not allowed.
     """
-    from aprcore.formats.fields import read_toml
+    from aprcore.ground.fields import read_toml
 
     # A file that was only touched is no fault, though as data it would be.
     is_empty = path.is_file() and path.stat().st_size == 0

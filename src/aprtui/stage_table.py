@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from aprcore.judge import Judgment, Verdict
-from aprcore.parity.records import StageParity
-from aprcore.report import Report, RunEvent, RunHeader, StageReport
-from aprcore.stages import StageKey
-from aprcore.wording import figures_of, format_tolerance
+from aprcore.judging.verdict import Judgment, Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.parity import StageParity
+from aprcore.records.report import Report, RunEvent, RunHeader, StageReport
+from aprcore.records.wording import figures_of, format_tolerance
 from aprtui.text import visible
 from aprtui.theme import VARIABLES, judgment_mark, mark_of_verdict
 
@@ -40,7 +40,7 @@ class StageTable:
         self._waiting: StageReport | None = None
 
     def take(self, event: RunEvent) -> None:
-        """Print what an event of `aprcore.bisect.bisect` says."""
+        """Print what an event of `aprcore.runs.bisect.bisect` says."""
         match event:
             case RunHeader():
                 self.open(event)

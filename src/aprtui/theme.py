@@ -20,8 +20,8 @@ from textual.theme import Theme
 from aprtui.settings import DEFAULT_THEME
 
 if TYPE_CHECKING:
-    from aprcore.judge import Judgment, Verdict
-    from aprcore.report import StageReport
+    from aprcore.judging.verdict import Judgment, Verdict
+    from aprcore.records.report import StageReport
 
 
 class Mark(NamedTuple):

@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from aprcore.stages import BY_NAME, StageKey
-from aprcore.wording import (
+from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.records.wording import (
     MEANINGS,
     REASON_LIMIT,
     TWO_DUMPS,
@@ -30,7 +30,7 @@ from aprtui.theme import Paint, mark_of
 
 if TYPE_CHECKING:
     from aprcore.causes.records import CauseTried, Explanation
-    from aprcore.report import StageReport
+    from aprcore.records.report import StageReport
 
 # Steps of a way upstream that are named; the middle of a longer one is counted.
 STEPS_NAMED = 6

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from figures import Figure, interleave, milliseconds, report, timed
 
-from aprcore.compare import compare
+from aprcore.judging.compare import compare
 
 VALUES = 64 * 1024 * 1024
 TOP_K = 20

@@ -34,12 +34,12 @@ STARTS = 3
 START = """
 import json, time
 started = time.perf_counter()
-from aprcore.backends.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
 op = OpenCLBackend()
 opened = time.perf_counter()
-from aprcore.backends.engine import Engine
-from aprcore.generate import Decoder
-from aprcore.model import open_model
+from aprcore.engines.engine import Engine
+from aprcore.engines.decode import Decoder
+from aprcore.models.model import open_model
 from aprtui.demo import demo_path
 model = open_model(demo_path() / "sound.apr")
 decoder = Decoder(model.config, model.weights, Engine(op))
@@ -70,9 +70,9 @@ def main() -> int:
 
 def decoding(title: str, path: Path, tokens: Sequence[int], steps: int) -> list[Figure]:
     """Both backends on one model, in turns; each feeds itself its own choices."""
-    from aprcore.backends.engine import open_engine
-    from aprcore.generate import Decoder
-    from aprcore.model import open_model
+    from aprcore.engines.decode import Decoder
+    from aprcore.engines.engine import open_engine
+    from aprcore.models.model import open_model
 
     with (
         open_model(path) as model,
@@ -109,7 +109,7 @@ def decode(decoder: Any, tokens: Sequence[int], steps: int) -> Callable[[], None
 
 def difference(decoder: Any) -> float:
     """How far the next step's logits are from those of a full pass over the same tokens."""
-    from aprcore.compare import compare
+    from aprcore.judging.compare import compare
 
     full = decoder.fresh().feed(decoder.tokens).logits
     cached = decoder.fresh()

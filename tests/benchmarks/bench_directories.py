@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from figures import Figure, interleave, median_ratio, milliseconds, report, timed
 
-from aprcore.bisect import bisect
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.judge import Verdict
-from aprcore.report import Report, StageReport
-from aprcore.request import Request
-from aprcore.stages import BY_NAME, Scope, StageKey, stage_keys
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import BY_NAME, Scope, StageKey, stage_keys
+from aprcore.records.report import Report, StageReport
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 
 FILES = 1_900
 TOKENS = tuple(range(16))

@@ -25,20 +25,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from aprcore.compare import compare
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.judge import Verdict
-from aprcore.layouts import Layout, layout_of
+from aprcore.judging.compare import compare
+from aprcore.judging.layouts import Layout, layout_of
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
 from aprcore.pictures import MemoryPlane, TensorPair
-from aprcore.report import Report, RunHeader, Side, StageReport
-from aprcore.request import Request
-from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.records.report import Report, RunHeader, Side, StageReport
+from aprcore.runs.request import Request
 
 if TYPE_CHECKING:
     from textual.screen import Screen
 
-    from aprcore.tensor_source import TensorSource
+    from aprcore.records.tensor_source import TensorSource
     from aprtui.app import ExplorerApp
 
 FIRST_PAINT_BOUND = 1.5
@@ -80,7 +80,7 @@ Bare().run(headless=True, size=(120, 40))
 EXPLORER = """
 import sys, time
 from pathlib import Path
-from aprcore.request import Request
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 app = ExplorerApp(Request(trace=Path(sys.argv[1]), oracle=Path(sys.argv[2])))
 def leave():

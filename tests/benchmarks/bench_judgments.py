@@ -35,7 +35,7 @@ def main() -> int:
 
 def prepare() -> None:
     """Make the models and the oracle, unless they are there."""
-    from aprcore.conversion.convert import import_model
+    from aprcore.models.convert import import_model
 
     bench_trace.prepare()
     source, target = (bench_trace.folder() / FILES[kind] for kind in FILES)
@@ -79,9 +79,9 @@ class Side(bench_trace.Side):
 
 def compared(kind: str) -> Callable[[], float]:
     """Our trace, each stage compared with the oracle's; opening is not counted."""
-    from aprcore.compare import compare
-    from aprcore.matching import open_sides
-    from aprcore.request import TOP_K
+    from aprcore.judging.compare import compare
+    from aprcore.runs.open_sides import open_sides
+    from aprcore.runs.request import TOP_K
 
     def run() -> float:
         with open_sides(request(kind)) as sides:
@@ -98,7 +98,7 @@ def compared(kind: str) -> Callable[[], float]:
 
 def judged(kind: str) -> Callable[[], float]:
     """The whole run; a benchmark of a sound model that is found wrong is worth nothing."""
-    from aprcore.bisect import bisect
+    from aprcore.runs.bisect import bisect
 
     def run() -> float:
         events = bisect(request(kind))
@@ -116,7 +116,7 @@ def judged(kind: str) -> Callable[[], float]:
 
 def request(kind: str):
     """A model against the oracle."""
-    from aprcore.request import Request
+    from aprcore.runs.request import Request
 
     folder: Path = bench_trace.folder()
     return Request(model=folder / FILES[kind], oracle=folder / "oracle", tokens=bench_trace.TOKENS)

@@ -99,8 +99,8 @@ def prepare() -> None:
         print(f"writing {model_path()} ...", file=sys.stderr)
         write_large_model(model_path(), Shape())
     if not stages_path().exists():
-        from aprcore.model import open_model
-        from aprcore.record import record_trace
+        from aprcore.dumps.trace import record_trace
+        from aprcore.models.model import open_model
 
         print(f"writing {stages_path()} ...", file=sys.stderr)
         with open_model(model_path()) as model:
@@ -136,9 +136,9 @@ def limits() -> tuple[float, float]:
 
 def compared(backend: Any) -> Callable[[], float]:
     """A trace of every stage, each compared with the directory's; opening is not counted."""
-    from aprcore.compare import compare
-    from aprcore.matching import open_sides
-    from aprcore.request import TOP_K, Request
+    from aprcore.judging.compare import compare
+    from aprcore.runs.open_sides import open_sides
+    from aprcore.runs.request import TOP_K, Request
 
     request = Request(model=model_path(), oracle=stages_path(), tokens=TOKENS)
     opened = ExitStack()  # never closed: for the life of this process
@@ -164,14 +164,14 @@ def compared(backend: Any) -> Callable[[], float]:
 
 def on_device() -> Callable[[], float]:
     """On OpenCL."""
-    from aprcore.backends.opencl.backend import OpenCLBackend
+    from aprcore.engines.opencl.backend import OpenCLBackend
 
     return compared(OpenCLBackend())
 
 
 def on_cpu() -> Callable[[], float]:
     """On the numpy path."""
-    from aprcore.backends.numpy import NumpyBackend
+    from aprcore.engines.numpy import NumpyBackend
 
     return compared(NumpyBackend())
 
@@ -181,9 +181,9 @@ def expanded_by_gguf() -> Callable[[], float]:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    from aprcore.model import open_model
-    from aprcore.parallel import single_threaded_blas
-    from aprcore.weights import row_chunks
+    from aprcore.ground.parallel import single_threaded_blas
+    from aprcore.models.model import open_model
+    from aprcore.network.weights import row_chunks
 
     opened = ExitStack()
     model = opened.enter_context(open_model(model_path()))

@@ -36,7 +36,7 @@ REPEATS = 9
 
 def main() -> int:
     """Measure and print."""
-    from aprcore.backends.opencl.backend import OpenCLBackend
+    from aprcore.engines.opencl.backend import OpenCLBackend
 
     with OpenCLBackend(budget_bytes=1 << 40) as op:
         print(f"device: {op.device.label}")

@@ -91,7 +91,7 @@ def quantise() -> None:
     target = folder() / QUANTISED
     if target.exists():
         return
-    from aprcore.conversion.convert import import_model
+    from aprcore.models.convert import import_model
 
     print(f"quantising into {target} ...", file=sys.stderr)
     import_model(folder() / "hf", target, quantize="q4_k", quantize_embeddings=True)
@@ -99,11 +99,11 @@ def quantise() -> None:
 
 def compared(file: str, budget_bytes: int | None = None) -> Callable[[], float]:
     """Our trace on the device, each stage compared with the oracle's; opening is not counted."""
-    from aprcore.backends.opencl.backend import OpenCLBackend
-    from aprcore.compare import compare
-    from aprcore.forward import AHEAD
-    from aprcore.matching import open_sides
-    from aprcore.request import TOP_K, Request
+    from aprcore.engines.forward import AHEAD
+    from aprcore.engines.opencl.backend import OpenCLBackend
+    from aprcore.judging.compare import compare
+    from aprcore.runs.open_sides import open_sides
+    from aprcore.runs.request import TOP_K, Request
 
     request = Request(model=folder() / file, oracle=folder() / "oracle", tokens=TOKENS)
     opened = ExitStack()  # never closed: for the life of this process

@@ -87,9 +87,9 @@ def write_huge(path: Path, seed: int) -> None:
 def look(folder: Path) -> dict[str, Any]:
     """Pan over the huge tensor at every zoom from the whole to single values."""
     from aprcore.dumps.stage_file import HEADER
-    from aprcore.layouts import Layout
+    from aprcore.judging.layouts import Layout
+    from aprcore.network.graph import StageKey
     from aprcore.pictures import FilePlane, HeatMap, MapKind, TensorPair
-    from aprcore.stages import StageKey
 
     key = StageKey(0, "attn_scores")  # the scores: what lies above the diagonal is masked
     layout = Layout(SHAPE, SHAPE, ("head", "token", "position"))
@@ -148,12 +148,12 @@ def pan(heat_map: Any, cell_rows: int, cell_columns: int) -> list[tuple[float, f
 
 def first_pictures() -> list[Figure]:
     """From the end of a run to the map of a stage that nobody kept."""
-    from aprcore.bisect import bisect
+    from aprcore.network.graph import StageKey
     from aprcore.pictures import HeatMap
-    from aprcore.report import Report, StageReport
-    from aprcore.request import Request
-    from aprcore.stages import StageKey
-    from aprcore.tensors import LayerInputs, TensorStore
+    from aprcore.records.report import Report, StageReport
+    from aprcore.runs.bisect import bisect
+    from aprcore.runs.request import Request
+    from aprcore.runs.tensors import LayerInputs, TensorStore
 
     bench_trace.prepare()
     request = Request(

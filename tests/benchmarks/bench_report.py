@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import Figure, milliseconds, report
 
 import tiny
-from aprcore.bisect import run
-from aprcore.forward import trace
-from aprcore.report import Report
+from aprcore.engines.forward import trace
+from aprcore.records.report import Report
 from aprcore.reports.collect import MAPS_SHOWN, collect_maps
 from aprcore.reports.files import write_report
 from aprcore.reports.maps import StageMap
-from aprcore.request import Request
-from aprcore.tensors import TensorStore
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
+from aprcore.runs.tensors import TensorStore
 from wrong_backends import WrongStride
 
 # As many rows as 28 layers of 20 stages; this model has 17 in each.

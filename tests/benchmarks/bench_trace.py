@@ -205,8 +205,8 @@ def judged() -> Callable[[], float]:
 
 def bisection(**options: Any) -> Callable[[], float]:
     """A whole run; opening the files is not counted."""
-    from aprcore.bisect import bisect
-    from aprcore.request import Request
+    from aprcore.runs.bisect import bisect
+    from aprcore.runs.request import Request
 
     request = Request(
         model=folder() / "model.apr", oracle=folder() / "oracle", tokens=TOKENS, **options
@@ -229,8 +229,8 @@ def bisection(**options: Any) -> Callable[[], float]:
 
 
 def transformers_captured() -> Callable[[], float]:
-    """transformers with `aprcore.capture`'s hooks; what they show is kept until the next pass."""
-    from aprcore.capture import capture
+    """transformers with the hooks of `aprcore.dumps.capture`, kept until the next pass."""
+    from aprcore.dumps.capture import capture
 
     model = load()
 
@@ -261,7 +261,7 @@ def transformers_plain() -> Callable[[], float]:
 
 def load() -> Any:
     """The transformers model in float32."""
-    from aprcore.oracle import OracleRequest, load_model, quiet_transformers
+    from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers
 
     request = OracleRequest(source=folder() / "hf", tokens=TOKENS)
     with quiet_transformers():
@@ -272,8 +272,8 @@ def maker() -> Callable[[], float]:
     """Makes everything; takes a minute."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import models
-    from aprcore.conversion.convert import import_model
-    from aprcore.oracle import OracleRequest, write_oracle
+    from aprcore.dumps.oracle import OracleRequest, write_oracle
+    from aprcore.models.convert import import_model
 
     def run() -> float:
         model = models.build(models.RandomModel("qwen2", SHAPE))

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.errors import AprError
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
+from aprcore.ground.errors import AprError
 
 PIECE_BLOCKS = 1 << 17
 BLOCK_BYTES, BLOCK_VALUES = 144, 256

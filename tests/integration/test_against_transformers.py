@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.compare import compare
-from aprcore.forward import forward
-from aprcore.model import open_model
-from aprcore.stages import BY_NAME, StageKey
+from aprcore.engines.forward import forward
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.judging.compare import compare
+from aprcore.models.model import open_model
+from aprcore.network.graph import BY_NAME, StageKey
 from models import build, gguf_can_hold, random_config, save, write_apr, write_gguf
 
 pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
 pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
 
-from aprcore.capture import capture
-from aprcore.oracle import OracleRequest, load_model, quiet_transformers
+from aprcore.dumps.capture import capture
+from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers
 
 # Float32 on both sides, only the order of additions differs; the worst seen is 2.8e-6.
 RELATIVE_L2_BOUND = 1e-5

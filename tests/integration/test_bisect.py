@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.bisect import bisect, run
+from aprcore.dumps.plan import Plan
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
-from aprcore.judge import Verdict
-from aprcore.plan import Plan
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.request import Request
-from aprcore.stages import StageKey
-from aprcore.tensors import TensorStore
+from aprcore.ground.errors import AprError, OracleError, PlanError, TokenizerError, TruncatedError
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.report import Report, RunHeader, StageReport
+from aprcore.runs.bisect import bisect, run
+from aprcore.runs.request import Request
+from aprcore.runs.tensors import TensorStore
 from aprtui.demo import demo_path
 from tiny import (
     NUM_LAYERS,

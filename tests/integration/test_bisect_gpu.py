@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import Engine
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.bisect import bisect, run
-from aprcore.errors import BackendError, PlanError
-from aprcore.judge import Verdict
-from aprcore.layouts import interleavings
-from aprcore.parity import second_side
-from aprcore.parity.fallback import RejectedError
-from aprcore.parity.records import StageParity
-from aprcore.plan import Plan
-from aprcore.report import DeviceOpened, PathRejected, Report, RunHeader, StageReport
-from aprcore.report_json import to_json
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.dumps.plan import Plan
+from aprcore.engines.engine import Engine
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.errors import BackendError, PlanError
+from aprcore.judging.layouts import interleavings
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.parity import StageParity
+from aprcore.records.report import DeviceOpened, PathRejected, Report, RunHeader, StageReport
+from aprcore.records.report_json import to_json
+from aprcore.runs import second_side
+from aprcore.runs.bisect import bisect, run
+from aprcore.runs.fallback import RejectedError
+from aprcore.runs.request import Request
 from aprtui.cli import main
 from aprtui.demo import demo_path
 from dump_files import own_names, write_safetensors
@@ -148,7 +148,7 @@ class TestDevice:
     def test_a_wrong_kernel_of_the_device_is_named_and_the_cpu_carries_on(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from aprcore.backends.opencl import program
+        from aprcore.engines.opencl import program
 
         read = program.read_source
         monkeypatch.setattr(
@@ -172,7 +172,7 @@ class TestDevice:
     def test_a_kernel_that_does_not_build(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from aprcore.backends.opencl import program
+        from aprcore.engines.opencl import program
 
         read = program.read_source
         broken = {"attention.cl": "}"}
@@ -373,7 +373,7 @@ class TestPlanted:
         assert not report.diverges()
 
     def test_a_budget_tolerates_the_device_too(self, model: Path, plant: Plant) -> None:
-        from aprcore.budget import parse_budgets
+        from aprcore.runs.budget import parse_budgets
 
         plant(MissingTail(1))
         budgets = parse_budgets(["ffn_out=1.0"], None)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.stages import BY_NAME, StageKey
+from aprcore.network.graph import BY_NAME, StageKey
 from aprtui.cli import main
 from tiny import (
     SIZES,

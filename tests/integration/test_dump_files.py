@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.bisect import run
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.errors import AprError, PlanError
-from aprcore.judge import Verdict
-from aprcore.model import open_model
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.ground.errors import AprError, PlanError
+from aprcore.judging.verdict import Verdict
+from aprcore.models.model import open_model
+from aprcore.network.graph import StageKey
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
 from aprtui.cli import main
 from aprtui.demo import demo_path, load_faults
 from dump_files import (

@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 from models import build, save, small_model, write_gguf
 from tiny import TOKENS, trace_model, write_model, write_stages
 
 PRELUDE = """
 import os, sys
 from pathlib import Path
-from aprcore.bisect import bisect, run
-from aprcore.request import Request
-from aprcore.errors import AprError
-from aprcore.model import open_model
-from aprcore.record import record_trace
+from aprcore.runs.bisect import bisect, run
+from aprcore.runs.request import Request
+from aprcore.ground.errors import AprError
+from aprcore.models.model import open_model
+from aprcore.dumps.trace import record_trace
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.weights import read_all
+from aprcore.network.weights import read_all
 
 def cut(path, size=100):
     os.truncate(path, size)

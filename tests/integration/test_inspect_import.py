@@ -169,7 +169,7 @@ def test_declaring_the_commands_costs_no_numpy() -> None:
 
 
 def test_the_choices_of_types_are_those_of_the_engine() -> None:
-    from aprcore.conversion import import_types
+    from aprcore.models import import_types
     from aprtui.commands import import_model
 
     assert import_model.DTYPES == import_types.DTYPES

@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import Engine
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl import program
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.device import list_devices, open_device
-from aprcore.backends.opencl.errors import KernelBuildError
-from aprcore.backends.opencl.program import Programs, read_source
-from aprcore.forward import trace
-from aprcore.generate import Decoder, TokenChosen, generate
-from aprcore.model import open_model
-from aprcore.parity.fallback import GuardedDecoder
-from aprcore.parity.gate import ParityRequest, check_parity
-from aprcore.parity.report import ParityReport
-from aprcore.stages import StageKey
+from aprcore.engines.decode import Decoder, TokenChosen, generate
+from aprcore.engines.engine import Engine
+from aprcore.engines.forward import trace
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl import program
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.device import list_devices, open_device
+from aprcore.engines.opencl.errors import KernelBuildError
+from aprcore.engines.opencl.program import Programs, read_source
+from aprcore.models.model import open_model
+from aprcore.network.graph import StageKey
+from aprcore.records.parity_report import ParityReport
+from aprcore.runs.fallback import GuardedDecoder
+from aprcore.runs.parity_gate import ParityRequest, check_parity
 from aprtui.cli import main
 from aprtui.demo import demo_path
 from opencl_device import backend, require_device
@@ -122,7 +122,7 @@ class TestDrivers:
     def test_one_that_answers_no_question_is_listed_and_not_chosen(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from aprcore.backends.opencl import device
+        from aprcore.engines.opencl import device
 
         describe = device._describe
 
@@ -260,10 +260,10 @@ class TestMemory:
 # Prints what a pass of the demo on the device gives, to the last bit.
 BITS = """
 import hashlib, sys
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.device import open_device
-from aprcore.forward import trace
-from aprcore.model import open_model
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.device import open_device
+from aprcore.engines.forward import trace
+from aprcore.models.model import open_model
 
 digest = hashlib.sha256()
 device = open_device(None, lanes=int(sys.argv[2]))
@@ -277,10 +277,10 @@ with open_model(sys.argv[1]) as model, OpenCLBackend(device) as op:
 TOO_LARGE = """
 import sys
 import numpy as np
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl.backend import OpenCLBackend
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
 from aprcore.formats.storage import StoredTensor
-from aprcore.formats.data_file import DataFile
+from aprcore.ground.data_file import DataFile
 from pathlib import Path
 
 rows, width = 70_000, 1024
@@ -454,7 +454,7 @@ class TestInterrupt:
 WAITING = """
 import os, signal, sys, threading, time
 import numpy as np
-from aprcore.backends.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
 
 op = OpenCLBackend()
 q, k = (op.from_host(np.ones((int(sys.argv[1]), heads * 512))) for heads in (4, 1))
@@ -536,7 +536,7 @@ class TestWrongKernel:
 def test_every_family_of_kernels_that_a_pass_runs_has_a_wrong_one() -> None:
     from importlib.resources import files
 
-    folder = files("aprcore.backends.opencl").joinpath("kernels")
+    folder = files("aprcore.engines.opencl").joinpath("kernels")
     families = {file.name for file in folder.iterdir() if file.name.endswith(".cl")}
     # The gate chooses tokens on the host: argmax is held against numpy's by its own tests.
     assert {fault.file for fault in WRONG_KERNELS} == families - {"argmax.cl"}

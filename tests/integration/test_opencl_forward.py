@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.expectation import product_weights
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.forward import everything, needed_keys, trace
-from aprcore.model import Model, open_model
-from aprcore.stages import StageKey
+from aprcore.engines.expectation import product_weights
+from aprcore.engines.forward import everything, needed_keys, trace
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.models.model import Model, open_model
+from aprcore.network.graph import StageKey
 from aprtui.demo import demo_path
 from closeness import relative_l2
 from models import ARCHITECTURES, build, random_config, save, write_apr

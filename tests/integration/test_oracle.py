@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.errors import AprError, FormatError, OracleError, PlanError, TraceError
-from aprcore.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
-from aprcore.stages import StageKey, stage_keys
+from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
+from aprcore.ground.errors import AprError, FormatError, OracleError, PlanError, TraceError
+from aprcore.network.graph import StageKey, stage_keys
 from models import ARCHITECTURES, build, save, save_tokenizer, small_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
 pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
 
-from aprcore.capture import capture  # noqa: E402
+from aprcore.dumps.capture import capture  # noqa: E402
 
 
 def capture_all(model, tokens, **options) -> dict[StageKey, np.ndarray]:
@@ -214,7 +214,7 @@ class TestDirectory:
     """What `write_oracle` leaves on disk."""
 
     def test_the_sidecar_says_what_was_run(self, source, tmp_path):
-        from aprcore.model import open_model
+        from aprcore.models.model import open_model
 
         request = OracleRequest(source, prompt="What is 2+2?")
         summary = write_oracle(request, tmp_path / "out")
@@ -438,7 +438,7 @@ class TestCommand:
         assert not (tmp_path / "out").exists()
 
     def test_arguments_are_checked_before_torch_is_imported(self, tmp_path):
-        from aprcore.errors import PlanError
+        from aprcore.ground.errors import PlanError
         from aprtui.cli import build_parser
 
         code = (

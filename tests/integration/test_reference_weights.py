@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from aprcore.bisect import run
-from aprcore.conversion.convert import import_model
-from aprcore.errors import PlanError, WeightError
-from aprcore.judge import Verdict
-from aprcore.report import Report
-from aprcore.report_json import to_json
-from aprcore.request import Request
-from aprcore.stages import BY_NAME
+from aprcore.ground.errors import PlanError, WeightError
+from aprcore.judging.verdict import Verdict
+from aprcore.models.convert import import_model
+from aprcore.network.graph import BY_NAME
+from aprcore.records.report import Report
+from aprcore.records.report_json import to_json
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
 from tiny import trace_model, write_model, write_stages
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from aprcore.bisect import run
 from aprcore.reports.collect import collect_maps
 from aprcore.reports.files import write_report
-from aprcore.request import Request
-from aprcore.tensors import TensorStore
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
+from aprcore.runs.tensors import TensorStore
 from aprtui.demo import demo_path, load_faults
 
 # An AA contrast, names, roles, order of headings and what else can be checked without a person.

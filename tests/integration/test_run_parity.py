@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import Engine, open_engine
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.bisect import run as bisect_run
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.errors import OracleError
-from aprcore.generate import Decoder
-from aprcore.parity import gate
-from aprcore.parity.gate import ParityRequest, check_parity
-from aprcore.parity.report import ParityReport
-from aprcore.request import Request
-from aprcore.stages import StageKey, stage_keys
+from aprcore.engines.decode import Decoder
+from aprcore.engines.engine import Engine, open_engine
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.errors import OracleError
+from aprcore.network.graph import StageKey, stage_keys
+from aprcore.records.parity_report import ParityReport
+from aprcore.runs import parity_gate as gate
+from aprcore.runs.bisect import run as bisect_run
+from aprcore.runs.parity_gate import ParityRequest, check_parity
+from aprcore.runs.request import Request
 from aprtui.cli import main
 from aprtui.demo import demo_path
 from models import build, random_config, write_apr
@@ -318,9 +318,9 @@ class TestRejection:
     @pytest.fixture(params=["kernel", "build", "memory"])
     def fault(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         """Words of the reason that has to be given."""
-        from aprcore.backends.opencl import program
-        from aprcore.backends.opencl.errors import DeviceMemoryError
-        from aprcore.backends.opencl.launch import Launcher
+        from aprcore.engines.opencl import program
+        from aprcore.engines.opencl.errors import DeviceMemoryError
+        from aprcore.engines.opencl.launch import Launcher
 
         read, empty = program.read_source, Launcher.empty
         count = 0

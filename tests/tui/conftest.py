@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.bisect import bisect
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.request import Request
-from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.records.report import Report, RunHeader, StageReport
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 
 SIZES = {"T": 7, "S": 7, "H": 4, "K": 2, "D": 8, "E": 32, "F": 64, "V": 96}
 LAYERS = 3

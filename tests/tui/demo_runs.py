@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.backends.base import Site
-from aprcore.backends.reference import ReferenceBackend
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.model import open_model
-from aprcore.request import Request
-from aprcore.stages import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
+from aprcore.engines.base import Site
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.models.model import open_model
+from aprcore.network.graph import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
+from aprcore.runs.request import Request
 from aprtui.demo import demo_path, load_faults
 from conftest import PROMPT
 

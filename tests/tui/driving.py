@@ -13,10 +13,10 @@ from textual.pilot import Pilot
 from textual.screen import Screen
 from textual.widgets import Input
 
-from aprcore.bisect import bisect
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
+from aprcore.records.report import Report, RunHeader, StageReport
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.run_state import RunState
 from aprtui.screens.explorer import ExplorerScreen

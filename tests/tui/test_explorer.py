@@ -13,9 +13,9 @@ from textual.binding import Binding
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from aprcore.bisect import bisect
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.rows import RUN_ROW, Row, SortOrder
 from aprtui.screens.error import ErrorScreen

@@ -9,8 +9,8 @@ import demo_runs
 from driving import drive, explorer_of, press
 from textual.pilot import Pilot
 
-from aprcore.request import Request
-from aprcore.stages import StageKey, computation_order, input_keys
+from aprcore.network.graph import StageKey, computation_order, input_keys
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.widgets.tab_strip import DetailTab
 

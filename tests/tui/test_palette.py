@@ -12,8 +12,8 @@ from textual.binding import Binding
 from textual.command import CommandList, CommandPalette, Provider
 from textual.pilot import Pilot
 
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.keys import EXPLORER_KEYS
 from aprtui.palette import ExplorerCommands, ScreenCommands

@@ -14,12 +14,12 @@ from rich.console import Console
 from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
-from aprcore.backends.opencl.device import DeviceInfo
-from aprcore.bisect import bisect
-from aprcore.parity.records import StageParity
-from aprcore.report import DeviceOpened, PathRejected, Report, RunEvent, RunHeader
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.engines.opencl.device import DeviceInfo
+from aprcore.network.graph import StageKey
+from aprcore.records.parity import StageParity
+from aprcore.records.report import DeviceOpened, PathRejected, Report, RunEvent, RunHeader
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.demo import demo_path
 from aprtui.description import describe_run
@@ -345,7 +345,7 @@ class TestDeviceList:
         self, snap_compare: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         devices = made_up_devices()
-        module = "aprcore.backends.opencl.device"
+        module = "aprcore.engines.opencl.device"
         monkeypatch.setattr(f"{module}.list_devices", lambda: devices)
 
         app = ExplorerApp(kernel_run("kv-tiled"))

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import aprtui
-from aprcore.bisect import bisect
-from aprcore.judge import Verdict
-from aprcore.report import RunHeader, StageReport
-from aprcore.request import Request
-from aprcore.stages import StageKey
-from aprcore.wording import figures_of, format_cosine, format_ratio, quoted
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.report import RunHeader, StageReport
+from aprcore.records.wording import figures_of, format_cosine, format_ratio, quoted
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 from aprtui.formatting import format_figure, format_short
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, matching_keys, summarise_layer
 from aprtui.run_state import RunState

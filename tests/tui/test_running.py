@@ -17,10 +17,10 @@ from driving import come_to_rest, drive, explorer_of, press, settle, until
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Static
 
-from aprcore.bisect import run
-from aprcore.request import Request
-from aprcore.saved_run import SavedRun, save_run
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
+from aprcore.records.saved_run import SavedRun, save_run
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.rows import Row
 from aprtui.screen_options import ScreenOptions

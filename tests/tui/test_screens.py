@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from driving import settle, then_press
 
-from aprcore.bisect import bisect
-from aprcore.errors import FormatError, TraceError
-from aprcore.report import RunHeader
-from aprcore.request import Request
+from aprcore.ground.errors import FormatError, TraceError
+from aprcore.records.report import RunHeader
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 
 Compare = Callable[..., bool]

@@ -13,7 +13,7 @@ from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Footer, Static
 
-from aprcore.request import Request
+from aprcore.runs.request import Request
 from aprtui import app as app_module
 from aprtui.app import HINT_S, HINTED, ExplorerApp, run_explorer
 from aprtui.commands.explore import add_explorer_options, open_explorer, request_under

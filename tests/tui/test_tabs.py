@@ -18,12 +18,12 @@ from textual.geometry import Region
 from textual.pilot import Pilot
 from textual.widgets import Static
 
-from aprcore.errors import TraceError
-from aprcore.layouts import Layout
+from aprcore.ground.errors import TraceError
+from aprcore.judging.layouts import Layout
+from aprcore.network.graph import StageKey
 from aprcore.pictures import HeatMap, MapKind, MemoryPlane, TensorPair, levels_of
-from aprcore.report import StageReport
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.records.report import StageReport
+from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.keymap import commands
 from aprtui.map_window import FIGURE_COLUMNS, MapWindow, scales_for

@@ -12,7 +12,7 @@ from driving import come_to_rest, drive, press, settle
 from textual.color import Color
 from textual.pilot import Pilot
 
-from aprcore.request import Request
+from aprcore.runs.request import Request
 from aprtui import settings
 from aprtui.app import ExplorerApp
 from aprtui.settings import Settings

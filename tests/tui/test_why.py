@@ -12,9 +12,9 @@ from driving import come_to_rest, drive, explorer_of, finish, press
 from rich.console import Console
 from textual.pilot import Pilot
 
-from aprcore.budget import Budget, Budgets
-from aprcore.stages import StageKey
-from aprcore.wording import format_times
+from aprcore.network.graph import StageKey
+from aprcore.records.wording import format_times
+from aprcore.runs.budget import Budget, Budgets
 from aprtui.app import ExplorerApp
 from aprtui.formatting import format_compact
 from aprtui.judgments import judgment_lines

@@ -18,10 +18,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from aprcore.errors import AprError, ChecksumError, FormatError, TruncatedError, UnsupportedError
 from aprcore.formats.apr import DTYPE_IDS, AprFlag, header_crc32, read_apr, verify_apr
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.quant import FORMATS, Layout, storage_size
+from aprcore.ground.errors import (
+    AprError,
+    ChecksumError,
+    FormatError,
+    TruncatedError,
+    UnsupportedError,
+)
+from aprcore.quant.types import FORMATS, Layout, storage_size
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared is absent")

@@ -59,7 +59,7 @@ def test_the_probe_sees_what_is_imported() -> None:
 
 def test_no_module_of_the_engine_knows_the_terminal_or_loads_a_heavy_library() -> None:
     names = modules_of("aprcore")
-    assert "aprcore.bisect" in names
+    assert "aprcore.runs.bisect" in names
     assert brought_along(names, TERMINAL | ON_DEMAND) == {}
 
 
@@ -78,7 +78,9 @@ def test_the_first_screen_is_painted_without_what_shows_a_stage() -> None:
     assert brought_along(["aprtui.app"], later) == {}
 
 
-@pytest.mark.parametrize("name", ["aprcore.errors", "aprcore.stages", "aprcore.plan"])
+@pytest.mark.parametrize(
+    "name", ["aprcore.ground.errors", "aprcore.network.graph", "aprcore.dumps.plan"]
+)
 def test_what_checks_arguments_does_not_pay_for_numpy(name: str) -> None:
     assert brought_along([name], {"numpy"}) == {}
 

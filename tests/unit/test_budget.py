@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.budget import MODULES, Budgets, own_error, parse_budgets, run_dtype, settle
-from aprcore.compare import compare
-from aprcore.errors import AprError, PlanError
-from aprcore.judge import Judgment, Verdict
-from aprcore.noise import Assessment, Part
-from aprcore.report import RunHeader, Side, StageReport
-from aprcore.stages import BY_NAME, Scope, StageKey
-from aprcore.wording import format_tolerance
+from aprcore.ground.errors import AprError, PlanError
+from aprcore.judging.compare import compare
+from aprcore.judging.noise import Assessment, Part
+from aprcore.judging.verdict import Judgment, Verdict
+from aprcore.network.graph import BY_NAME, Scope, StageKey
+from aprcore.records.report import RunHeader, Side, StageReport
+from aprcore.records.wording import format_tolerance
+from aprcore.runs.budget import MODULES, Budgets, own_error, parse_budgets, run_dtype, settle
 
 KEY = StageKey(3, "ffn_out")
 

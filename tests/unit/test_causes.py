@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aprcore.backends.estimate import Profile
 from aprcore.causes import Explanation, explain, explain_nonfinite
-from aprcore.config import ModelConfig
-from aprcore.formats.data_file import DataFile
+from aprcore.engines.estimate import Profile
 from aprcore.formats.storage import StoredTensor
-from aprcore.layouts import layout_of
-from aprcore.noise import assess
-from aprcore.precision import ARITHMETICS
-from aprcore.replay import RecordedSide
-from aprcore.rope import Rope
-from aprcore.stages import StageKey
+from aprcore.ground.data_file import DataFile
+from aprcore.ground.precision import ARITHMETICS
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.noise import assess
+from aprcore.judging.replay import RecordedSide
+from aprcore.network.config import ModelConfig
+from aprcore.network.graph import StageKey
+from aprcore.network.rope import Rope
 from tiny import SIZES, Tensors, draw_weights, opened, trace_model, write_model
 
 H, K, D, E, F, V = (SIZES[letter] for letter in "HKDEFV")

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aprcore.changes import NOTABLE_FACTOR, Change, compare_runs
-from aprcore.compare import compare
-from aprcore.judge import Verdict
-from aprcore.report import Report, RunHeader, Side, StageReport
-from aprcore.stages import StageKey
+from aprcore.judging.compare import compare
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.changes import NOTABLE_FACTOR, Change, compare_runs
+from aprcore.records.report import Report, RunHeader, Side, StageReport
 
 KEY = StageKey(0, "ffn_out")
 HEADER = RunHeader(

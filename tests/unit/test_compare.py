@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.compare import (
+from aprcore.judging.compare import (
     CHUNK_VALUES,
     Comparison,
     compare,
@@ -21,7 +21,7 @@ from aprcore.compare import (
     describe,
     may_be_permuted,
 )
-from aprcore.logits import NEAR_TIE_GAP, compare_logits
+from aprcore.judging.logits import NEAR_TIE_GAP, compare_logits
 
 # Sums over one chunk and then over the chunks: a few hundred float64 roundings at worst.
 SUM_BOUND = 1e-12

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.config import ARCHITECTURES, ModelConfig
-from aprcore.errors import AprError, ConfigError
-from aprcore.formats.dialects import APR_KEYS, declare_apr, declare_gguf, declare_huggingface
+from aprcore.ground.errors import AprError, ConfigError
+from aprcore.network.config import ARCHITECTURES, ModelConfig
+from aprcore.network.dialects import APR_KEYS, declare_apr, declare_gguf, declare_huggingface
 
 HF: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,

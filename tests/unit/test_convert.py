@@ -13,18 +13,18 @@ import pytest
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import save_file
 
-from aprcore.conversion.convert import (
+from aprcore.formats.apr import AprFlag, read_apr, verify_apr
+from aprcore.ground.errors import AprError, TokenizerError, WeightError
+from aprcore.models.convert import (
     ConvertProgress,
     describe_config,
     import_model,
     plan_import,
 )
-from aprcore.conversion.encode import encode
-from aprcore.errors import AprError, TokenizerError, WeightError
-from aprcore.formats.apr import AprFlag, read_apr, verify_apr
-from aprcore.model import open_model
-from aprcore.rope import Rope, RopeScaling
-from aprcore.weights import read_all
+from aprcore.models.model import open_model
+from aprcore.network.rope import Rope, RopeScaling
+from aprcore.network.weights import read_all
+from aprcore.quant.encode import encode
 
 E, F, H, K, D, V, LAYERS = 256, 512, 4, 2, 64, 48, 2
 
@@ -348,7 +348,7 @@ class TestRefusals:
             raise TokenizerError("it is broken", where="tokenizer.json")
 
         with open_model(huggingface) as model:
-            monkeypatch.setattr("aprcore.model.TokenizerData.from_huggingface", fail)
+            monkeypatch.setattr("aprcore.models.model.TokenizerData.from_huggingface", fail)
             plan = plan_import(model)
         assert plan.notes == ("the tokenizer is left out: tokenizer.json: it is broken",)
         assert not any(key.startswith("tokenizer.") for key in plan.metadata)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aprcore.conversion.convert import ConvertProgress, import_model
-from aprcore.conversion.quantise import measure_rounding, quantise
-from aprcore.errors import AprError, WeightError
 from aprcore.formats.apr import AprFlag, read_apr, verify_apr
-from aprcore.model import open_model
-from aprcore.quant import dequantize
-from aprcore.weights import read_all
+from aprcore.ground.errors import AprError, WeightError
+from aprcore.models.convert import ConvertProgress, import_model
+from aprcore.models.model import open_model
+from aprcore.network.weights import read_all
+from aprcore.quant.quantise import measure_rounding, quantise
+from aprcore.quant.types import dequantize
 
 # Hidden and ffn sizes as stories260k has them: no whole super-blocks, and rows of 172 not even
 # whole blocks of 32.

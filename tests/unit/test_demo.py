@@ -9,17 +9,17 @@ import sys
 import numpy as np
 import pytest
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.bisect import run
-from aprcore.compare import compare
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.forward import forward
-from aprcore.judge import Verdict
-from aprcore.logits import compare_logits
-from aprcore.model import Model, open_model
-from aprcore.report import Report
-from aprcore.request import Request
-from aprcore.stages import StageKey
+from aprcore.engines.forward import forward
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.judging.compare import compare
+from aprcore.judging.logits import compare_logits
+from aprcore.judging.verdict import Verdict
+from aprcore.models.model import Model, open_model
+from aprcore.network.graph import StageKey
+from aprcore.records.report import Report
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
 from aprtui.demo import DemoFault, demo_path, load_faults
 
 FAULTS = load_faults()
@@ -172,8 +172,8 @@ def test_the_demo_opens_without_torch_and_transformers():
     code = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from aprcore.bisect import run\n"
-        "from aprcore.request import Request\n"
+        "from aprcore.runs.bisect import run\n"
+        "from aprcore.runs.request import Request\n"
         "from aprtui.demo import demo_path, load_faults\n"
         "for fault in load_faults().values():\n"
         "    run(Request(model=fault.model, trace=fault.trace, oracle=demo_path() / 'oracle'))\n"

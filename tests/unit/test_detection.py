@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.backends.estimate import Profile
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.bisect import bisect
-from aprcore.detection import detect_arithmetic
-from aprcore.forward import trace
-from aprcore.layouts import layout_of
-from aprcore.model import Model
-from aprcore.noise import assess
-from aprcore.precision import ARITHMETICS, BFLOAT16, Arithmetic
-from aprcore.replay import RecordedSide
-from aprcore.report import Report
-from aprcore.request import Request
-from aprcore.stages import StageKey, computation_order
+from aprcore.engines.estimate import Profile
+from aprcore.engines.forward import trace
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.ground.precision import ARITHMETICS, BFLOAT16, Arithmetic
+from aprcore.judging.arithmetic import detect_arithmetic
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.noise import assess
+from aprcore.judging.replay import RecordedSide
+from aprcore.models.model import Model
+from aprcore.network.graph import StageKey, computation_order
+from aprcore.records.report import Report
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
 from tiny import Tensors, opened, write_model, write_stages
 
 TOKENS = (5, 0, 39, 7, 7, 12, 31, 2, 17, 3, 28, 9)

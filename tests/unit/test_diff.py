@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.diff import Diff, diff_paths, to_json
 from aprcore.dumps.stage_file import write_stage_file
-from aprcore.errors import AprError
-from aprcore.judge import Verdict
-from aprcore.stages import StageKey
+from aprcore.ground.errors import AprError
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
+from aprcore.runs.diff import Diff, diff_paths, to_json
 from tiny import draw_weights, write_model, write_stages
 
 NORM, UP, LOGITS = StageKey(0, "attn_norm"), StageKey(1, "ffn_up"), StageKey(None, "lm_head")

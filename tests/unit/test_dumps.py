@@ -16,8 +16,8 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.name_map import read_name_map
 from aprcore.dumps.names import Reading, known_dialects, mapped_dialect, resolve
 from aprcore.dumps.open import TensorDump, is_tensor_file, open_dump
-from aprcore.errors import AprError, FormatError, PlanError, TraceError
-from aprcore.stages import BY_NAME, Scope, StageKey
+from aprcore.ground.errors import AprError, FormatError, PlanError, TraceError
+from aprcore.network.graph import BY_NAME, Scope, StageKey
 from dump_files import to_bfloat16, write_safetensors
 from tiny import write_stages
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.errors import ConfigError
-from aprcore.forward import everything, forward, needed_keys
-from aprcore.model import Model
-from aprcore.plan import Plan
-from aprcore.record import record_trace
-from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.dumps.plan import Plan
+from aprcore.dumps.trace import record_trace
+from aprcore.engines.forward import everything, forward, needed_keys
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.errors import ConfigError
+from aprcore.models.model import Model
+from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
 from tiny import NUM_LAYERS, SIZES, TOKENS, opened, trace_model, write_model
 
 LOGITS = StageKey(None, "lm_head")

@@ -11,11 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import Engine, open_engine
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.errors import BackendError, ConfigError, TokenizerError
-from aprcore.generate import (
+from aprcore.engines.decode import (
     LOGITS,
     Decoder,
     Ending,
@@ -30,8 +26,12 @@ from aprcore.generate import (
     nothing,
     prompt_tokens,
 )
-from aprcore.model import Model, open_model
-from aprcore.stages import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.engines.engine import Engine, open_engine
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.ground.errors import BackendError, ConfigError, TokenizerError
+from aprcore.models.model import Model, open_model
+from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
 from aprtui.demo import demo_path
 from closeness import assert_close
 from models import build, random_config, write_apr

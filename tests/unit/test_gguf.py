@@ -14,9 +14,9 @@ from gguf import GGMLQuantizationType as Q
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.errors import AprError, FormatError, TruncatedError, UnsupportedError
 from aprcore.formats.gguf import read_gguf
-from aprcore.weights import read_all
+from aprcore.ground.errors import AprError, FormatError, TruncatedError, UnsupportedError
+from aprcore.network.weights import read_all
 
 RNG = np.random.default_rng(7)
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.errors import AprError, FormatError, TruncatedError, UnsupportedError
 from aprcore.formats.huggingface import read_huggingface, read_safetensors
-from aprcore.weights import read_all
+from aprcore.ground.errors import AprError, FormatError, TruncatedError, UnsupportedError
+from aprcore.network.weights import read_all
 
 
 def write_safetensors(path: Path, header: dict[str, Any] | bytes, data: bytes = b"") -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.compare import compare
-from aprcore.judge import (
+from aprcore.judging.compare import compare
+from aprcore.judging.noise import Assessment, Part
+from aprcore.judging.verdict import (
     FLOAT32_BOUND,
     HALF_BOUND,
     QUANTISED_BOUND,
@@ -19,7 +20,6 @@ from aprcore.judge import (
     decide,
     within,
 )
-from aprcore.noise import Assessment, Part
 
 ORACLE = np.array([3, 4, 0, 12], np.float32)  # of length 13
 NAN = np.array([3, np.nan, 0, 12], np.float32)

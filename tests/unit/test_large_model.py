@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.errors import AprError
-from aprcore.forward import trace
-from aprcore.model import open_model
+from aprcore.engines.forward import trace
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.errors import AprError
+from aprcore.models.model import open_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import large_model

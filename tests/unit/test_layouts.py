@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.layouts import (
+from aprcore.judging.layouts import (
     Layout,
     alternatives,
     infer_sizes,
@@ -15,7 +15,7 @@ from aprcore.layouts import (
     layout_of,
     zero_above_diagonal,
 )
-from aprcore.stages import BY_NAME, Scope, StageKey, resolve_shape
+from aprcore.network.graph import BY_NAME, Scope, StageKey, resolve_shape
 
 sizes = st.fixed_dictionaries(
     {letter: st.integers(1, 6) for letter in ("K", "E", "F", "V", "k")}

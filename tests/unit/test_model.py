@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 import pytest
 
-from aprcore.canonical import SplitHalves
-from aprcore.errors import ConfigError, FormatError, TokenizerError, WeightError
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
-from aprcore.model import Model, open_model
-from aprcore.weights import read_all, row_chunks
+from aprcore.ground.errors import ConfigError, FormatError, TokenizerError, WeightError
+from aprcore.models.model import Model, open_model
+from aprcore.models.names import SplitHalves
+from aprcore.network.weights import read_all, row_chunks
 
 H, K, D, E, F, V, LAYERS = 4, 2, 8, 32, 48, 40, 2
 

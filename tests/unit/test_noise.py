@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.backends.estimate import Estimate
-from aprcore.layouts import Layout
-from aprcore.noise import QUANTILES, allowed_ratio, assess
+from aprcore.engines.estimate import Estimate
+from aprcore.judging.layouts import Layout
+from aprcore.judging.noise import QUANTILES, allowed_ratio, assess
 
 HEADS = Layout((16, 12 * 8), (16, 12, 8), ("token", "head", "dim"))
 NOISE = 0.05

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.rope import Rope, RopeScaling
-from aprcore.weights import CHUNK_BYTES
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.network.rope import Rope, RopeScaling
+from aprcore.network.weights import CHUNK_BYTES
 from closeness import FLOAT32_ROUNDOFF as U
 from closeness import assert_close
 from tiny import ArrayWeight

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import Engine
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.errors import BackendError
-from aprcore.forward import AHEAD, forward, trace
-from aprcore.generate import Decoder
-from aprcore.model import Model
-from aprcore.stages import StageKey
-from aprcore.weights import Weight
+from aprcore.engines.decode import Decoder
+from aprcore.engines.engine import Engine
+from aprcore.engines.forward import AHEAD, forward, trace
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.ground.errors import BackendError
+from aprcore.models.model import Model
+from aprcore.network.graph import StageKey
+from aprcore.network.weights import Weight
 from opencl_device import backend, require_device
 from tiny import NUM_LAYERS, TOKENS, opened, write_model
 

@@ -12,26 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.device import (
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.device import (
     DeviceInfo,
     choose_device,
     list_devices,
     open_device,
     tune,
 )
-from aprcore.backends.opencl.errors import (
+from aprcore.engines.opencl.errors import (
     DeviceMemoryError,
     DeviceUnavailableError,
     KernelBuildError,
     driver_errors,
     translate_status,
 )
-from aprcore.backends.opencl.program import Programs, read_source
-from aprcore.backends.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS
-from aprcore.errors import BackendError, TruncatedError
-from aprcore.quant import SCALE_BYTES, storage_size
+from aprcore.engines.opencl.program import Programs, read_source
+from aprcore.engines.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS
+from aprcore.ground.errors import BackendError, TruncatedError
+from aprcore.quant.types import SCALE_BYTES, storage_size
 from aprtui.cli import main
 from opencl_device import backend, obstacle
 from stored_weights import fitting_width, random_tensor
@@ -114,8 +114,8 @@ def test_without_a_driver_the_command_says_so_in_one_line(tmp_path: Path) -> Non
 @needs_device
 def test_without_a_driver_no_device_opens(tmp_path: Path) -> None:
     code = (
-        "from aprcore.backends.opencl.backend import OpenCLBackend\n"
-        "from aprcore.backends.opencl.errors import DeviceUnavailableError\n"
+        "from aprcore.engines.opencl.backend import OpenCLBackend\n"
+        "from aprcore.engines.opencl.errors import DeviceUnavailableError\n"
         "try: OpenCLBackend()\n"
         "except DeviceUnavailableError as error: print('refused')"
     )
@@ -130,7 +130,7 @@ def test_without_pyopencl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_importing_the_backend_does_not_import_pyopencl() -> None:
     code = (
-        "import sys, aprcore.backends.opencl.backend, aprtui.commands.devices\n"
+        "import sys, aprcore.engines.opencl.backend, aprtui.commands.devices\n"
         "print('pyopencl' in sys.modules)"
     )
     result = subprocess.run(
@@ -155,7 +155,7 @@ def test_texts_of_a_driver_are_shown_literally(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strange = device(0, "[/bold]\x1b[31m[pad]")
-    monkeypatch.setattr("aprcore.backends.opencl.device.list_devices", lambda: (strange,))
+    monkeypatch.setattr("aprcore.engines.opencl.device.list_devices", lambda: (strange,))
     assert main(["devices"]) == 0
     printed = capsys.readouterr().out
     assert r"[/bold]\x1b[31m[pad]" in printed
@@ -251,8 +251,8 @@ def test_no_more_is_kept_than_the_budget_and_no_more_is_held_than_a_few_pieces()
 def test_a_file_that_shrinks_is_an_error_after_which_the_backend_still_works(
     tmp_path: Path,
 ) -> None:
-    from aprcore.formats.data_file import DataFile
     from aprcore.formats.storage import StoredTensor
+    from aprcore.ground.data_file import DataFile
 
     path = tmp_path / "weights"
     path.write_bytes(bytes(4 * 64 * 100))

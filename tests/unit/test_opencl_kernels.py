@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.backends.opencl.backend import OpenCLBackend
-from aprcore.backends.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS, row_source
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.canonical import RowSlice, SplitHalves
-from aprcore.rope import Rope, RopeScaling
-from aprcore.weights import Weight, read_all
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.engines.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS, row_source
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.models.names import RowSlice, SplitHalves
+from aprcore.network.rope import Rope, RopeScaling
+from aprcore.network.weights import Weight, read_all
 from closeness import FLOAT32_ROUNDOFF as U
 from closeness import assert_close
 from opencl_device import backend, require_device

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from aprcore.parallel import available_threads, for_each
+from aprcore.ground.parallel import available_threads, for_each
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
@@ -47,7 +47,7 @@ def test_at_least_one_processor() -> None:
 
 INTERRUPTED = """
 import threading
-from aprcore.parallel import for_each
+from aprcore.ground.parallel import for_each
 
 start = threading.Thread.start
 

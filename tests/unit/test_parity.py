@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.engine import Engine
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.errors import BackendError, PlanError
-from aprcore.generate import Decoder, TokenChosen, generate
-from aprcore.model import Model, open_model
-from aprcore.parity.fallback import GuardedDecoder, RejectedError, open_decoder, rejection_line
-from aprcore.parity.gate import (
+from aprcore.engines.decode import Decoder, TokenChosen, generate
+from aprcore.engines.engine import Engine
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.errors import BackendError, PlanError
+from aprcore.models.model import Model, open_model
+from aprcore.network.graph import StageKey, stage_keys
+from aprcore.records.parity_report import CacheParity, ParityReport, StepParity, to_json
+from aprcore.runs.fallback import GuardedDecoder, RejectedError, open_decoder, rejection_line
+from aprcore.runs.parity_gate import (
     DEFAULT_STEPS,
     MOST_STEPS,
     ParityRequest,
     check_parity,
     compare_step,
 )
-from aprcore.parity.report import CacheParity, ParityReport, StepParity, to_json
-from aprcore.stages import StageKey, stage_keys
 from aprtui.commands import parity as command
 from tiny import NUM_LAYERS, TOKENS, opened, write_model
 from wrong_backends import (
@@ -342,7 +342,7 @@ class TestFallback:
                 raise BackendError("no OpenCL platform is installed")
             return open_engine(name, **options)
 
-        from aprcore.parity import fallback
+        from aprcore.runs import fallback
 
         open_engine = fallback.open_engine
         monkeypatch.setattr(fallback, "open_engine", unavailable)

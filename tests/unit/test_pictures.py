@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from aprcore.compare import compare
 from aprcore.dumps.stage_file import HEADER, write_stage_file
-from aprcore.errors import AprError, TraceError, TruncatedError
-from aprcore.layouts import Layout, zero_above_diagonal
+from aprcore.ground.errors import AprError, TraceError, TruncatedError
+from aprcore.judging.compare import compare
+from aprcore.judging.layouts import Layout, zero_above_diagonal
+from aprcore.network.graph import StageKey
 from aprcore.pictures import (
     OUTLIER_RMS,
     Cancelled,
@@ -35,7 +36,6 @@ from aprcore.pictures import (
 )
 from aprcore.pictures.heat_map import DIRECT_VALUES
 from aprcore.pictures.records import PIECE_VALUES
-from aprcore.stages import StageKey
 
 Floats = NDArray[Any]
 

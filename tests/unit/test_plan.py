@@ -8,8 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aprcore.errors import PlanError
-from aprcore.plan import (
+from aprcore.dumps.plan import (
     Plan,
     check_layers,
     check_prompt,
@@ -18,7 +17,8 @@ from aprcore.plan import (
     parse_stages,
     parse_tokens,
 )
-from aprcore.stages import BY_NAME, StageKey
+from aprcore.ground.errors import PlanError
+from aprcore.network.graph import BY_NAME, StageKey
 
 blanks = st.text(" \t", max_size=3)
 any_case = st.sampled_from([str.lower, str.upper, str.title, str.swapcase])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.precision import (
+from aprcore.ground.precision import (
     ARITHMETICS,
     BFLOAT16,
     FLOAT16,

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.estimate import Estimate, Profile
-from aprcore.backends.prediction import PredictionBackend
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.precision import ARITHMETICS
-from aprcore.rope import Rope
+from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.prediction import PredictionBackend
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.ground.precision import ARITHMETICS
+from aprcore.network.rope import Rope
 from closeness import assert_close
 from tiny import ArrayWeight
 

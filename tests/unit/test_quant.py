@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gguf.quants import _type_traits
 
-from aprcore.errors import UnsupportedError
-from aprcore.quant import FORMATS, Layout, dequantize, find_format, locate, storage_size
+from aprcore.ground.errors import UnsupportedError
+from aprcore.quant.types import FORMATS, Layout, dequantize, find_format, locate, storage_size
 
 BLOCKED = (Layout.ROWS, Layout.PADDED_ROWS)
 GGML = sorted(name for name, row in FORMATS.items() if row.layout in BLOCKED)

@@ -11,7 +11,9 @@ from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.conversion.quantise import (
+from aprcore.models.model import open_model
+from aprcore.network.weights import read_all
+from aprcore.quant.quantise import (
     LARGEST,
     QUANTISED,
     Rounding,
@@ -19,9 +21,7 @@ from aprcore.conversion.quantise import (
     measure_rounding,
     quantise,
 )
-from aprcore.model import open_model
-from aprcore.quant import FORMATS, dequantize, row_bytes
-from aprcore.weights import read_all
+from aprcore.quant.types import FORMATS, dequantize, row_bytes
 
 K_QUANTS = ("Q4_K", "Q6_K")
 DEMO = Path(__file__).parents[2] / "src" / "aprtui" / "demo" / "sound.apr"
@@ -149,7 +149,7 @@ class TestError:
         name = "_Q4_SPANS" if dtype == "Q4_K" else "_Q6_SPANS"
         plain = np.array([15 if dtype == "Q4_K" else -32], np.float32)
         searched = measure_rounding(dtype, values, quantise(dtype, values))
-        monkeypatch.setattr(f"aprcore.conversion.quantise.{name}", plain)
+        monkeypatch.setattr(f"aprcore.quant.quantise.{name}", plain)
         once = measure_rounding(dtype, values, quantise(dtype, values))
         assert searched.relative_rmse < 0.99 * once.relative_rmse
 

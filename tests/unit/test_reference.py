@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.rope import Rope, RopeScaling
-from aprcore.weights import CHUNK_BYTES
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.network.rope import Rope, RopeScaling
+from aprcore.network.weights import CHUNK_BYTES
 from closeness import assert_close
 from tiny import ArrayWeight
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.backends.estimate import Profile
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.forward import trace
-from aprcore.layouts import layout_of
-from aprcore.model import Model
-from aprcore.noise import assess
-from aprcore.precision import ARITHMETICS
-from aprcore.replay import RecordedSide, expect_both
-from aprcore.stages import StageKey, computation_order
+from aprcore.engines.estimate import Profile
+from aprcore.engines.forward import trace
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.precision import ARITHMETICS
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.noise import assess
+from aprcore.judging.replay import RecordedSide, expect_both
+from aprcore.models.model import Model
+from aprcore.network.graph import StageKey, computation_order
 from tiny import TOKENS, Tensors, opened, trace_model, write_model
 
 SOUND = Profile(ARITHMETICS["f32"], weights_rounded=False)

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.compare import compare, describe
-from aprcore.judge import Verdict
-from aprcore.layouts import layout_of
-from aprcore.logits import compare_logits
-from aprcore.report import LogitsReport, Report, RunHeader, Side, StageReport
-from aprcore.report_json import json_ready, stage_to_json, to_json
-from aprcore.stages import StageKey
+from aprcore.judging.compare import compare, describe
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.logits import compare_logits
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.report import LogitsReport, Report, RunHeader, Side, StageReport
+from aprcore.records.report_json import json_ready, stage_to_json, to_json
 
 NORM = StageKey(2, "attn_norm")
 HEADER = RunHeader(

@@ -21,22 +21,22 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from aprcore.bisect import run
-from aprcore.compare import compare, describe
-from aprcore.environment import (
+from aprcore.ground.errors import AprError
+from aprcore.judging.compare import compare, describe
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.logits import compare_logits
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.pictures import Grid, MapKind
+from aprcore.records.environment import (
     format_command,
     read_environment,
     with_home_in_command,
     without_home,
     without_home_in_command,
 )
-from aprcore.errors import AprError
-from aprcore.judge import Verdict
-from aprcore.layouts import layout_of
-from aprcore.logits import compare_logits
-from aprcore.parity.records import SideJudgment, StageParity
-from aprcore.pictures import Grid, MapKind
-from aprcore.report import (
+from aprcore.records.parity import SideJudgment, StageParity
+from aprcore.records.report import (
     DeviceOpened,
     LogitsReport,
     PathRejected,
@@ -45,7 +45,8 @@ from aprcore.report import (
     Side,
     StageReport,
 )
-from aprcore.report_json import to_json
+from aprcore.records.report_json import to_json
+from aprcore.records.wording import GLYPHS, MEANINGS, SEVERITY, finding_of, visible
 from aprcore.reports.collect import collect_maps
 from aprcore.reports.files import check_report_path, write_report
 from aprcore.reports.maps import (
@@ -59,10 +60,9 @@ from aprcore.reports.maps import (
 )
 from aprcore.reports.markdown import MOST_CHARACTERS, code, escape, paragraph
 from aprcore.reports.profile import curves_of, draw_profile
-from aprcore.request import Request
-from aprcore.stages import BY_NAME, StageKey
-from aprcore.tensors import TensorStore
-from aprcore.wording import GLYPHS, MEANINGS, SEVERITY, finding_of, visible
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
+from aprcore.runs.tensors import TensorStore
 from aprtui.cli import main
 from aprtui.demo import demo_path, load_faults
 from aprtui.theme import MARKS

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from aprcore.formats.dialects import declare_huggingface
-from aprcore.rope import Rope, RopeScaling
+from aprcore.network.dialects import declare_huggingface
+from aprcore.network.rope import Rope, RopeScaling
 
 # transformers computes frequencies in float32: a power, a division and for scaled kinds a few
 # products more, each rounded to 2^-24; the argument of the power (up to ln theta = 13) is itself

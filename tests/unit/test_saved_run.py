@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aprcore import saved_run
-from aprcore.bisect import bisect, run
-from aprcore.errors import AprError, FormatError
-from aprcore.layouts import Layout
-from aprcore.report import Report, Side
-from aprcore.report_json import to_json
-from aprcore.request import Request
-from aprcore.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
-from aprcore.sharing import shareable
-from aprcore.stages import StageKey
-from aprcore.tensors import TensorStore, open_tensors
+from aprcore.ground.errors import AprError, FormatError
+from aprcore.judging.layouts import Layout
+from aprcore.network.graph import StageKey
+from aprcore.records.report import Report, Side
+from aprcore.records.report_json import to_json
+from aprcore.records.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
+from aprcore.records.sharing import shareable
+from aprcore.runs.bisect import bisect, run
+from aprcore.runs.request import Request
+from aprcore.runs.tensors import TensorStore, open_tensors
 from aprtui.demo import demo_path, load_faults
 from aprtui.exporting import export
 

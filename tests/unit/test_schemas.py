@@ -11,13 +11,13 @@ import jsonschema
 import numpy as np
 import pytest
 
+from aprcore.dumps.plan import Plan
 from aprcore.dumps.sidecar import SIDECAR_NAME, SIDECAR_SCHEMA, Sidecar
+from aprcore.dumps.trace import record_trace
 from aprcore.dumps.writer import TraceWriter
-from aprcore.model import open_model
-from aprcore.plan import Plan
-from aprcore.precision import ARITHMETICS
-from aprcore.record import record_trace
-from aprcore.stages import BY_NAME, StageKey
+from aprcore.ground.precision import ARITHMETICS
+from aprcore.models.model import open_model
+from aprcore.network.graph import BY_NAME, StageKey
 from aprtui.demo import demo_path, load_faults
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "trace.schema.json").read_text("utf-8"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aprcore.errors import AprError
+from aprcore.ground.errors import AprError
 from aprtui.cli import main
 from aprtui.settings import (
     THEMES,

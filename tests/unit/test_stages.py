@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.errors import PlanError
-from aprcore.stages import (
+from aprcore.ground.errors import PlanError
+from aprcore.network.graph import (
     ALIASES,
     BY_NAME,
     LAYER_INPUT,

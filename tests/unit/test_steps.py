@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from gguf.quants import quantize
 
-from aprcore.canonical import RowSlice, SplitHalves
-from aprcore.conversion.quantise import QUANTISED, measure_rounding, quantise
-from aprcore.formats.data_file import DataFile
 from aprcore.formats.storage import StoredTensor
-from aprcore.quant import FORMATS, Layout, dequantize, storage_size
-from aprcore.steps import step_squares
+from aprcore.ground.data_file import DataFile
+from aprcore.models.names import RowSlice, SplitHalves
+from aprcore.quant.quantise import QUANTISED, measure_rounding, quantise
+from aprcore.quant.steps import step_squares
+from aprcore.quant.types import FORMATS, Layout, dequantize, storage_size
 
 ROWS, K, T = 384, 256, 48
 

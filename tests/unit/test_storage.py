@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.canonical import SplitHalves
-from aprcore.conversion.convert import TensorPlan, encode_tensor
-from aprcore.conversion.import_types import ImportTypes
-from aprcore.errors import FormatError, TruncatedError, UnsupportedError
 from aprcore.formats.apr_writer import TensorEntry
-from aprcore.formats.data_file import Cursor, DataFile
 from aprcore.formats.storage import PIECE_BYTES, StoredTensor
-from aprcore.quant import storage_size
+from aprcore.ground.data_file import Cursor, DataFile
+from aprcore.ground.errors import FormatError, TruncatedError, UnsupportedError
+from aprcore.models.convert import TensorPlan, encode_tensor
+from aprcore.models.import_types import ImportTypes
+from aprcore.models.names import SplitHalves
+from aprcore.quant.types import storage_size
 from stored_weights import random_bytes, random_tensor, stored_tensor
 
 Write = Callable[[bytes], DataFile]

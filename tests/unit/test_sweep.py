@@ -17,11 +17,11 @@ import fsspec
 import jsonschema
 import pytest
 
-from aprcore.backends.engine import Engine
-from aprcore.backends.numpy import NumpyBackend
-from aprcore.errors import AprError, BackendError, FormatError, PlanError
-from aprcore.parity import second_side
-from aprcore.stages import StageKey
+from aprcore.engines.engine import Engine
+from aprcore.engines.numpy import NumpyBackend
+from aprcore.ground.errors import AprError, BackendError, FormatError, PlanError
+from aprcore.network.graph import StageKey
+from aprcore.runs import second_side
 from aprcore.sweep import plan
 from aprcore.sweep.cases import CASE_SCHEMA, Case, Prompt, Settings, Source, make_request
 from aprcore.sweep.files import NEIGHBOURS, fetch, fingerprint

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.bisect import bisect
-from aprcore.errors import AprError
-from aprcore.judge import Verdict
-from aprcore.layouts import layout_of
+from aprcore.dumps.plan import Plan
+from aprcore.ground.errors import AprError
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey
 from aprcore.pictures import FilePlane, HeatMap, MapKind, MemoryPlane, Plane
-from aprcore.plan import Plan
-from aprcore.report import Report, StageReport
-from aprcore.request import Request
-from aprcore.stages import StageKey
-from aprcore.tensors import LayerInputs, TensorStore
+from aprcore.records.report import Report, StageReport
+from aprcore.runs.bisect import bisect
+from aprcore.runs.request import Request
+from aprcore.runs.tensors import LayerInputs, TensorStore
 from tiny import NUM_LAYERS, SIZES, TOKENS, Tensors, edited, trace_model, write_model, write_stages
 
 T, H, K, D = len(TOKENS), SIZES["H"], SIZES["K"], SIZES["D"]
@@ -108,7 +108,7 @@ class TestTracedModel:
     def test_one_layer_of_work_at_most(
         self, model: Path, oracle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from aprcore.backends.numpy import NumpyBackend
+        from aprcore.engines.numpy import NumpyBackend
 
         kept = LayerInputs()
         request = Request(model=model, oracle=oracle)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore.errors import AprError, TokenizerError
+from aprcore.ground.errors import AprError, TokenizerError
 from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData, check_token_ids
 from aprcore.tokenization.vocabulary import PATTERNS
 

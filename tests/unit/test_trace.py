@@ -19,8 +19,8 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.stage_file import read_stage_file, write_stage_file
 from aprcore.dumps.writer import TraceWriter
-from aprcore.errors import AprError, FormatError, TraceError, TruncatedError
-from aprcore.stages import StageKey
+from aprcore.ground.errors import AprError, FormatError, TraceError, TruncatedError
+from aprcore.network.graph import StageKey
 from tiny import leftovers, write_stages
 
 NORM = StageKey(0, "attn_norm")

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.estimate import Estimate, Profile
-from aprcore.backends.prediction import PredictionBackend
-from aprcore.conversion.encode import ENCODERS, encode
-from aprcore.layouts import Layout
-from aprcore.noise import Assessment, allowed_ratio, assess
-from aprcore.precision import EXACT
-from aprcore.quant import Bytes, Float32, dequantize
-from aprcore.steps import step_squares
+from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.prediction import PredictionBackend
+from aprcore.ground.precision import EXACT
+from aprcore.judging.layouts import Layout
+from aprcore.judging.noise import Assessment, allowed_ratio, assess
+from aprcore.quant.encode import ENCODERS, encode
+from aprcore.quant.steps import step_squares
+from aprcore.quant.types import Bytes, Float32, dequantize
 
 from .chart import Mark, draw
 from .corpus import sound_pairs

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from aprcore.noise import CALIBRATION, allowed_ratio
+from aprcore.judging.noise import CALIBRATION, allowed_ratio
 
 WIDTH, HEIGHT = 960, 400
 TOP, BOTTOM = 40, 350

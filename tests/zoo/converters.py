@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.conversion.encode import encode
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
+from aprcore.quant.encode import encode
 
 Float32 = NDArray[np.float32]
 Blocks = NDArray[np.uint8]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from aprcore.config import ModelConfig
-from aprcore.stages import StageKey, input_keys, stage_keys
+from aprcore.network.config import ModelConfig
+from aprcore.network.graph import StageKey, input_keys, stage_keys
 
 Tensor = torch.Tensor
 Wrong = Callable[["Step"], Tensor]

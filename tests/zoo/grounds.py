@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from aprcore.conversion.convert import describe_config
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.model import Model, open_model
-from aprcore.oracle import OracleRequest, write_oracle
-from aprcore.weights import read_all
+from aprcore.dumps.oracle import OracleRequest, write_oracle
+from aprcore.models.convert import describe_config
+from aprcore.models.model import Model, open_model
+from aprcore.network.weights import read_all
 
 from .converters import Draft
 from .engine import Engine, Frequencies, plain_frequencies

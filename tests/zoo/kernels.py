@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 
 from .engine import Step, Tensor, Wrong, activate, plain_frequencies, quantised_blocks
 

@@ -159,7 +159,7 @@ def to_text(lines: Sequence[Figure]) -> str:
 
 def to_json(lines: Sequence[Figure], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The table and every case, JSON-ready."""
-    from aprcore.report_json import json_ready
+    from aprcore.records.report_json import json_ready
 
     data = {
         "schema": "aprtui-zoo-v1",

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from aprcore.bisect import run
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.report import Report, StageReport
-from aprcore.request import Request
-from aprcore.stages import StageKey, computation_order
+from aprcore.network.graph import StageKey, computation_order
+from aprcore.records.report import Report, StageReport
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
 
 from . import converters, kernels
 from .engine import Engine, Tensor, Wrong, run_on
@@ -293,7 +293,7 @@ def _measure_file(
     sizes = sound.config.sizes(len(tokens))
 
     def read(key: StageKey) -> Tensor:
-        from aprcore.layouts import layout_of
+        from aprcore.judging.layouts import layout_of
 
         x = oracle.read(key)
         return torch.from_numpy(x.reshape(layout_of(key, sizes, x.size).shape)).double()

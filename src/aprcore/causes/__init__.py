@@ -37,9 +37,9 @@ from aprcore.causes.search import (
     try_span,
 )
 from aprcore.causes.symptom import describe_symptom
-from aprcore.layouts import Layout
-from aprcore.replay import Expectation, Floats, RecordedSide
-from aprcore.stages import StageKey
+from aprcore.judging.layouts import Layout
+from aprcore.judging.replay import Expectation, Floats, RecordedSide
+from aprcore.network.graph import StageKey
 
 __all__ = ["CauseTried", "Explanation", "explain", "explain_nonfinite"]
 

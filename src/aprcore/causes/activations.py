@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from aprcore.causes.scene import REFERENCE, Entry, Float64, Scene, Trial, single, stages
-from aprcore.config import ACTIVATIONS
+from aprcore.network.config import ACTIVATIONS
 
 ACTIVATION, PRODUCT = stages("ffn_silu"), stages("ffn_swigl")
 

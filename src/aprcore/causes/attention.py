@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from aprcore.causes.scene import REFERENCE, Entry, Float64, Scene, Trial, single, stages
 from aprcore.causes.solving import best_factor, nearest
-from aprcore.stages import StageKey, input_keys
+from aprcore.network.graph import StageKey, input_keys
 
 SCORES, SOFTMAX, VALUES = stages("attn_scores"), stages("attn_softmax"), stages("attention")
 GROUPED = SCORES | VALUES

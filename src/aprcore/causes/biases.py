@@ -8,9 +8,9 @@ from itertools import permutations
 import numpy as np
 
 from aprcore.causes.scene import Entry, Float64, Scene, Trial, stages
-from aprcore.layouts import interleavings
-from aprcore.stages import K, Q, V
-from aprcore.weights import read_all
+from aprcore.judging.layouts import interleavings
+from aprcore.network.graph import K, Q, V
+from aprcore.network.weights import read_all
 
 BIAS, BOTH = stages("qkv_bias"), stages("qkv_matmul", "qkv_bias")
 _MODULES = {"q": Q, "k": K, "v": V}

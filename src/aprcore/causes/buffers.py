@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from aprcore.backends.base import Int64
 from aprcore.causes.scene import EVERY, LINEAR, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import best_factor, round_number
-from aprcore.stages import BY_NAME, STAGES, StageKey
+from aprcore.engines.base import Int64
+from aprcore.network.graph import BY_NAME, STAGES, StageKey
 
 # A factor is solved for from at least so many values, and is none if it is nearly zero.
 FEWEST_SOLVED = 3

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from aprcore.causes.projections import Indices, Part, Pick, Variant
 from aprcore.causes.scene import Entry, Float64, Scene, Trial, stages
-from aprcore.quant import FORMATS, Layout, dequantize, locate, row_bytes
-from aprcore.weights import Weight
+from aprcore.network.weights import Weight
+from aprcore.quant.types import FORMATS, Layout, dequantize, locate, row_bytes
 
 Bytes = NDArray[np.uint8]
 Float32 = NDArray[np.float32]

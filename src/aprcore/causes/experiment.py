@@ -13,11 +13,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.estimate import Estimate
 from aprcore.causes.scene import Float64, Scene
-from aprcore.compare import compare
-from aprcore.layouts import Layout
-from aprcore.noise import CALIBRATION, SMALLEST_ENERGY, allowed_ratio, assess
+from aprcore.engines.estimate import Estimate
+from aprcore.judging.compare import compare
+from aprcore.judging.layouts import Layout
+from aprcore.judging.noise import CALIBRATION, SMALLEST_ENERGY, allowed_ratio, assess
 
 Bools = NDArray[np.bool_]
 Int64 = NDArray[np.int64]

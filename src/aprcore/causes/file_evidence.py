@@ -15,8 +15,8 @@ from aprcore.causes.dequantisation import raw_blocks
 from aprcore.causes.experiment import Experiment
 from aprcore.causes.projections import MODULES, Part, parts_of, picker
 from aprcore.causes.scene import Scene
-from aprcore.stages import BY_NAME
-from aprcore.weights import Weight, read_all
+from aprcore.network.graph import BY_NAME
+from aprcore.network.weights import Weight, read_all
 
 # Rows of a matrix that are looked at.
 SAMPLED_ROWS = 16

@@ -9,7 +9,7 @@ import numpy as np
 
 from aprcore.causes.scene import NORMS, REFERENCE, ROTATED, Entry, Float64, Scene, Trial, stages
 from aprcore.causes.solving import round_number
-from aprcore.weights import Weight, read_all
+from aprcore.network.weights import Weight, read_all
 
 NORMED = NORMS | ROTATED
 # The eps of published models; others are solved for.

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes.records import CauseTried, Explanation
-from aprcore.replay import Floats, RecordedSide
-from aprcore.stages import StageKey
+from aprcore.judging.replay import Floats, RecordedSide
+from aprcore.network.graph import StageKey
 
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aprcore.backends.estimate import Estimate, Profile
-from aprcore.backends.prediction import PredictionBackend
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.projections import Part, Pick, Variant, picker
 from aprcore.causes.scene import Float64, Scene
 from aprcore.causes.solving import best_factor
-from aprcore.noise import allowed_ratio, assess
-from aprcore.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic
-from aprcore.replay import run_stage
-from aprcore.weights import Weight
+from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.prediction import PredictionBackend
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic
+from aprcore.judging.noise import allowed_ratio, assess
+from aprcore.judging.replay import run_stage
+from aprcore.network.weights import Weight
 
 _ADVICE = "the types that this kernel stores and accumulates in: sums belong in float32"
 ARITHMETICS = (

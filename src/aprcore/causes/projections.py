@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from aprcore.causes.experiment import Experiment, Outcome, part_scene
 from aprcore.causes.scene import Float64, Scene
-from aprcore.compare import compare
-from aprcore.stages import DOWN, GATE, UP, K, O, Q, V
-from aprcore.weights import Weight, read_all, row_chunks
+from aprcore.judging.compare import compare
+from aprcore.network.graph import DOWN, GATE, UP, K, O, Q, V
+from aprcore.network.weights import Weight, read_all, row_chunks
 
 Indices = NDArray[np.int64]
 Pick = Callable[[Indices], NDArray[np.float32]]

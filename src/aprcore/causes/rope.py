@@ -9,7 +9,7 @@ import numpy as np
 
 from aprcore.causes.scene import REFERENCE, ROTATED, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import minimise, round_number
-from aprcore.rope import Rope, RopeScaling
+from aprcore.network.rope import Rope, RopeScaling
 
 # Bases that models are trained with; others are solved for.
 USUAL_THETAS = (

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.backends.base import Int64, Site
-from aprcore.backends.estimate import Estimate, Profile
-from aprcore.backends.reference import ReferenceBackend
-from aprcore.config import ModelConfig
-from aprcore.layouts import Layout
-from aprcore.noise import allowed_ratio
-from aprcore.stages import BY_NAME, StageKey
+from aprcore.engines.base import Int64, Site
+from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.judging.layouts import Layout
+from aprcore.judging.noise import allowed_ratio
+from aprcore.network.config import ModelConfig
+from aprcore.network.graph import BY_NAME, StageKey
 
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]

@@ -12,7 +12,7 @@ from aprcore.causes.projections import MODULES, Variants, parts_of, try_variant
 from aprcore.causes.records import CauseTried
 from aprcore.causes.scene import Entry, Scene
 from aprcore.causes.span import span_outputs
-from aprcore.replay import Expectation, RecordedSide
+from aprcore.judging.replay import Expectation, RecordedSide
 
 # Causes that do not explain are listed up to this many, the nearest first.
 LISTED = 8

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from aprcore.causes.experiment import Experiment
 from aprcore.causes.scene import Entry, Float64, Scene
-from aprcore.layouts import layout_of
-from aprcore.replay import Expectation, RecordedSide
-from aprcore.stages import StageKey
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.replay import Expectation, RecordedSide
+from aprcore.network.graph import StageKey
 
 # Spans are run whole for every alternative; beyond so many tokens that takes too long.
 LONGEST = 256

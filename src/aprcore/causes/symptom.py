@@ -9,8 +9,8 @@ import numpy as np
 from aprcore.causes.experiment import Bools, Experiment, Region
 from aprcore.causes.scene import Float64
 from aprcore.causes.solving import best_factor
-from aprcore.noise import allowed_ratio
-from aprcore.stages import STAGES
+from aprcore.judging.noise import allowed_ratio
+from aprcore.network.graph import STAGES
 
 # Solving for one number per token or column needs this many values behind each.
 FEWEST_BEHIND = 4

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from aprcore.causes.projections import Indices, Part, Pick, Variant, Variants, picker
 from aprcore.causes.scene import Float64
-from aprcore.stages import GATE, UP, K, O, Q, V
-from aprcore.weights import Weight, read_all
+from aprcore.network.graph import GATE, UP, K, O, Q, V
+from aprcore.network.weights import Weight, read_all
 
 # Values of a weight that is read whole (to transpose it, for instance).
 LARGEST_WHOLE = 1 << 28

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.sidecar import read_sidecar
 from aprcore.dumps.stage_file import HEADER, SUFFIX, check_header, read_stage_file, use_file
-from aprcore.errors import TraceError
-from aprcore.stages import StageKey, computation_order, parse_path
+from aprcore.ground.errors import TraceError
+from aprcore.network.graph import StageKey, computation_order, parse_path
 
 Float32 = NDArray[np.float32]
 

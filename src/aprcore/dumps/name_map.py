@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.dumps.names import Dialect, mapped_dialect
-from aprcore.errors import PlanError
-from aprcore.formats.fields import read_toml
-from aprcore.stages import Scope, find_stage
+from aprcore.ground.errors import PlanError
+from aprcore.ground.fields import read_toml
+from aprcore.network.graph import Scope, find_stage
 
 LAYER = "{layer}"
 

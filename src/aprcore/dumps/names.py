@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from aprcore.stages import BY_NAME, Scope, StageKey, parse_path
+from aprcore.network.graph import BY_NAME, Scope, StageKey, parse_path
 
 Place = tuple[int | None, str]  # the layer, and the name within it
 

@@ -24,8 +24,8 @@ from aprcore.dumps.tensor_files import (
     read_safetensors_dump,
     read_torch_dump,
 )
-from aprcore.errors import FormatError, TraceError
-from aprcore.stages import BY_NAME, StageKey, computation_order
+from aprcore.ground.errors import FormatError, TraceError
+from aprcore.network.graph import BY_NAME, StageKey, computation_order
 
 Float32 = NDArray[np.float32]
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aprcore.errors import FormatError, TraceError
+from aprcore.ground.errors import FormatError, TraceError
 
 SIDECAR_NAME = "_trace.json"
 PROVENANCE_NAME = "_PROVENANCE.txt"
@@ -30,7 +30,7 @@ class Sidecar:
         history: Tokens before them, in a decoding step: their keys and values were in the cache.
         model: `file`, `sha256`, `size_bytes`, `architecture` and `num_layers` of the model.
         backend, device, driver: What computed the tensors.
-        arithmetic: Precision of the arithmetic, a name in `aprcore.precision.ARITHMETICS`.
+        arithmetic: Precision of the arithmetic, a name in `aprcore.ground.precision.ARITHMETICS`.
         dtype: Type of the activations: "float32", "float16", "bfloat16".
         attention: The attention implementation.
         versions: Versions of the software involved.

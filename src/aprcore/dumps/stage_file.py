@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.errors import FormatError, TraceError, TruncatedError
-from aprcore.stages import StageKey
+from aprcore.ground.errors import FormatError, TraceError, TruncatedError
+from aprcore.network.graph import StageKey
 
 Float32 = NDArray[np.float32]
 Result = TypeVar("Result")

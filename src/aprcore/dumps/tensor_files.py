@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.dumps.plan import parse_tokens
 from aprcore.dumps.sidecar import Sidecar
-from aprcore.errors import AprError, FormatError, TraceError, UnsupportedError
-from aprcore.formats.data_file import DataFile
 from aprcore.formats.huggingface import METADATA_NAME, read_entry, read_safetensors_header
 from aprcore.formats.storage import StoredTensor
-from aprcore.plan import parse_tokens
+from aprcore.ground.data_file import DataFile
+from aprcore.ground.errors import AprError, FormatError, TraceError, UnsupportedError
 
 Float32 = NDArray[np.float32]
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.sidecar import SIDECAR_NAME, Sidecar
 from aprcore.dumps.stage_file import write_stage_file
-from aprcore.errors import TraceError
-from aprcore.stages import StageKey, computation_order
+from aprcore.ground.errors import TraceError
+from aprcore.network.graph import StageKey, computation_order
 
 
 class TraceWriter:

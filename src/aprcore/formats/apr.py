@@ -18,10 +18,10 @@ from enum import IntFlag
 from pathlib import Path
 from typing import Any
 
-from aprcore.errors import ChecksumError, FormatError, TruncatedError, UnsupportedError
-from aprcore.formats.data_file import Cursor, DataFile
 from aprcore.formats.storage import StoredTensor
-from aprcore.quant import storage_size
+from aprcore.ground.data_file import Cursor, DataFile
+from aprcore.ground.errors import ChecksumError, FormatError, TruncatedError, UnsupportedError
+from aprcore.quant.types import storage_size
 
 MAGIC = b"APR\0"
 VERSION = (2, 0)

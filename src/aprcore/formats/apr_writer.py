@@ -26,7 +26,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.errors import AprError, FormatError
 from aprcore.formats.apr import (
     HEADER_BYTES,
     MAGIC,
@@ -39,7 +38,8 @@ from aprcore.formats.apr import (
     dtype_id,
     header_crc32,
 )
-from aprcore.quant import FLOAT_TYPES, storage_size
+from aprcore.ground.errors import AprError, FormatError
+from aprcore.quant.types import FLOAT_TYPES, storage_size
 
 Data = bytes | bytearray | memoryview | NDArray[Any]
 

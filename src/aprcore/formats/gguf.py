@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.errors import FormatError, TruncatedError, UnsupportedError
-from aprcore.formats.data_file import Cursor, DataFile
 from aprcore.formats.storage import StoredTensor
+from aprcore.ground.data_file import Cursor, DataFile
+from aprcore.ground.errors import FormatError, TruncatedError, UnsupportedError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aprcore.errors import FormatError
-from aprcore.formats.data_file import Cursor, DataFile
-from aprcore.formats.fields import parse_object, read_object
 from aprcore.formats.storage import StoredTensor
+from aprcore.ground.data_file import Cursor, DataFile
+from aprcore.ground.errors import FormatError
+from aprcore.ground.fields import parse_object, read_object
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aprcore.errors import FormatError, TruncatedError, UnsupportedError, Where
-from aprcore.formats.data_file import DataFile
-from aprcore.quant import (
+from aprcore.ground.data_file import DataFile
+from aprcore.ground.errors import FormatError, TruncatedError, UnsupportedError, Where
+from aprcore.network.weights import Float32
+from aprcore.quant.steps import join_rows, step_squares
+from aprcore.quant.types import (
     SCALE_BYTES,
     BlockFormat,
     Bytes,
@@ -23,8 +25,6 @@ from aprcore.quant import (
     rows_have_bytes,
     storage_size,
 )
-from aprcore.steps import join_rows, step_squares
-from aprcore.weights import Float32
 
 # Stored bytes are expanded in pieces of about this size: they stay in a core's cache, and the
 # scratch buffer that each thread keeps stays small.
@@ -43,7 +43,7 @@ class StoredTensor:
     Attributes:
         name: As the reader spells it.
         shape: Sizes, row-major.
-        dtype: A name in `aprcore.quant.FORMATS`.
+        dtype: A name in `aprcore.quant.types.FORMATS`.
         file: Where it is.
         offset_bytes: Its first byte in the file.
         size_bytes: Its bytes.

@@ -7,6 +7,7 @@ that may take a while asks `is_cancelled` between pieces.
 from aprcore.pictures.heat_map import HeatMap
 from aprcore.pictures.histograms import histogram
 from aprcore.pictures.map_views import map_kinds, map_layout, views
+from aprcore.pictures.plane import FilePlane, MemoryPlane, Plane, TensorPair
 from aprcore.pictures.records import (
     EDGE_BITS,
     OUTLIER_RMS,
@@ -22,7 +23,6 @@ from aprcore.pictures.records import (
 )
 from aprcore.pictures.shading import levels_of
 from aprcore.pictures.token_rows import token_figures, values
-from aprcore.planes import FilePlane, MemoryPlane, Plane, TensorPair
 
 __all__ = [
     "EDGE_BITS", "OUTLIER_RMS", "Cancelled", "CellValue", "FilePlane", "Grid", "HeatMap",

@@ -7,8 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.parallel import available_threads, for_each
+from aprcore.ground.parallel import available_threads, for_each
 from aprcore.pictures.map_views import FoldedPlane, map_layout, views
+from aprcore.pictures.plane import TensorPair, matrix_shape, ranges
 from aprcore.pictures.pooling import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
@@ -29,7 +30,6 @@ from aprcore.pictures.records import (
     check,
     never,
 )
-from aprcore.planes import TensorPair, matrix_shape, ranges
 
 Float32 = NDArray[np.float32]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.pictures.plane import TensorPair, ranges
 from aprcore.pictures.records import (
     EDGE_BITS,
     OUTLIER_RMS,
@@ -17,7 +18,6 @@ from aprcore.pictures.records import (
     check,
     never,
 )
-from aprcore.planes import TensorPair, ranges
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.layouts import Layout
+from aprcore.judging.layouts import Layout
+from aprcore.pictures.plane import READ_VALUES, Plane, TensorPair, matrix_shape
 from aprcore.pictures.records import MapKind, MapView
-from aprcore.planes import READ_VALUES, Plane, TensorPair, matrix_shape
 
 # A vector of fewer values is one row of a screen.
 FOLDED_VALUES = 64

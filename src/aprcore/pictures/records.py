@@ -131,7 +131,8 @@ class CellValue:
 class TokenFigures:
     """How far off each token is; per head for stages of attention.
 
-    Figures cover the positions where both sides are finite, in float64, as in `aprcore.compare`.
+    Figures cover the positions where both sides are finite, in float64, as in
+    `aprcore.judging.compare`.
 
     Attributes:
         relative_l2: |trace - oracle| / |oracle|, [T], or [T, heads] where there is a head axis; 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.pictures.plane import TensorPair, ranges
 from aprcore.pictures.records import (
     PIECE_VALUES,
     IsCancelled,
@@ -17,7 +18,6 @@ from aprcore.pictures.records import (
     check,
     never,
 )
-from aprcore.planes import TensorPair, ranges
 
 Float32 = NDArray[np.float32]
 

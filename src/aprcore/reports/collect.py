@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from aprcore.errors import AprError
+from aprcore.ground.errors import AprError
 from aprcore.pictures import HeatMap, MapKind
-from aprcore.report import Report
+from aprcore.records.report import Report
+from aprcore.records.tensor_source import TensorSource
 from aprcore.reports.maps import StageMap
-from aprcore.tensor_source import TensorSource
 
 # A map has at most as many cells: its PNG then is at most 16 KB, and 24 of them 0.5 MB in base 64.
 MAP_ROWS, MAP_COLUMNS = 64, 256

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from aprcore.causes.records import CauseTried, Explanation
-from aprcore.environment import Environment
-from aprcore.judge import Judgment, Verdict
-from aprcore.report import LogitsReport, Report, RunHeader, Side, StageReport
-from aprcore.stages import StageKey
-from aprcore.wording import (
+from aprcore.judging.verdict import Judgment, Verdict
+from aprcore.network.graph import StageKey
+from aprcore.records.environment import Environment
+from aprcore.records.report import LogitsReport, Report, RunHeader, Side, StageReport
+from aprcore.records.wording import (
     GLYPHS,
     MEANINGS,
     REASON_LIMIT,

@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from aprcore.environment import Environment, format_command, read_environment
-from aprcore.errors import AprError
-from aprcore.report import Report
-from aprcore.report_json import json_ready, to_json
+from aprcore.ground.errors import AprError
+from aprcore.ground.whole_file import check_writable, write_whole
+from aprcore.records.environment import Environment, format_command, read_environment
+from aprcore.records.report import Report
+from aprcore.records.report_json import json_ready, to_json
+from aprcore.records.sharing import shareable
 from aprcore.reports.maps import StageMap
 from aprcore.reports.markdown import render_markdown
 from aprcore.reports.page import render_page
-from aprcore.sharing import shareable
-from aprcore.whole_file import check_writable, write_whole
 
 SUFFIXES = (".html", ".md", ".json")
 _KINDS = "name a .html, .md or .json file"

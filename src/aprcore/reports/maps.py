@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.network.graph import StageKey
 from aprcore.pictures import Grid
-from aprcore.stages import StageKey
-from aprcore.wording import format_ratio, plural, quoted
+from aprcore.records.wording import format_ratio, plural, quoted
 
 Bytes = NDArray[np.uint8]
 

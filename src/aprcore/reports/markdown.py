@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from aprcore.causes.records import CauseTried
-from aprcore.environment import Environment, format_command
-from aprcore.judge import Verdict
-from aprcore.report import Report, RunHeader, StageReport
-from aprcore.reports import contents
-from aprcore.reports.contents import Fact, Table
-from aprcore.wording import (
+from aprcore.judging.verdict import Verdict
+from aprcore.records.environment import Environment, format_command
+from aprcore.records.report import Report, RunHeader, StageReport
+from aprcore.records.wording import (
     figures_of,
     format_cosine,
     plural,
     visible,
 )
+from aprcore.reports import contents
+from aprcore.reports.contents import Fact, Table
 
 # GitHub refuses a comment of more than 65,536 characters; some room is for the writer's own words.
 MOST_CHARACTERS = 60_000

@@ -11,9 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 
 from aprcore.causes.records import CauseTried
-from aprcore.environment import Environment, format_command
-from aprcore.judge import Verdict
-from aprcore.report import Report, StageReport
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.records.environment import Environment, format_command
+from aprcore.records.report import Report, StageReport
+from aprcore.records.wording import (
+    figures_of,
+    format_cosine,
+    format_ratio,
+    format_shape,
+    plural,
+)
 from aprcore.reports import contents
 from aprcore.reports.contents import Fact, Layer, Table
 from aprcore.reports.maps import (
@@ -27,14 +35,6 @@ from aprcore.reports.maps import (
 )
 from aprcore.reports.markup import Markup, element, join
 from aprcore.reports.profile import draw_profile, legend_note
-from aprcore.stages import BY_NAME, StageKey
-from aprcore.wording import (
-    figures_of,
-    format_cosine,
-    format_ratio,
-    format_shape,
-    plural,
-)
 
 STYLE = "page.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

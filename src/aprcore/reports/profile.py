@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from aprcore.report import Report, StageReport
+from aprcore.records.report import Report, StageReport
+from aprcore.records.wording import figures_of, format_ratio, plural
 from aprcore.reports.contents import faults_of, glyph_of, layers_of
 from aprcore.reports.markup import Markup, element, join
-from aprcore.wording import figures_of, format_ratio, plural
 
 WIDTH, HEIGHT = 1000, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 48, 40

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from aprcore.budget import NO_BUDGETS, Budgets
-from aprcore.environment import format_command
-from aprcore.plan import Plan, parse_layers, parse_stages
-from aprcore.request import Request
+from aprcore.dumps.plan import Plan, parse_layers, parse_stages
+from aprcore.records.environment import format_command
+from aprcore.runs.budget import NO_BUDGETS, Budgets
+from aprcore.runs.request import Request
 from aprcore.sweep.files import fetch
 
 # Enters every id: a release that may judge otherwise finds no results of an older one.
@@ -57,7 +57,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is the same for all cases of one table; see `aprcore.request.Request`.
+    """What is the same for all cases of one table; see `aprcore.runs.request.Request`.
 
     Attributes:
         budget_options, tolerances: Where `budgets` come from, as on the command line.

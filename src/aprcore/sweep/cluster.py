@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from aprcore.errors import BackendError
+from aprcore.ground.errors import BackendError
 from aprcore.sweep.cases import Case
 from aprcore.sweep.pool import run_locally
 from aprcore.sweep.results import CaseResult, error_result

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from aprcore.errors import AprError, FormatError, PlanError, UnsupportedError
+from aprcore.ground.errors import AprError, FormatError, PlanError, UnsupportedError
 
 Value = TypeVar("Value")
 

@@ -30,12 +30,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aprcore.budget import parse_budgets
-from aprcore.errors import PlanError
-from aprcore.formats.fields import read_toml
-from aprcore.home import expand_user
-from aprcore.plan import parse_layers, parse_stages
-from aprcore.precision import ARITHMETICS
+from aprcore.dumps.plan import parse_layers, parse_stages
+from aprcore.ground.errors import PlanError
+from aprcore.ground.fields import read_toml
+from aprcore.ground.home import expand_user
+from aprcore.ground.precision import ARITHMETICS
+from aprcore.runs.budget import parse_budgets
 from aprcore.sweep.cases import BACKENDS, DUMP, Case, Prompt, Settings, Source
 from aprcore.sweep.files import base_name, fingerprint, is_url
 

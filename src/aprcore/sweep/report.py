@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aprcore.environment import without_home
-from aprcore.report_json import json_ready
+from aprcore.records.environment import without_home
+from aprcore.records.report_json import json_ready
 from aprcore.sweep.cases import AXES, Case, Source
 from aprcore.sweep.plan import Sweep
 from aprcore.sweep.results import CaseResult, Fault

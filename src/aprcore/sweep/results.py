@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from aprcore.compare import Comparison
-from aprcore.errors import FormatError, PlanError, TraceError
-from aprcore.judge import Verdict
-from aprcore.parity.records import StageParity
-from aprcore.report import Report, StageReport
-from aprcore.report_json import json_ready
-from aprcore.stages import StageKey, computation_order
+from aprcore.ground.errors import FormatError, PlanError, TraceError
+from aprcore.judging.compare import Comparison
+from aprcore.judging.verdict import Verdict
+from aprcore.network.graph import StageKey, computation_order
+from aprcore.records.parity import StageParity
+from aprcore.records.report import Report, StageReport
+from aprcore.records.report_json import json_ready
 from aprcore.sweep.cases import CASE_SCHEMA
 
 # In place of a verdict: the case could not be judged.
@@ -40,7 +40,7 @@ class Fault:
     Attributes:
         path: The stage: "layer-2/qkv_matmul".
         verdict: Its verdict.
-        blamed: As `aprcore.report.StageReport.blamed`, or `DEVICE`.
+        blamed: As `aprcore.records.report.StageReport.blamed`, or `DEVICE`.
         cause: The causes that explain it, without figures; None if none was found.
         clause: The finding for the middle of a sentence, with its figures.
         relative_l2: The cumulative error; a word where it is not finite, None without an oracle.

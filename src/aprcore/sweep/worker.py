@@ -7,8 +7,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-from aprcore.bisect import run
-from aprcore.errors import AprError
+from aprcore.ground.errors import AprError
+from aprcore.runs.bisect import run
 from aprcore.sweep.cases import Case, make_request
 from aprcore.sweep.files import check_unchanged, is_url
 from aprcore.sweep.results import CaseResult, error_result, summarise

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aprcore.errors import AprError, TokenizerError, Where
+from aprcore.ground.errors import AprError, TokenizerError, Where
 from aprcore.tokenization.vocabulary import PATTERNS, TokenizerData, TokenKind, bpe_pattern
 
 if TYPE_CHECKING:

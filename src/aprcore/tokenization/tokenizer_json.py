@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aprcore.errors import TokenizerError, Where
+from aprcore.ground.errors import TokenizerError, Where
 from aprcore.tokenization.vocabulary import (
     PATTERNS,
     TOKENIZER_NAME,

@@ -11,8 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from aprcore.errors import AprError, TokenizerError, Where
-from aprcore.formats.fields import read_object
+from aprcore.ground.errors import AprError, TokenizerError, Where
+from aprcore.ground.fields import read_object
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_LIMIT_BYTES = 256 * 1024 * 1024

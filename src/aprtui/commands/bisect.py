@@ -14,9 +14,9 @@ from aprtui.commands.run_options import add_run_options, add_save_option, make_r
 from aprtui.rejection import announce
 
 if TYPE_CHECKING:
-    from aprcore.report import Report
-    from aprcore.request import Request
-    from aprcore.tensors import LayerInputs
+    from aprcore.records.report import Report
+    from aprcore.runs.request import Request
+    from aprcore.runs.tensors import LayerInputs
     from aprtui.stage_table import StageTable
 
 
@@ -64,10 +64,10 @@ def print_run(
         strict: As `Report.diverges`.
         files: Where to write the run, too; their suffixes say as what.
     """
-    from aprcore.bisect import bisect
-    from aprcore.report import PathRejected, Report
-    from aprcore.report_json import to_json
-    from aprcore.tensors import LayerInputs
+    from aprcore.records.report import PathRejected, Report
+    from aprcore.records.report_json import to_json
+    from aprcore.runs.bisect import bisect
+    from aprcore.runs.tensors import LayerInputs
     from aprtui.exporting import check_export_path
 
     for path in files:
@@ -90,7 +90,7 @@ def print_run(
 def _write_files(
     files: Sequence[Path], report: Report, request: Request, kept: LayerInputs | None
 ) -> None:
-    from aprcore.tensors import open_tensors
+    from aprcore.runs.tensors import open_tensors
     from aprtui.exporting import export
     from aprtui.text import visible
 

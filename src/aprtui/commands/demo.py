@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aprtui.commands.explore import add_theme_option, choose_settings, open_explorer
 
 if TYPE_CHECKING:
-    from aprcore.request import Request
+    from aprcore.runs.request import Request
     from aprtui.settings import Settings
 
 
@@ -64,8 +64,8 @@ def _show(request: Request, settings: Settings | None) -> int:
 
 
 def _request(name: str) -> Request:
-    from aprcore.errors import PlanError
-    from aprcore.request import Request
+    from aprcore.ground.errors import PlanError
+    from aprcore.runs.request import Request
     from aprtui.demo import demo_path, load_faults
 
     root = demo_path()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from aprcore.backends.opencl.device import Choice, DeviceInfo
+    from aprcore.engines.opencl.device import Choice, DeviceInfo
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DeviceUnavailableError: There is none, or none that is asked for.
     """
-    from aprcore.backends.opencl.device import choose_device, list_devices
+    from aprcore.engines.opencl.device import choose_device, list_devices
 
     devices = list_devices()
     choice = choose_device(devices, args.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aprcore.diff import Diff, DiffRow
+    from aprcore.runs.diff import Diff, DiffRow
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The two sides cannot be compared.
     """
-    from aprcore.diff import diff_paths, to_json
+    from aprcore.runs.diff import diff_paths, to_json
 
     diff = diff_paths(args.a, args.b, tolerance=args.tolerance, top_k=args.top)
     if args.json:

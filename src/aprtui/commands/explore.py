@@ -13,7 +13,7 @@ from aprtui.screen_options import ScreenOptions
 from aprtui.settings import THEMES
 
 if TYPE_CHECKING:
-    from aprcore.request import Request
+    from aprcore.runs.request import Request
     from aprtui.settings import Settings
 
 # What the server of a browser's page has its explorers draw with.
@@ -80,7 +80,7 @@ def request_under(args: argparse.Namespace, settings: Settings) -> Request:
     Raises:
         AprError: An option or the file of tolerances is malformed.
     """
-    from aprcore.request import is_saved_run
+    from aprcore.runs.request import is_saved_run
 
     # A saved run has its verdicts.
     is_judged = args.model is not None and is_saved_run(args.model)
@@ -107,7 +107,7 @@ def open_explorer(
         PlanError: There is no terminal.
         SettingsError: The settings' keys cannot be used.
     """
-    from aprcore.errors import PlanError
+    from aprcore.ground.errors import PlanError
 
     # A dumb terminal has no cursor to move; the explorer would draw into it for ever.
     is_dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")

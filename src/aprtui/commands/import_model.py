@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-# As `DTYPES` and `QUANTIZED` of `aprcore.conversion.import_types`, which costs the import of numpy:
+# As `DTYPES` and `QUANTIZED` of `aprcore.models.import_types`, which costs the import of numpy:
 # `--help` must not pay for that.
 DTYPES = ("keep", "f32", "f16", "bf16")
 QUANTIZED = ("q8_0", "q4_0", "q4_k", "q6_k")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The source or the target cannot be used.
     """
-    from aprcore.conversion.convert import ConvertProgress, import_model
+    from aprcore.models.convert import ConvertProgress, import_model
     from aprtui.progress import byte_progress
     from aprtui.text import byte_count, visible
 

@@ -11,11 +11,11 @@ from aprtui.commands.run_options import add_device_option, add_thread_option, ad
 from aprtui.rejection import announce
 
 if TYPE_CHECKING:
-    from aprcore.parity.gate import ParityRequest
-    from aprcore.parity.records import StageParity
-    from aprcore.parity.report import CacheParity, ParityHeader, ParityReport, StepParity
+    from aprcore.records.parity import StageParity
+    from aprcore.records.parity_report import CacheParity, ParityHeader, ParityReport, StepParity
+    from aprcore.runs.parity_gate import ParityRequest
 
-# As `DEFAULT_STEPS` and `MOST_STEPS` of `aprcore.parity.gate`, which costs the import of numpy.
+# As those of `aprcore.runs.parity_gate`, which costs the import of numpy.
 DEFAULT_STEPS, MOST_STEPS = 3, 16
 BACKENDS = ("opencl", "reference")
 
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable.
     """
-    from aprcore.errors import BackendError, PlanError
-    from aprcore.parity.gate import ParityRequest
-    from aprcore.plan import check_prompt, parse_tokens
+    from aprcore.dumps.plan import check_prompt, parse_tokens
+    from aprcore.ground.errors import BackendError, PlanError
+    from aprcore.runs.parity_gate import ParityRequest
 
     if args.device is not None and args.against != "opencl":
         raise PlanError(f"--device is for OpenCL, and --against says {args.against}",
@@ -109,15 +109,15 @@ def _stream(request: ParityRequest, *, as_json: bool) -> ParityReport:
     """Run to the end, printing what is found as it is found."""
     import json
 
-    from aprcore.parity.gate import check_parity
-    from aprcore.parity.records import StageParity
-    from aprcore.parity.report import (
+    from aprcore.records.parity import StageParity
+    from aprcore.records.parity_report import (
         CacheParity,
         ParityHeader,
         ParityReport,
         StepParity,
         to_json,
     )
+    from aprcore.runs.parity_gate import check_parity
 
     for event in check_parity(request):
         if isinstance(event, ParityReport):
@@ -154,8 +154,8 @@ def _print_header(header: ParityHeader) -> None:
 
 
 def _print_stage(stage: StageParity) -> None:
-    from aprcore.judge import Verdict
-    from aprcore.wording import figures_of, format_cosine, format_ratio
+    from aprcore.judging.verdict import Verdict
+    from aprcore.records.wording import figures_of, format_cosine, format_ratio
     from aprtui.text import visible
 
     found, kernel = stage.comparison, stage.tested.kernel
@@ -175,7 +175,7 @@ def _print_stage(stage: StageParity) -> None:
 
 
 def _print_step(step: StepParity) -> None:
-    from aprcore.wording import format_cosine, format_ratio
+    from aprcore.records.wording import format_cosine, format_ratio
 
     name = "prompt" if step.step == 0 else str(step.step)
     word = "PASS" if step.passed else "FAIL"
@@ -197,7 +197,7 @@ def _print_step(step: StepParity) -> None:
 
 
 def _print_cache(cache: CacheParity) -> None:
-    from aprcore.wording import format_ratio
+    from aprcore.records.wording import format_ratio
 
     word = "PASS" if cache.passed else "FAIL"
     print(

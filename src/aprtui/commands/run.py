@@ -16,8 +16,8 @@ from aprtui.commands.run_options import (
 from aprtui.rejection import announce
 
 if TYPE_CHECKING:
-    from aprcore.generate import StepTraced
-    from aprcore.model import Model
+    from aprcore.engines.decode import StepTraced
+    from aprcore.models.model import Model
 
 DEFAULT_MAX_TOKENS = 64
 
@@ -56,8 +56,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable, or a device is required and rejected.
     """
-    from aprcore.errors import PlanError
-    from aprcore.plan import DEFAULT_PROMPT, check_prompt, default_trace_directory, parse_tokens
+    from aprcore.dumps.plan import (
+        DEFAULT_PROMPT,
+        check_prompt,
+        default_trace_directory,
+        parse_tokens,
+    )
+    from aprcore.ground.errors import PlanError
 
     use_gpu = uses_gpu(args)
     tokens = None if args.tokens is None else parse_tokens(args.tokens)
@@ -73,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
         )
     directory = args.save_tensor_dir or default_trace_directory(args.model)
 
-    from aprcore.generate import prompt_tokens
-    from aprcore.model import open_model
-    from aprcore.parity.fallback import open_decoder
+    from aprcore.engines.decode import prompt_tokens
+    from aprcore.models.model import open_model
+    from aprcore.runs.fallback import open_decoder
 
     reject = _refuse if args.require_gpu else announce
     with open_model(args.model) as model:
@@ -94,8 +99,7 @@ def _print_text(
     model: Model, decoder: Any, tokens: tuple[int, ...], args: argparse.Namespace
 ) -> StepTraced | None:
     """Stream the text to stdout; returns the stages that were asked for, if it got there."""
-    from aprcore.errors import TokenizerError
-    from aprcore.generate import (
+    from aprcore.engines.decode import (
         StepRequest,
         StepTraced,
         TextStream,
@@ -103,6 +107,7 @@ def _print_text(
         find_stop_tokens,
         generate,
     )
+    from aprcore.ground.errors import TokenizerError
     from aprtui.text import visible_lines
 
     try:
@@ -129,8 +134,8 @@ def _write_step(
     directory: Path, model: Model, traced: StepTraced | None, args: argparse.Namespace,
     prompt: str | None,
 ) -> None:  # fmt: skip
-    from aprcore.errors import PlanError
-    from aprcore.record import write_step
+    from aprcore.dumps.trace import write_step
+    from aprcore.ground.errors import PlanError
     from aprtui.text import visible
 
     if traced is None:
@@ -143,7 +148,7 @@ def _write_step(
 
 
 def _refuse(reason: str) -> None:
-    from aprcore.parity.fallback import RejectedError
+    from aprcore.runs.fallback import RejectedError
 
     raise RejectedError(f"opencl path rejected: {reason}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aprcore.request import Request
+    from aprcore.runs.request import Request
 
 
 def add_token_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def uses_gpu(args: argparse.Namespace) -> bool:
     Raises:
         PlanError: They contradict each other.
     """
-    from aprcore.errors import PlanError
+    from aprcore.ground.errors import PlanError
 
     if args.no_gpu and args.device is not None:
         raise PlanError("--device and --no-gpu contradict each other", hint="leave one out")
@@ -137,10 +137,10 @@ def make_request(args: argparse.Namespace) -> Request:
     Raises:
         PlanError: An option is malformed.
     """
-    from aprcore.budget import parse_budgets
-    from aprcore.errors import PlanError
-    from aprcore.plan import Plan, check_prompt, parse_layers, parse_stages, parse_tokens
-    from aprcore.request import SUFFIX, Request, is_saved_run
+    from aprcore.dumps.plan import Plan, check_prompt, parse_layers, parse_stages, parse_tokens
+    from aprcore.ground.errors import PlanError
+    from aprcore.runs.budget import parse_budgets
+    from aprcore.runs.request import SUFFIX, Request, is_saved_run
 
     if args.model is None and args.trace is None:
         raise PlanError("no model given", hint="name one, or a directory with --trace; see --help")
@@ -177,9 +177,9 @@ def _saved(request: Request) -> Request:
     Raises:
         PlanError: It names something else.
     """
-    from aprcore.budget import parse_budgets
-    from aprcore.errors import PlanError
-    from aprcore.request import Request
+    from aprcore.ground.errors import PlanError
+    from aprcore.runs.budget import parse_budgets
+    from aprcore.runs.request import Request
 
     alone = Request(saved=request.model, budgets=parse_budgets([], None), strict=request.strict)
     if replace(request, model=None, saved=request.model) != alone:

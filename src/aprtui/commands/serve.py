@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aprtui.commands.explore import add_explorer_options, choose_settings, request_under
 
 if TYPE_CHECKING:
-    from aprcore.request import Request
+    from aprcore.runs.request import Request
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         AprError: The arguments or the settings are malformed, a file is missing, or the address
             cannot be had.
     """
-    from aprcore.errors import PlanError
+    from aprcore.ground.errors import PlanError
     from aprtui.text import visible
 
     request = _check(args)
@@ -98,9 +98,9 @@ def _check(args: argparse.Namespace) -> Request:
     Raises:
         AprError: As `run`.
     """
-    from aprcore.errors import PlanError
-    from aprcore.matching import open_sides
-    from aprcore.saved_run import SavedRun
+    from aprcore.ground.errors import PlanError
+    from aprcore.records.saved_run import SavedRun
+    from aprcore.runs.open_sides import open_sides
     from aprtui.app import ExplorerApp
 
     settings = choose_settings(args)

@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the list of cases are unusable, or the cluster is.
     """
-    from aprcore.errors import PlanError
+    from aprcore.ground.errors import PlanError
+    from aprcore.ground.whole_file import check_writable
     from aprcore.sweep.plan import read_sweep
     from aprcore.sweep.results import ResultsFile
-    from aprcore.whole_file import check_writable
 
     if args.scheduler is not None and args.jobs is not None:
         raise PlanError("--jobs is for this machine; the workers of a cluster are as they are",
@@ -130,7 +130,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
     import logging
     import tempfile
 
-    from aprcore.parallel import available_threads
+    from aprcore.ground.parallel import available_threads
 
     kept = None if args.cache is None else args.cache.absolute()
     if args.scheduler is not None:
@@ -162,8 +162,8 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
 def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
     """Run what is left, with a bar on stderr where that is a terminal."""
+    from aprcore.records.wording import plural
     from aprcore.sweep.run import CaseFinished, pending_cases, run_sweep
-    from aprcore.wording import plural
 
     total = len(sweep.cases)
     kept = total - len(pending_cases(sweep, results))
@@ -279,7 +279,7 @@ def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
 
 
 def _cells(case: Case, result: CaseResult, axes: Sequence[str]) -> tuple[str, ...]:
-    from aprcore.wording import format_ratio
+    from aprcore.records.wording import format_ratio
     from aprtui.text import visible
 
     first, worst = result.first, result.worst_relative_l2
@@ -299,8 +299,8 @@ def _short(name: str) -> str:
 
 
 def _print_differences(finished: SweepFinished) -> None:
+    from aprcore.records.wording import plural
     from aprcore.sweep.report import find_differences
-    from aprcore.wording import plural
     from aprtui.text import visible
 
     findings = find_differences(finished.results)
@@ -321,8 +321,8 @@ def _write_report(path: Path, sweep: Sweep, finished: SweepFinished) -> None:
     """
     import json
 
+    from aprcore.ground.whole_file import write_whole
     from aprcore.sweep.report import to_json, to_markdown, without_homes
-    from aprcore.whole_file import write_whole
 
     if path.suffix.lower() == ".json":
         data = without_homes(to_json(sweep, finished))

@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable, or the disk is full.
     """
-    from aprcore.errors import PlanError
-    from aprcore.plan import (
+    from aprcore.dumps.plan import (
         DEFAULT_PROMPT,
         Plan,
         check_layers,
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         parse_stages,
         parse_tokens,
     )
+    from aprcore.ground.errors import PlanError
 
     plan = None
     if args.save_tensor is not None:
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     tokens = None if args.tokens is None else parse_tokens(args.tokens)
     text = check_prompt(DEFAULT_PROMPT if args.prompt is None else args.prompt)
 
-    from aprcore.model import open_model
-    from aprcore.record import record_trace
+    from aprcore.dumps.trace import record_trace
+    from aprcore.models.model import open_model
     from aprcore.tokenization.tokenizer import check_token_ids
 
     with open_model(args.model) as model:
@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(model: Any, tokens: Any, logits: Any, written: int, directory: Path | None) -> None:
-    from aprcore.errors import TokenizerError
-    from aprcore.logits import compare_logits
+    from aprcore.ground.errors import TokenizerError
+    from aprcore.judging.logits import compare_logits
     from aprtui.text import visible
 
     try:

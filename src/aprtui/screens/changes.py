@@ -12,13 +12,13 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
-from aprcore.stages import StageKey
-from aprcore.wording import figures_of, format_ratio
+from aprcore.network.graph import StageKey
+from aprcore.records.wording import figures_of, format_ratio
 from aprtui.theme import MARKS, Paint, mark_of
 
 if TYPE_CHECKING:
-    from aprcore.changes import StageChange
-    from aprcore.report import Report, StageReport
+    from aprcore.records.changes import StageChange
+    from aprcore.records.report import Report, StageReport
 
 # By the word of a change: a glyph and the mark whose ink it has.
 # In the order in which they are listed: what went wrong comes first.
@@ -42,7 +42,7 @@ class ChangesScreen(ModalScreen[StageKey | None]):
     ]
 
     def __init__(self, before: Report, after: Report) -> None:
-        from aprcore.changes import compare_runs
+        from aprcore.records.changes import compare_runs
 
         super().__init__()
         self._changes = compare_runs(before, after)

@@ -22,7 +22,7 @@ from aprtui.text import visible
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
-    from aprcore.backends.opencl.device import Choice, DeviceInfo
+    from aprcore.engines.opencl.device import Choice, DeviceInfo
 
 
 class DevicesScreen(ModalScreen[int | None]):
@@ -59,8 +59,8 @@ class DevicesScreen(ModalScreen[int | None]):
 
     @work(thread=True, exit_on_error=False)
     def _list(self) -> None:
-        from aprcore.backends.opencl.device import choose_device, list_devices
-        from aprcore.errors import AprError
+        from aprcore.engines.opencl.device import choose_device, list_devices
+        from aprcore.ground.errors import AprError
 
         devices: Sequence[DeviceInfo] = ()
         try:

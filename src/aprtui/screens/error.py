@@ -13,7 +13,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Footer, Static
 
-from aprcore.errors import AprError
+from aprcore.ground.errors import AprError
 from aprtui.text import visible
 from aprtui.theme import Paint
 

@@ -31,9 +31,9 @@ from aprtui.widgets.tab_strip import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
-    from aprcore.report import RunHeader
-    from aprcore.request import Request
-    from aprcore.stages import StageKey
+    from aprcore.network.graph import StageKey
+    from aprcore.records.report import RunHeader
+    from aprcore.runs.request import Request
     from aprtui.session import Engine
 
 # Stages can come every two milliseconds; the screen follows them this often.

@@ -13,7 +13,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
-from aprcore.home import expand_user
+from aprcore.ground.home import expand_user
 from aprtui.exporting import check_export_path
 from aprtui.text import visible
 from aprtui.theme import Paint
@@ -62,7 +62,7 @@ class ExportScreen(ModalScreen[Path | None]):
 
     @on(Input.Submitted)
     def _accept(self, event: Input.Submitted) -> None:
-        from aprcore.errors import AprError
+        from aprcore.ground.errors import AprError
 
         path = expand_user(event.value.strip() or ".")
         try:

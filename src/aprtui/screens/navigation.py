@@ -7,7 +7,7 @@ from textual.reactive import reactive
 from textual.screen import Screen
 from textual.widgets import Input
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 from aprtui.keymap import shown_key
 from aprtui.measures import Measure
 from aprtui.rows import Filter, Row, SortOrder, matching_keys, place_among

@@ -11,8 +11,14 @@ from textual.binding import Binding, BindingType
 from textual.command import Provider
 from textual.widgets import Footer, Static
 
-from aprcore.stages import StageKey
-from aprcore.wording import COSINE_PLACES, figures_of, format_cosine, format_position, format_ratio
+from aprcore.network.graph import StageKey
+from aprcore.records.wording import (
+    COSINE_PLACES,
+    figures_of,
+    format_cosine,
+    format_position,
+    format_ratio,
+)
 from aprtui.formatting import NARROW_COSINE_PLACES
 from aprtui.palette import ScreenCommands
 from aprtui.run_state import RunState
@@ -23,7 +29,7 @@ from aprtui.widgets.parity_table import ParityTable, kernel_cell
 from aprtui.widgets.rejection import Rejection
 
 if TYPE_CHECKING:
-    from aprcore.parity.records import StageParity
+    from aprcore.records.parity import StageParity
 
 
 LEAST_LINES = 20  # of a screen that has two of them for the figures of a stage

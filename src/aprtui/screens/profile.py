@@ -17,8 +17,8 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Footer, Static
 
-from aprcore.stages import STAGES, StageKey
-from aprcore.wording import format_ratio
+from aprcore.network.graph import STAGES, StageKey
+from aprcore.records.wording import format_ratio
 from aprtui.palette import ScreenCommands
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from textual.screen import Screen
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 
 
 class RunView(Screen[StageKey | None]):

@@ -27,10 +27,10 @@ from aprtui.text import visible
 from aprtui.watch import Signature, signature_of, wait_for_change
 
 if TYPE_CHECKING:
-    from aprcore.report import RunHeader
-    from aprcore.request import Request
-    from aprcore.stages import StageKey
-    from aprcore.tensor_source import TensorSource
+    from aprcore.network.graph import StageKey
+    from aprcore.records.report import RunHeader
+    from aprcore.records.tensor_source import TensorSource
+    from aprcore.runs.request import Request
     from aprtui.screens.error import ErrorScreen
     from aprtui.session import Engine
 
@@ -179,7 +179,7 @@ class RunningScreen(StageNavigation):
         self.action_rerun()
 
     def _tell_changes(self) -> None:
-        from aprcore.changes import compare_runs
+        from aprcore.records.changes import compare_runs
 
         before, after = self.state.previous, self.state.report
         if before is not None and after is not None:
@@ -240,7 +240,7 @@ class RunningScreen(StageNavigation):
 
     @work(thread=True, exit_on_error=False, group="export")
     def _export(self, path: Path, picture: str | None) -> None:
-        from aprcore.errors import AprError
+        from aprcore.ground.errors import AprError
         from aprtui.exporting import export
 
         report = self.state.report

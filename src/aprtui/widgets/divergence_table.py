@@ -12,14 +12,14 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprcore.wording import format_ratio, format_value, quoted
+from aprcore.records.wording import format_ratio, format_value, quoted
 from aprtui.formatting import format_short
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
-    from aprcore.layouts import Layout
-    from aprcore.ranking import Ranking
-    from aprcore.report import StageReport
+    from aprcore.judging.layouts import Layout
+    from aprcore.judging.ranking import Ranking
+    from aprcore.records.report import StageReport
 
 SHORT_AXES = {"token": "tok", "head": "hd", "position": "pos", "token id": "id", "index": "at"}
 # Cells from which there is a rank and values have all their decimals.

@@ -10,14 +10,14 @@ from rich.text import Text
 from textual.geometry import Region
 from textual.strip import Strip
 
-from aprcore.wording import format_position, format_ratio, format_value
+from aprcore.records.wording import format_position, format_ratio, format_value
 from aprtui.formatting import format_compact, format_short
 from aprtui.pictures import WINDOW_VALUES
 from aprtui.widgets.divergence_table import SHORT_AXES
 from aprtui.widgets.picture_view import PictureView
 
 if TYPE_CHECKING:
-    from aprcore.layouts import Layout
+    from aprcore.judging.layouts import Layout
     from aprcore.pictures import ValueWindow
 
 # Cells from which values have all their decimals.

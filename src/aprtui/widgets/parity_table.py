@@ -13,14 +13,14 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprcore.stages import StageKey
-from aprcore.wording import figures_of, format_cosine, format_position, format_ratio
+from aprcore.network.graph import StageKey
+from aprcore.records.wording import figures_of, format_cosine, format_position, format_ratio
 from aprtui.run_state import RunState
 from aprtui.theme import PENDING, Paint, judgment_mark, mark_of_verdict
 
 if TYPE_CHECKING:
-    from aprcore.judge import Judgment
-    from aprcore.parity.records import SideJudgment, StageParity
+    from aprcore.judging.verdict import Judgment
+    from aprcore.records.parity import SideJudgment, StageParity
 
 NAME_CELLS = 29  # "layer 127 · post_attn_residual", but for a cell that no model needs
 NARROW_NAME_CELLS = 23

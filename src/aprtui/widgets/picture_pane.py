@@ -17,9 +17,9 @@ from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.tab_strip import DetailTab
 
 if TYPE_CHECKING:
-    from aprcore.report import RunHeader, StageReport
-    from aprcore.stages import StageKey
-    from aprcore.tensor_source import TensorSource
+    from aprcore.network.graph import StageKey
+    from aprcore.records.report import RunHeader, StageReport
+    from aprcore.records.tensor_source import TensorSource
 
 # A picture that takes longer says so; a shorter wait would only flicker.
 PATIENCE_S = 0.1
@@ -151,7 +151,7 @@ class PicturePane(Vertical):
         view = self._take_waiting()
         self._rest()
         if view is not None:
-            from aprcore.errors import AprError
+            from aprcore.ground.errors import AprError
 
             is_ours = isinstance(event.error, AprError)
             said = str(event.error) if is_ours else f"a bug in aprtui: {event.error!r}"

@@ -19,7 +19,7 @@ from aprtui.ramp import Ramp, ramp_of
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
-    from aprcore.report import RunHeader, StageReport
+    from aprcore.records.report import RunHeader, StageReport
     from aprtui.pictures import Ask, Picture
 
 COMPUTING = "computing…"

@@ -10,13 +10,13 @@ from rich.cells import cell_len
 from rich.text import Text
 from textual.widget import Widget
 
-from aprcore.wording import plural
+from aprcore.records.wording import plural
 from aprtui.run_state import RunState
 from aprtui.text import visible
 from aprtui.theme import Paint
 
 if TYPE_CHECKING:
-    from aprcore.report import RunHeader, Side
+    from aprcore.records.report import RunHeader, Side
 
 LEAST_GAP = 2
 

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.text import Text
 
-from aprcore.wording import COSINE_PLACES, figures_of, format_cosine, format_ratio, format_times
+from aprcore.records.wording import (
+    COSINE_PLACES,
+    figures_of,
+    format_cosine,
+    format_ratio,
+    format_times,
+)
 from aprtui.formatting import NARROW_COSINE_PLACES, format_compact, format_short
 from aprtui.measures import BASIS, JUDGMENTS, Measure, judgment_of
 from aprtui.theme import Paint, judgment_mark
 
 if TYPE_CHECKING:
-    from aprcore.judge import Judgment
-    from aprcore.report import StageReport
+    from aprcore.judging.verdict import Judgment
+    from aprcore.records.report import StageReport
 
 SMALL_CELLS = 8  # "3.2e-07", "✗1.1e+00", or a column's heading
 SHORT_CELLS = 6  # "3.2e-7", "✗1.1e0"

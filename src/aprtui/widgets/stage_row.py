@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 from aprtui.measures import JUDGMENTS, Measure
 from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer, worst_of
 from aprtui.run_state import RunState
@@ -19,8 +19,8 @@ from aprtui.theme import PENDING, UNJUDGED, Mark, Paint, mark_of, mark_of_verdic
 from aprtui.widgets.stage_columns import MARKS_COLUMN, Column, FigurePainter, columns_for
 
 if TYPE_CHECKING:
-    from aprcore.judge import Verdict
-    from aprcore.report import StageReport
+    from aprcore.judging.verdict import Verdict
+    from aprcore.records.report import StageReport
 
 VERDICT_CELLS = 11  # a glyph, a space and INHERITED
 # Width of the whole line from which there is room for more decimals. Below it, 39 cells hold the

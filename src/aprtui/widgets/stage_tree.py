@@ -18,7 +18,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
-from aprcore.stages import StageKey
+from aprcore.network.graph import StageKey
 from aprtui.measures import Measure
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange
 from aprtui.run_state import RunState

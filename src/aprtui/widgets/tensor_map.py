@@ -14,7 +14,7 @@ from aprtui.places import parse_place
 from aprtui.widgets.drawn_map import DrawnMap, is_head
 
 if TYPE_CHECKING:
-    from aprcore.layouts import Layout
+    from aprcore.judging.layouts import Layout
     from aprcore.pictures import MapKind, MapView
     from aprtui.pictures import Ask, Picture
 

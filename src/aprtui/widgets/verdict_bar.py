@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from textual.widget import Widget
 
-from aprcore.wording import finding_of, token_name
+from aprcore.records.wording import finding_of, token_name
 from aprtui.keymap import shown_key
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
@@ -15,7 +15,7 @@ from aprtui.text import visible
 from aprtui.theme import MARKS, SEVERITY, Paint, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
-    from aprcore.report import LogitsReport
+    from aprcore.records.report import LogitsReport
 
 BAR_CELLS = 10
 # Width below which a line has one end only, unless both fit.

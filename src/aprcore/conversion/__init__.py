@@ -1,1 +1,0 @@
-"""Writing .apr files from other models, with quantisation."""

@@ -1,0 +1,316 @@
+"""Make an oracle: run a Hugging Face model and write its stage tensors to a directory.
+
+Everything that can be checked without torch is checked before it is imported. Nothing here reaches
+for the network: a model is a directory on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from aprcore.dumps.capture import (
+    Float32,
+    Module,
+    capture,
+    check_tokens,
+    check_window,
+    expected_keys,
+    explained,
+)
+from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.writer import TraceWriter
+from aprcore.formats.huggingface import CONFIG_NAME, HuggingFaceFiles, read_huggingface
+from aprcore.ground.errors import OracleError
+from aprcore.models.model import fingerprint
+from aprcore.network.config import ARCHITECTURES
+from aprcore.network.graph import StageKey
+
+Progress = Callable[[int, int], None]  # tensors written, tensors in all
+
+# Type of weights and activations, and how the sidecar spells its arithmetic.
+DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+_INSTALL = "pip install 'aprtui[oracle]'"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class OracleRequest:
+    """What to capture.
+
+    Attributes:
+        source: A Hugging Face model directory with safetensors.
+        prompt: The text to run; not used when `tokens` are given.
+        tokens: Token ids to run.
+        layers: Layers to keep, or None for all. All of them run.
+        dtype: One of `DTYPES`.
+        device: A torch device, or "auto" to spread the model over what there is.
+        trust_remote_code: Whether to run Python code that lies in the directory.
+    """
+
+    source: Path
+    prompt: str | None = None
+    tokens: tuple[int, ...] | None = None
+    layers: range | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OracleSummary:
+    """What was captured: how many tensors, where they are, and the token ids of the pass."""
+
+    count: int
+    directory: Path
+    tokens: tuple[int, ...]
+
+
+def write_oracle(
+    request: OracleRequest, directory: Path | str, progress: Progress | None = None
+) -> OracleSummary:
+    """Run a model and write its stage tensors, with a sidecar, to a directory.
+
+    Each tensor is written while the pass runs and then dropped. On an error nothing remains.
+
+    Raises:
+        OracleError: The request cannot be met, or the model cannot be loaded or run.
+        FormatError: A file of the model is missing or damaged.
+        TraceError: The directory cannot be written.
+    """
+    _check_request(request)
+    held = _read_source(request)
+    try:
+        _import_libraries()
+        with quiet_transformers():
+            config = _load_config(request)
+            tokens = request.tokens or encode_prompt(request)
+            check_tokens(tokens, config.vocab_size, request.source)
+            check_window(config, len(tokens), request.source)
+            model = load_model(request, config)
+            total = len(expected_keys(model, request.layers, request.source))
+            count = 0
+            with TraceWriter(directory, _describe(request, held, tokens, model)) as writer:
+
+                def write(key: StageKey, values: Float32) -> None:
+                    nonlocal count
+                    writer.write(key, values)
+                    count += 1
+                    if progress is not None:
+                        progress(count, total)
+
+                capture(model, tokens, write, request.layers, where=request.source)
+    finally:
+        for file in held.files:
+            file.close()
+    return OracleSummary(count, Path(directory), tokens)
+
+
+def encode_prompt(request: OracleRequest) -> tuple[int, ...]:
+    """Token ids of the prompt, as the model's own tokenizer makes them (a BOS token included).
+
+    Raises:
+        OracleError: The prompt is empty, or the tokenizer is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    source = request.source
+    # Without its files transformers makes an empty tokenizer, which encodes any text as nothing.
+    if not any((source / name).exists() for name in _TOKENIZER_FILES):
+        raise OracleError("the model has no tokenizer", where=source,
+                          hint="put its tokenizer.json beside it or pass token ids")  # fmt: skip
+    with explained("its tokenizer cannot be used", source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, local_files_only=True, trust_remote_code=request.trust_remote_code
+        )
+        tokens = tuple(int(token) for token in tokenizer(request.prompt).input_ids)
+    if not tokens:
+        raise OracleError(f"its tokenizer makes no tokens of {request.prompt!r}", where=source,
+                          hint="pass token ids")  # fmt: skip
+    return tokens
+
+
+def load_model(request: OracleRequest, config: Any = None) -> Module:
+    """The transformers model, with eager attention, in evaluation mode, on its device.
+
+    Args:
+        request: Which model, in which type and where.
+        config: Its transformers configuration, if it is loaded already.
+
+    Raises:
+        OracleError: It cannot be loaded, or its files lack a weight.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = request.source
+    options: dict[str, Any] = {}
+    if request.device == "auto":
+        _import("accelerate", "device 'auto'")
+        options["device_map"] = "auto"
+    else:
+        _check_device(request.device)
+    with explained("transformers cannot load it", source):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=_load_config(request) if config is None else config,
+            dtype=getattr(torch, request.dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=request.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+        if request.device != "auto":
+            model.to(request.device)
+    # transformers would run them with random values.
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise OracleError(f"tensor {missing[0]!r}{more} is missing", where=source)
+    return model.eval()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own log lines and progress bars off the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_request(request: OracleRequest) -> None:
+    """Refuse what can be seen to be wrong without opening anything.
+
+    Raises:
+        OracleError: The prompt is empty, the dtype unknown, or the source is no directory.
+    """
+    if request.dtype not in DTYPES:
+        raise OracleError(f"unknown dtype {request.dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    if not request.tokens and not request.prompt:
+        raise OracleError("the prompt is empty", hint="give some text or token ids")
+    if not request.source.is_dir():
+        fault = "is not a directory" if request.source.exists() else "does not exist"
+        raise OracleError(fault, where=request.source,
+                          hint="give a downloaded Hugging Face model directory")  # fmt: skip
+
+
+def _read_source(request: OracleRequest) -> HuggingFaceFiles:
+    """The headers of the model's files, which also says whether all shards are there.
+
+    Raises:
+        FormatError: A file is missing or damaged.
+        OracleError: The architecture is not supported.
+    """
+    path = request.source
+    if not (path / CONFIG_NAME).exists():
+        raise OracleError(f"the directory has no {CONFIG_NAME}", where=path,
+                          hint="give a downloaded Hugging Face model directory")  # fmt: skip
+    held = read_huggingface(path)
+    architecture = held.config.get("model_type")
+    # Code of the model's own may be built like a supported one; the capture looks at its modules.
+    if architecture not in ARCHITECTURES and not request.trust_remote_code:
+        for file in held.files:
+            file.close()
+        hint = f"supported are {', '.join(ARCHITECTURES)}"
+        if "auto_map" in held.config:
+            hint += ", and with --trust-remote-code models that are built like them"
+        raise OracleError(f"architecture {architecture!r} is not supported",
+                          where=held.config_path, hint=hint)  # fmt: skip
+    return held
+
+
+def _load_config(request: OracleRequest) -> Any:
+    from transformers import AutoConfig
+
+    with explained("transformers cannot read its configuration", request.source):
+        return AutoConfig.from_pretrained(
+            request.source,
+            local_files_only=True,
+            trust_remote_code=request.trust_remote_code,
+        )
+
+
+def _import_libraries() -> None:
+    for module in ("torch", "transformers", "transformers.masking_utils"):
+        _import(module, "capturing an oracle")
+
+
+def _import(module: str, purpose: str) -> None:
+    """Import an optional dependency.
+
+    Raises:
+        OracleError: It is not installed, or too old.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise OracleError(f"{purpose} needs {module}", hint=_INSTALL) from error
+
+
+def _check_device(name: str) -> None:
+    """Whether torch can use a device here.
+
+    Raises:
+        OracleError: It cannot.
+    """
+    import torch
+
+    with explained(f"device {name!r} cannot be used", None):
+        torch.empty(1, device=torch.device(name))
+
+
+def _describe(
+    request: OracleRequest, held: HuggingFaceFiles, tokens: tuple[int, ...], model: Module
+) -> Sidecar:
+    """What the directory says of itself."""
+    import torch
+    import transformers
+
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    on_gpu = any(device.startswith("cuda") for device in devices)
+    return Sidecar(
+        tokens=tokens,
+        prompt=None if request.tokens else request.prompt,
+        positions=tuple(range(len(tokens))),
+        model={
+            "file": request.source.resolve().name,
+            "sha256": fingerprint(held.files),
+            "size_bytes": sum(file.size_bytes for file in held.files),
+            "architecture": model.config.model_type,
+            "num_layers": model.config.num_hidden_layers,
+        },
+        backend="transformers",
+        device=", ".join(devices),
+        driver=f"CUDA {torch.version.cuda}" if on_gpu else None,
+        arithmetic=DTYPES[request.dtype],
+        dtype=request.dtype,
+        attention="eager (captured)",
+        versions={
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "aprtui": _own_version(),
+        },
+    )
+
+
+def _own_version() -> str:
+    try:
+        return version("aprtui")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

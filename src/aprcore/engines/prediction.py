@@ -1,0 +1,317 @@
+"""The judge's backend: float64 values, each with the variance of the error it may carry.
+
+An array here is an `Estimate`: what the operation should give, and the predicted variance of what
+a sound engine gives instead, because weights are stored with a step and arithmetic rounds. Running
+a stage's operation on this backend therefore yields both the expected tensor and its noise floor,
+and a span of several operations carries the noise through by itself.
+
+The formulas take errors as independent and first-order:
+
+- a weight stored with step d is off by d^2/12 in variance: y = W x gains sum_k x_k^2 d_jk^2 / 12;
+- a result rounded to a type gains spacing(y)^2/12;
+- a sum of K products carried with unit roundoff u gains u^2/3 (K/2 sum_k p_k^2 + K/3 y^2): the
+  first part where partial sums wander, the second where they grow steadily (Higham, "Accuracy and
+  Stability of Numerical Algorithms", ch. 4, with the squared error of one rounding u^2/3). It is
+  an upper estimate: blocked and pairwise sums do better;
+- RoPE's angles are computed in float32 whatever the engine: position * frequency is off by a few u.
+
+Values themselves come from `ReferenceBackend`; only the products are written again, so that one
+pass over each weight serves several sides at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.engines.base import Int64
+from aprcore.engines.estimate import Estimate, Float64, Profile
+from aprcore.engines.predicted_product import PredictedProduct
+from aprcore.engines.reference import ReferenceBackend
+from aprcore.ground.parallel import available_threads, for_each, single_threaded_blas
+from aprcore.ground.precision import FLOAT32
+from aprcore.network.rope import Rope
+from aprcore.network.weights import Weight, read_all, row_chunks
+
+# Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
+# leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
+# 2.1 s, 1 MiB 1.7 s for a 0.5B-shaped model).
+PIECE_BYTES = 1024 * 1024
+# Beside an outlier, a sub-block of a K-quant gets a scale of one or two units, which cuts off the
+# ends of its range: single values come to 205 (Q4_K) and 103 (Q6_K) times d^2/12, three times what
+# a normal error may reach. Products average that out; an embedding shows every value.
+CLIPPED_TAIL = 4.0
+# Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
+ANGLE_ROUNDINGS = 4
+
+
+class PredictionBackend:
+    """Operations on `Estimate`; see `aprcore.engines.base.Backend`.
+
+    Rows of different sides may be stacked for the row-wise operations: `profiles` then gives each
+    block of rows its own engine.
+    """
+
+    name = "prediction"
+
+    def __init__(
+        self, profiles: Sequence[tuple[int | None, Profile]], threads: int | None = None
+    ) -> None:
+        """One (number of rows, profile) per stacked side; None rows for a single side."""
+        self._profiles = profiles
+        self._threads = threads or available_threads()
+        self._exact = ReferenceBackend()
+
+    def from_host(self, x: NDArray[np.floating[Any]]) -> Estimate:
+        value = np.asarray(x, dtype=np.float64)
+        return Estimate(value, np.broadcast_to(0.0, value.shape))
+
+    def to_host(self, x: Estimate) -> Float64:
+        return x.value
+
+    def embed(self, tokens: Int64, weight: Weight) -> Estimate:
+        value = self._exact.embed(tokens, weight)
+        steps = np.concatenate([_steps(weight, token, token + 1) for token in tokens.tolist()])
+        if weight.dtype.endswith("_K"):
+            steps *= CLIPPED_TAIL
+        variance = self._weight_error(value, steps)
+        distinct = float(np.unique(tokens).size)
+        return Estimate(value, variance + self._stored(value), distinct)
+
+    def rms_norm(self, x: Estimate, weight: Weight, eps: float) -> Estimate:
+        value = self._exact.rms_norm(x.value, weight, eps)
+        size = weight.shape[0]
+        groups = x.value.reshape(-1, size)
+        scale = 1 / np.sqrt(np.mean(np.square(groups), axis=1, keepdims=True) + eps)
+        normed = (groups * scale).reshape(value.shape)
+        gain = np.tile(read_all(weight).astype(np.float64), value.shape[1] // size)
+        steps = np.tile(_steps(weight, 0, size).reshape(-1), value.shape[1] // size)
+        variance = np.square(normed) * self._weight_error(gain[None, :], steps[None, :])
+        # The mean of squares is a sum of `size` positive terms; the root halves its error.
+        variance += self._sum_error(0.25 * np.square(value) * size / 3)
+        variance += self._stored(value) + self._stored(normed) * np.square(gain)
+        if np.any(x.variance):
+            spread = np.repeat(scale, size, axis=1).reshape(value.shape)
+            variance += np.square(gain * spread) * x.variance
+        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else None)
+
+    def linear(self, x: Estimate, weights: Sequence[Weight]) -> Estimate:
+        rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
+        # sum_k w^2 x^2 goes where the variance will be: what follows from it is added at the end.
+        value, variance, more = (np.empty((rows, width)) for _ in range(3))
+        product = PredictedProduct(x, self._profiles_of(rows))
+        jobs = []
+        first = 0
+        for weight in weights:
+            pieces = row_chunks(weight, PIECE_BYTES)
+            jobs += [(weight, first, start, stop) for start, stop in pieces]
+            first += weight.shape[0]
+
+        def multiply(job: tuple[Weight, int, int, int]) -> None:
+            weight, first, start, stop = job
+            columns = slice(first + start, first + stop)
+            product.rows(weight, start, stop, *(y[:, columns] for y in (value, variance, more)))
+
+        with single_threaded_blas():
+            for_each(multiply, jobs, self._threads)
+        terms = x.value.shape[1]
+        variance *= terms / 2 + 1
+        variance += np.square(value) * (terms / 3)
+        variance = self._sum_error(variance) + self._stored(value) + more
+        dofs = [
+            _independent_rows(x.value[rows])
+            for rows, profile in self._profiles_of(rows)
+            if profile.rounds_weights
+        ]
+        return Estimate(value, variance, min(dofs, default=None))
+
+    def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
+        value = self._exact.add_bias(x.value, biases)
+        bias = np.concatenate([read_all(b) for b in biases]).astype(np.float64)[None, :]
+        steps = np.concatenate([_steps(b, 0, b.shape[0]).reshape(-1) for b in biases])[None, :]
+        # Engines add the bias before or after rounding the product: allow for either.
+        variance = x.variance + self._weight_error(bias, steps)
+        variance = variance + self._stored(value) + self._stored(x.value)
+        # Fused with the product, the sum is another one than the recorded product's: both round at
+        # the size of what they sum, which the product's typical size shows even where it cancels.
+        size = np.mean(np.square(x.value), axis=1, keepdims=True) + np.square(bias)
+        variance += self._sum_error(size * (x.value.shape[1] / 2 + 1))
+        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else x.token_dof)
+
+    def columns(self, x: Estimate, start: int, stop: int) -> Estimate:
+        return replace(x, value=x.value[:, start:stop], variance=x.variance[:, start:stop])
+
+    def rows(self, x: Estimate, start: int, stop: int) -> Estimate:
+        return Estimate(x.value[start:stop], x.variance[start:stop])
+
+    def append_rows(self, x: Estimate, y: Estimate) -> Estimate:
+        return Estimate(
+            np.concatenate([x.value, y.value]), np.concatenate([x.variance, y.variance])
+        )
+
+    def rope(self, x: Estimate, positions: Int64, rope: Rope) -> Estimate:
+        value = self._exact.rope(x.value, positions, rope)
+        half = rope.head_dim // 2
+
+        def swapped(y: Float64) -> Float64:
+            """Each dimension's partner in the rotation."""
+            pairs = y.reshape(y.shape[0], -1, 2, half)
+            return pairs[:, :, ::-1].reshape(y.shape)
+
+        angles = np.multiply.outer(positions.astype(np.float64), rope.inverse_frequencies())
+        angle_variance = ANGLE_ROUNDINGS * np.square(FLOAT32.roundoff * np.maximum(angles, 1)) / 3
+        per_dim = np.tile(angle_variance, (1, x.value.shape[1] // half))
+        energy = np.square(x.value) + np.square(swapped(x.value))
+        variance = np.square(swapped(value)) * per_dim
+        # Sine and cosine, then the two products: each rounding touches half of the energy.
+        variance += self._rounded(energy) + self._stored(value)
+        if np.any(x.variance):
+            variance += (x.variance + swapped(x.variance)) / 2
+        return Estimate(value, variance, x.token_dof)
+
+    def attention_scores(
+        self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int
+    ) -> Estimate:
+        exact = self._exact.attention_scores
+        value = exact(q.value, k.value, num_heads, num_kv_heads)
+        head_dim = q.value.shape[1] // num_heads
+        root = math.sqrt(head_dim)  # `exact` divides by it once, squares need it twice
+
+        def squares(a: Float64, b: Float64) -> Float64:
+            return exact(a, b, num_heads, num_kv_heads) / root
+
+        wander = squares(np.square(q.value), np.square(k.value))
+        variance = self._sum_error(wander * head_dim / 2 + np.square(value) * head_dim / 3)
+        variance += 2 * self._stored(value)  # the product, then its scaling
+        if np.any(q.variance) or np.any(k.variance):
+            variance += squares(q.variance, np.square(k.value))
+            variance += squares(np.square(q.value), k.variance)
+        return Estimate(value, variance)
+
+    def causal_softmax(self, scores: Estimate) -> Estimate:
+        value = self._exact.causal_softmax(scores.value)
+        seen = value > 0
+        top = np.where(seen, scores.value, -np.inf).max(axis=2, keepdims=True)
+        depth = np.where(seen, top - scores.value, 0.0)
+        # The argument of exp is off by u (top - s); exp, the sum and the division by a few u.
+        relative = np.square(depth) + 4 + value.shape[2] / 3
+        variance = self._sum_error(np.square(value) * relative) + self._stored(value)
+        # exp of what lies far below the maximum underflows to zero in float32.
+        variance += np.where(seen, np.square(2.0**FLOAT32.min_exponent), 0.0)
+        if np.any(scores.variance):
+            pooled = (np.square(value) * scores.variance).sum(axis=2, keepdims=True)
+            variance += np.square(value) * ((1 - 2 * value) * scores.variance + pooled)
+        return Estimate(value, variance)
+
+    def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
+        exact = self._exact.weighted_values
+        value = exact(softmax.value, v.value, num_kv_heads)
+        positions = softmax.value.shape[2]
+        wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
+        variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
+        variance += self._stored(value)
+        if np.any(softmax.variance) or np.any(v.variance):
+            variance += exact(softmax.variance, np.square(v.value), num_kv_heads)
+            variance += exact(np.square(softmax.value), v.variance, num_kv_heads)
+        return Estimate(value, variance)
+
+    def activation(self, x: Estimate, kind: str) -> Estimate:
+        value = self._exact.activation(x.value, kind)
+        # exp(-x) is off by u |x| relatively; a few more roundings follow.
+        energy = np.square(value) * (4 + np.square(x.value))
+        if kind.startswith("gelu"):
+            # x/2 (1 + tanh): far below zero the sum cancels to a few roundings of 1.
+            energy += 4 * np.square(x.value / 2)
+        variance = self._sum_error(energy)
+        variance += self._stored(value)
+        if np.any(x.variance):
+            variance += np.square(self._slope(x.value, kind)) * x.variance
+        return Estimate(value, variance, x.token_dof)
+
+    def add(self, x: Estimate, y: Estimate) -> Estimate:
+        value = x.value + y.value
+        return Estimate(value, x.variance + y.variance + self._stored(value))
+
+    def multiply(self, x: Estimate, y: Estimate) -> Estimate:
+        value = x.value * y.value
+        carried = np.square(y.value) * x.variance + np.square(x.value) * y.variance
+        return Estimate(value, carried + self._stored(value))
+
+    def _slope(self, x: Float64, kind: str) -> Float64:
+        """The activation's derivative, for carrying an error through it."""
+        width = 1e-4 * np.maximum(1, np.abs(x))
+        above, below = (self._exact.activation(x + s * width, kind) for s in (1, -1))
+        return (above - below) / (2 * width)
+
+    def _profiles_of(self, rows: int) -> list[tuple[slice, Profile]]:
+        """The rows of every stacked side."""
+        if len(self._profiles) == 1:
+            return [(slice(0, rows), self._profiles[0][1])]
+        blocks, start = [], 0
+        for count, profile in self._profiles:
+            assert count is not None, "stacked sides say how many rows they have"
+            blocks.append((slice(start, start + count), profile))
+            start += count
+        assert start == rows, f"{rows} rows where the sides have {start}"
+        return blocks
+
+    def _any_weights_rounded(self) -> bool:
+        return any(profile.rounds_weights for _, profile in self._profiles)
+
+    def _by_side(self, x: Float64, function: Callable[[Float64, Profile], Float64]) -> Float64:
+        if len(self._profiles) == 1:
+            return function(x, self._profiles[0][1])
+        parts = [function(x[rows], profile) for rows, profile in self._profiles_of(x.shape[0])]
+        return np.concatenate(parts)
+
+    def _stored(self, x: Float64) -> Float64:
+        """Variance of rounding a result to the type that the engine stores."""
+        return self._by_side(x, lambda y, p: p.arithmetic.stored.rounding_variance(y))
+
+    def _rounded(self, energy: Float64) -> Float64:
+        """Variance of one rounding of something with this squared size."""
+        return self._by_side(energy, lambda y, p: y * (p.arithmetic.stored.roundoff**2 / 3))
+
+    def _sum_error(self, weighted_energy: Float64) -> Float64:
+        """u^2/3 of the accumulating type times an energy that counts its roundings."""
+        return self._by_side(
+            weighted_energy, lambda y, p: y * (p.arithmetic.accumulated.roundoff**2 / 3)
+        )
+
+    def _weight_error(self, weight: Float64, steps: Float64) -> Float64:
+        """Variance of a weight used as it is, [1 or rows, C], from its squared steps."""
+
+        def error(profile: Profile) -> Float64:
+            if not profile.rounds_weights:
+                return np.zeros_like(weight)
+            cast = profile.arithmetic.stored.rounding_variance(weight)
+            return steps / 12 + cast if profile.weights_rounded else cast
+
+        if len(self._profiles) == 1:
+            return error(self._profiles[0][1])
+        # A vector shared by all rows must become one row per side's row.
+        return np.concatenate(
+            [
+                np.broadcast_to(error(p), (count or 1, weight.shape[1]))
+                for count, p in self._profiles
+            ]
+        )
+
+
+def _steps(weight: Weight, start: int, stop: int) -> Float64:
+    """Squared steps of every value of rows start..stop, [rows, C]."""
+    steps, group = weight.step_squares(start, stop)
+    columns = int(np.prod(weight.shape[1:], dtype=np.int64))
+    return np.repeat(steps.astype(np.float64), group, axis=1)[:, :columns]
+
+
+def _independent_rows(x: Float64) -> float:
+    """How many of the rows count as independent directions: (tr G)^2 / |G|^2 of the Gram matrix."""
+    gram = x @ x.T
+    total = float(np.square(gram).sum())
+    return float(np.trace(gram)) ** 2 / total if total > 0 else 1.0

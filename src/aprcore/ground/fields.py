@@ -1,0 +1,226 @@
+"""Typed look-ups in metadata that a stranger wrote.
+
+Every error names the key as the file spells it, and the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aprcore.ground.data_file import DataFile
+from aprcore.ground.errors import ConfigError, FormatError, Where
+
+# Larger than any size of a real model, small enough that products of three fit in an int64.
+MAX_SIZE = 2**31 - 1
+
+TOML_LIMIT_BYTES = 1024 * 1024
+
+Keys = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A JSON object or GGUF's key-values, with the file it came from.
+
+    A key is looked up under each of its aliases; null counts as absent.
+
+    Attributes:
+        values: The metadata.
+        where: The file, for errors.
+        prefix: Put before each key in errors ("rope_scaling.").
+    """
+
+    values: Mapping[str, Any]
+    where: Where
+    prefix: str = ""
+
+    def find(self, keys: Keys) -> tuple[str, Any] | None:
+        """The first alias that has a value, with that value."""
+        for key in keys:
+            value = self.values.get(key)
+            if value is not None:
+                return key, value
+        return None
+
+    def fault(self, key: str, value: Any, expected: str) -> ConfigError:
+        """The error for a value that is not what it should be."""
+        shown = repr(value)
+        if len(shown) > 60:
+            shown = f"{shown[:57]}..."
+        return ConfigError(f"{self.prefix}{key} is {shown}, not {expected}", where=self.where)
+
+    def missing(self, keys: Keys) -> ConfigError:
+        """The error for a key that the file must have."""
+        aliases = f" (also spelled {', '.join(keys[1:])})" if len(keys) > 1 else ""
+        return ConfigError(f"{self.prefix}{keys[0]} is missing{aliases}", where=self.where)
+
+    def size(self, keys: Keys, default: int | None = None) -> int:
+        """A positive integer.
+
+        Raises:
+            ConfigError: It is absent without a default, or is not a positive integer.
+        """
+        found = self.optional_size(keys)
+        if found is not None:
+            return found
+        if default is None:
+            raise self.missing(keys)
+        return default
+
+    def optional_size(self, keys: Keys) -> int | None:
+        """A positive integer, or None if it is absent.
+
+        Raises:
+            ConfigError: It is not a positive integer.
+        """
+        found = self.find(keys)
+        if found is None:
+            return None
+        key, value = found
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or not 0 < value <= MAX_SIZE:
+            raise self.fault(key, value, "a positive integer")
+        return int(value)
+
+    def number(self, keys: Keys, default: float | None = None, *, above: float = 0.0) -> float:
+        """A finite number greater than `above`.
+
+        Raises:
+            ConfigError: It is absent without a default, or is no such number.
+        """
+        found = self.optional_number(keys, above=above)
+        if found is not None:
+            return found
+        if default is None:
+            raise self.missing(keys)
+        return default
+
+    def optional_number(self, keys: Keys, *, above: float = 0.0) -> float | None:
+        """A finite number greater than `above`, or None if it is absent.
+
+        Raises:
+            ConfigError: It is no such number.
+        """
+        found = self.find(keys)
+        if found is None:
+            return None
+        key, value = found
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.fault(key, value, "a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or number <= above:
+            raise self.fault(key, value, f"a finite number above {above:g}")
+        return number
+
+    def boolean(self, key: str) -> bool | None:
+        """True or false, or None if it is absent.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.fault(key, value, "true or false")
+        return value
+
+    def text(self, keys: Keys) -> str | None:
+        """A string, or None if it is absent.
+
+        Raises:
+            ConfigError: It is not a string.
+        """
+        found = self.find(keys)
+        if found is None:
+            return None
+        key, value = found
+        if not isinstance(value, str):
+            raise self.fault(key, value, "a string")
+        return value
+
+    def object(self, key: str) -> Fields | None:
+        """A nested object, or None if it is absent or empty.
+
+        Raises:
+            ConfigError: It is not an object.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.fault(key, value, "an object")
+        return Fields(value, self.where, f"{self.prefix}{key}.") if value else None
+
+
+def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object out of bytes.
+
+    Args:
+        data: UTF-8 text.
+        where: The file, for errors.
+        what: What the text is, for errors.
+        unique: Whether a duplicate key is an error; otherwise the last wins.
+
+    Raises:
+        FormatError: The bytes are no JSON object, or nest too deeply.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique if unique else None)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{what} is not UTF-8", where=where) from error
+    except RecursionError as error:
+        raise FormatError(f"{what} nests too deeply", where=where) from error
+    except ValueError as error:  # also an integer of more digits than Python parses
+        raise FormatError(f"{what} is not JSON: {error}", where=where) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is not a JSON object", where=where)
+    return value
+
+
+def read_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
+    """A JSON object out of a file of at most `limit_bytes`.
+
+    Raises:
+        FormatError: The file cannot be read, is larger, or is no JSON object.
+    """
+    with DataFile(path) as file:
+        if file.size_bytes > limit_bytes:
+            raise FormatError(f"{file.size_bytes} bytes are too many for {path.name}", where=path)
+        return parse_object(file.read_bytes(0, file.size_bytes), path, "the file")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A table out of a TOML file that a person wrote.
+
+    Raises:
+        FormatError: The file cannot be read, is far too large, or is not TOML.
+    """
+    with DataFile(path) as file:
+        if file.size_bytes > TOML_LIMIT_BYTES:
+            raise FormatError(f"{file.size_bytes} bytes are too many for such a file", where=path)
+        data = file.read_bytes(0, file.size_bytes)
+    try:
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise FormatError("is not UTF-8", where=path) from error
+    except RecursionError as error:
+        raise FormatError("nests too deeply", where=path) from error
+    except ValueError as error:  # TOMLDecodeError says where; so does a number that is too long
+        raise FormatError(f"is not TOML: {error}", where=path) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} appears twice")
+    return values

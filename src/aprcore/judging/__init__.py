@@ -1,0 +1,1 @@
+"""Two tensors to figures, and figures to a verdict."""

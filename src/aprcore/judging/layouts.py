@@ -1,0 +1,211 @@
+"""Layouts: the canonical shape of a stage's tensor, and the other shapes that engines dump.
+
+A dump in another layout holds the same numbers; that is worth a note and never a divergence.
+Source: FORMATS.md, "Canonical layouts".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.network.graph import BY_NAME, StageKey, axis_names, resolve_factors, resolve_shape
+
+Floats = NDArray[np.floating[Any]]
+Int64 = NDArray[np.int64]
+
+# Stages whose last two axes are (query, key) of causal attention, and hold nothing above the
+# diagonal: engines write zeros, minus infinity, the type's lowest value or the raw product there.
+MASKED_STAGES = ("attn_scores",)
+
+
+class Layout(NamedTuple):
+    """The canonical shape of one tensor.
+
+    Attributes:
+        shape: Sizes on disk.
+        factors: Sizes with heads and dimensions apart, for naming a position.
+        axes: What each factor counts.
+    """
+
+    shape: tuple[int, ...]
+    factors: tuple[int, ...]
+    axes: tuple[str, ...]
+
+    def position(self, index: int) -> tuple[int, ...]:
+        """A flat index as one coordinate per factor."""
+        return tuple(int(i) for i in np.unravel_index(index, self.factors))
+
+
+def layout_of(key: StageKey, sizes: Mapping[str, int], count: int) -> Layout:
+    """The layout of a stage's tensor of `count` values.
+
+    Falls back to one flat axis when the sizes are not known or do not fit.
+    """
+    shape = BY_NAME[key.stage].shape
+    try:
+        resolved = resolve_shape(shape, sizes)
+    except KeyError:
+        return Layout((count,), (count,), ("index",))
+    if math.prod(resolved) != count:
+        return Layout((count,), (count,), ("index",))
+    return Layout(resolved, resolve_factors(shape, sizes), axis_names(shape))
+
+
+def infer_sizes(
+    counts: Mapping[StageKey, int], num_tokens: int | None, num_positions: int | None = None
+) -> Mapping[str, int]:
+    """The letters of the symbolic shapes, from the number of values of each stage's tensor.
+
+    For directories of stage files without a model. A letter that cannot be derived is left out.
+
+    Args:
+        counts: Values per tensor; tensors of one stage are expected to agree.
+        num_tokens: T, if known.
+        num_positions: S, if it is known; None where it is T.
+    """
+    by_stage = {key.stage: count for key, count in counts.items()}
+    sizes: dict[str, int] = {}
+    if "lm_head" in by_stage:
+        sizes["V"] = by_stage["lm_head"]
+    if not num_tokens:
+        return sizes
+    sizes["T"], sizes["S"] = num_tokens, num_positions or num_tokens
+
+    def per_token(*names: str) -> int | None:
+        for name in names:
+            count = by_stage.get(name)
+            if count and count % num_tokens == 0:
+                return count // num_tokens
+        return None
+
+    if hidden := per_token("attn_norm", "embedding", "ffn_norm", "attn_out", "final_norm"):
+        sizes["E"] = hidden
+    if ffn := per_token("ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl"):
+        sizes["F"] = ffn
+    heads, rest = divmod(by_stage.get("attn_scores", 0), num_tokens * sizes["S"])
+    query, keys = per_token("q_post_rope", "attention"), per_token("k_post_rope")
+    if heads and not rest and query and query % heads == 0:
+        sizes["H"], sizes["D"] = heads, query // heads
+        if keys and keys % sizes["D"] == 0:
+            sizes["K"] = keys // sizes["D"]
+    return sizes
+
+
+def zero_above_diagonal(key: StageKey, x: Floats, layout: Layout) -> Floats:
+    """`x` with what no judgment may look at set to zero: scores of positions after the query.
+
+    Returns `x` itself for stages without such positions.
+    """
+    if key.stage not in MASKED_STAGES or len(layout.factors) != 3:
+        return x
+    _, queries, keys = layout.factors
+    allowed = np.arange(keys)[None, :] <= np.arange(queries)[:, None] + (keys - queries)
+    return np.where(allowed, x.reshape(layout.factors), np.zeros(1, dtype=x.dtype)).reshape(-1)
+
+
+def alternatives(
+    key: StageKey, x: Floats, layout: Layout, *, num_kv_heads: int | None = None,
+    is_oracle: bool = False,
+) -> Iterator[tuple[str, Floats]]:  # fmt: skip
+    """Other readings of a tensor: (what the dump did, the tensor put into canonical order).
+
+    Args:
+        key: The stage.
+        x: The dumped values, flat.
+        layout: The canonical layout that they should have had.
+        num_kv_heads: K; without it every number that fits is tried.
+        is_oracle: Whether the dump is the reference. The order of q, k and v and of their rows is
+            then the weights' own: another one means that the model file is wrong.
+    """
+    factors = layout.factors
+    if x.size != math.prod(factors):
+        return
+    if layout.axes == ("token", "head", "dim"):
+        tokens, heads, dim = factors
+        readings = [("", x)]
+        if tokens > 1 and heads > 1:
+            by_head = x.reshape(heads, tokens, dim).transpose(1, 0, 2).reshape(-1)
+            readings.append(("heads before tokens", by_head))
+            yield readings[-1]
+        for name, y in readings:
+            for order, columns in _column_orders(key, heads, dim, num_kv_heads, is_oracle):
+                both = f"{name}, {order}" if name else order
+                yield both, y.reshape(tokens, heads * dim)[:, columns].reshape(-1)
+    if layout.axes == ("head", "token", "position") and factors[0] > 1 and factors[1] > 1:
+        heads, queries, keys = factors
+        yield "tokens before heads", x.reshape(queries, heads, keys).transpose(1, 0, 2).reshape(-1)
+        if queries == keys:
+            yield "tokens reversed", x.reshape(factors)[:, ::-1, ::-1].reshape(-1)
+    if layout.axes[:1] == ("token",) and factors[0] > 1:
+        yield "tokens reversed", x.reshape(factors)[::-1].reshape(-1)
+    if layout.axes[:1] == ("token",) and len(layout.shape) == 2 and layout.shape[0] > 1:
+        tokens, width = layout.shape
+        if tokens != width:
+            yield "dimensions before tokens", x.reshape(width, tokens).T.reshape(-1)
+
+
+def _column_orders(
+    key: StageKey, heads: int, dim: int, num_kv_heads: int | None, is_oracle: bool
+) -> Iterator[tuple[str, Int64]]:
+    """Where each canonical column lies in dumps of q, k and v with columns in another order."""
+    if key.stage in ("q_post_rope", "k_post_rope") and dim % 2 == 0:
+        yield "adjacent pairs within each head", _adjacent_pairs(heads, dim)
+    if key.stage not in ("qkv_matmul", "qkv_bias") or is_oracle:
+        return
+    counts = range(1, heads // 3 + 1) if num_kv_heads is None else (num_kv_heads,)
+    for kv in counts:
+        if (heads - 2 * kv) % kv:
+            continue
+        rotated = heads - kv
+        if dim % 2 == 0:
+            columns = np.arange(heads * dim)
+            columns[: rotated * dim] = _adjacent_pairs(rotated, dim)
+            yield "adjacent pairs within each head of q and k", columns
+        for name, order in interleavings(heads - 2 * kv, kv, dim):
+            yield name, np.argsort(order)
+
+
+def _adjacent_pairs(heads: int, dim: int) -> Int64:
+    """Dimension i + s·D/2 of each head lies at 2i + s."""
+    return np.arange(heads * dim).reshape(heads, dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def interleavings(heads: int, kv: int, dim: int) -> Iterator[tuple[str, Int64]]:
+    """Orders of a fused q, k and v: the canonical column at each place of the fused one."""
+    q = np.arange(heads * dim).reshape(kv, -1)
+    k = heads * dim + np.arange(kv * dim).reshape(kv, -1)
+    v = k + kv * dim
+    if kv > 1:
+        yield "interleaved q, k and v of each kv head", np.hstack([q, k, v]).reshape(-1)
+        pairs = np.hstack([k, v]).reshape(-1)
+        yield "interleaved k and v of each head", np.concatenate([q.reshape(-1), pairs])
+    if heads == kv:
+        every = np.stack([q.reshape(-1), k.reshape(-1), v.reshape(-1)], axis=1)
+        yield "interleaved q, k and v of each dimension", every.reshape(-1)
+
+
+def last_token(
+    key: StageKey, x: Floats, sizes: Mapping[str, int], count: int
+) -> tuple[Floats, Layout] | None:
+    """The last token's part of a tensor of all tokens and its layout, if it has `count` values."""
+    layout = layout_of(key, sizes, x.size)
+    if BY_NAME[key.stage].last_token and x.size == sizes.get("T", 0) * count:
+        row = x.reshape(-1)[-count:]  # an engine that dumps the logits of every token
+        return row, layout_of(key, sizes, count)
+    if "token" not in layout.axes:
+        return None
+    axis = layout.axes.index("token")  # the first axis on disk, or the second behind the heads
+    if layout.factors[axis] < 2:
+        return None
+    row = x.reshape(layout.factors).take(-1, axis=axis).reshape(-1)
+    if row.size != count:
+        return None
+    shape, factors = (
+        (*sizes[:axis], 1, *sizes[axis + 1 :]) for sizes in (layout.shape, layout.factors)
+    )
+    return row, Layout(shape, factors, layout.axes)

@@ -1,0 +1,195 @@
+"""Is an error explained by rounding? Measured over predicted energy, for the tensor and its parts.
+
+The prediction (`aprcore.engines.prediction`) gives the variance of every value. A sum of n
+independent squared errors over its expectation is distributed as chi-squared over n, so the ratio
+that a sound part may reach follows from n: one value may reach 46, a thousand together 1.3. A local
+fault that the whole tensor's ratio hides stands out in its own row, token, head or value.
+
+The constants of this module are calibrated in docs/noise-floor.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.engines.estimate import Estimate
+from aprcore.judging.layouts import Layout
+
+Float64 = NDArray[np.float64]
+
+# Upper quantiles of chi-squared over n, at one false alarm in 1e11: a run looks at up to some
+# 1e8 parts. Computed with the regularised incomplete gamma function; interpolated in log n.
+QUANTILES = (
+    (1, 46.3285), (1.5, 32.4233), (2, 25.3284), (3, 18.0782), (4, 14.3601), (6, 10.5351),
+    (8, 8.5561), (12, 6.4985), (16, 5.4202), (24, 4.2830), (32, 3.6774), (64, 2.6758),
+    (128, 2.0793), (256, 1.7117), (1024, 1.3256), (4096, 1.1554), (16384, 1.0759),
+    (65536, 1.0375), (1048576, 1.0093), (67108864, 1.0012),
+)  # fmt: skip
+_LOG_N = np.log([n for n, _ in QUANTILES])
+_LOG_QUANTILE = np.log([q for _, q in QUANTILES])
+
+# How far sound models exceed the prediction itself, in energy, beyond chance: the step's d^2/12 is
+# an upper estimate for every quantiser measured, float roundoff comes out within this.
+CALIBRATION = 1.5
+# No judgment looks below this relative error: it is float32's own unit roundoff, in energy.
+SMALLEST_ENERGY = (2.0**-24) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor whose error stands out most.
+
+    Attributes:
+        name: "whole tensor", "token 3", "row 812", "head 2", "token 3, head 2", "value ...".
+        ratio: Measured over predicted error energy.
+        factor: The largest ratio that a sound part of this many independent errors reaches.
+    """
+
+    name: str
+    ratio: float
+    factor: float
+
+
+# Tokens whose values differ by less than this, relative to their size, round much alike: with equal
+# inputs they differ only by what rounding has done before, some 1e-7, and text has none in between.
+ALIKE = 1e-5
+PROJECTIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """An observed tensor against an estimate.
+
+    Attributes:
+        ratio: Measured over predicted error energy of the whole tensor.
+        floor: Predicted relative L2 error.
+        worst: The part that exceeds its factor most, or comes closest to it.
+    """
+
+    ratio: float
+    floor: float
+    worst: Part
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains every part of the error."""
+        return self.worst.ratio <= self.worst.factor
+
+
+def allowed_ratio(dof: Float64 | float) -> Float64:
+    """The largest sound ratio for a number of independent errors (at least 1)."""
+    log_n = np.log(np.maximum(np.asarray(dof, dtype=np.float64), 1.0))
+    return np.asarray(CALIBRATION * np.exp(np.interp(log_n, _LOG_N, _LOG_QUANTILE)))
+
+
+def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layout) -> Assessment:
+    """Hold the error of a tensor against its prediction, as a whole and part by part.
+
+    Args:
+        observed: Finite values, any shape.
+        expected: The estimate, of as many values.
+        layout: Names the axes.
+    """
+    shape = layout.factors
+    error = np.square(np.asarray(observed, dtype=np.float64).reshape(shape)
+                      - expected.value.reshape(shape))  # fmt: skip
+    predicted = expected.variance.reshape(shape)
+    reference = float(np.square(expected.value).sum())
+    if error.size:
+        # A value that is exactly zero has no rounding of its own (a masked score, a dead row), yet
+        # the terms it sums may not cancel to the last bit.
+        predicted = predicted + SMALLEST_ENERGY * reference / error.size * 1e-6
+    token_dof = _independent_tokens(expected.value.reshape(shape), layout)
+    if expected.token_dof is not None:
+        token_dof = min(token_dof, expected.token_dof)
+    whole = float(error.sum())
+    floor = math.sqrt(float(predicted.sum()) / reference) if reference > 0 else 0.0
+    worst = Part("whole tensor", 0.0, float(allowed_ratio(1.0)))
+    for part in _parts(error, predicted, layout, token_dof):
+        if part.ratio * worst.factor > worst.ratio * part.factor:
+            worst = part
+    total = float(predicted.sum())
+    return Assessment(_ratio(whole, total), floor, worst)
+
+
+def _parts(error: Float64, predicted: Float64, layout: Layout, token_dof: float) -> Iterator[Part]:
+    """The worst part of every kind: the whole, then by each axis and pair of axes, then values."""
+    axes = layout.axes
+    kinds: list[tuple[int, ...]] = [()]
+    kinds += [(axis,) for axis in range(len(axes)) if error.shape[axis] > 1]
+    if axes == ("token", "head", "dim"):
+        kinds += [(1, 2), (0, 1)]  # an output row; a head of one token
+    if len(axes) > 1:
+        kinds.append(tuple(range(len(axes))))
+    token = axes.index("token") if "token" in axes else None
+    for kept in dict.fromkeys(kinds):
+        if error.size == 0:
+            return
+        summed = tuple(axis for axis in range(len(axes)) if axis not in kept)
+        measured = error.sum(axis=summed) if summed else error
+        expected = predicted.sum(axis=summed) if summed else predicted
+        dof = _degrees(predicted, expected, summed)
+        if token in summed:
+            # Errors repeat from token to token where the inputs look alike.
+            dof = dof * min(1.0, token_dof / error.shape[token])
+        ratio = _ratios(measured, expected)
+        factor = np.broadcast_to(allowed_ratio(dof), ratio.shape)
+        flat = int(np.argmax(ratio if dof.size == 1 else ratio / factor))
+        position = np.unravel_index(flat, ratio.shape) if kept else ()
+        name = ", ".join(f"{axes[a]} {int(i)}" for a, i in zip(kept, position)) or "whole tensor"
+        yield Part(name, float(ratio.reshape(-1)[flat]), float(factor.reshape(-1)[flat]))
+
+
+def _independent_tokens(value: Float64, layout: Layout) -> float:
+    """Over how many independent errors a sum over tokens averages: (sum n)^2 / sum n^2.
+
+    The n are the sizes of groups of tokens whose values are alike: the same inputs round to the
+    same errors, however often a prompt repeats them. Groups are found by a few random projections,
+    so that a pass over the tensor is enough; that two other tokens meet in all of them by chance
+    makes the estimate only more careful.
+    """
+    if "token" not in layout.axes or value.size == 0:
+        return 1.0
+    rows = np.moveaxis(value, layout.axes.index("token"), 0)
+    rows = rows.reshape(len(rows), -1)
+    seen = rows @ _directions(rows.shape[1])
+    order = np.lexsort(seen.T)
+    limit = ALIKE * np.sqrt(np.square(rows[order]).sum(axis=1, keepdims=True))
+    steps = np.abs(np.diff(seen[order], axis=0))
+    # Tokens that are all zero tell nothing of what they were made of.
+    begins = np.flatnonzero(np.any(steps > limit[1:], axis=1) | (limit[1:, 0] == 0)) + 1
+    sizes = np.diff(np.concatenate([[0], begins, [len(rows)]]))
+    return len(rows) ** 2 / float(np.square(sizes).sum())
+
+
+@lru_cache(maxsize=8)
+def _directions(size: int) -> Float64:
+    return np.random.default_rng(0).standard_normal((size, PROJECTIONS))
+
+
+def _degrees(predicted: Float64, sums: Float64, summed: tuple[int, ...]) -> Float64:
+    """How many errors of one size a sum of unequal ones is worth: (sum v)^2 / sum v^2."""
+    if not summed:
+        return np.ones(())
+    squares = np.square(predicted).sum(axis=summed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(squares > 0, np.square(sums) / squares, 1.0)
+
+
+def _ratios(measured: Float64, predicted: Float64) -> Float64:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if predicted.size and predicted.min() > 0:  # as a rule; it takes a third of the time
+            return np.asarray(measured / predicted)
+        ratio = np.where(predicted > 0, measured / predicted, np.inf)
+    return np.asarray(np.where(measured == 0, 0.0, ratio))
+
+
+def _ratio(measured: float, predicted: float) -> float:
+    return float(_ratios(np.asarray(measured), np.asarray(predicted)))

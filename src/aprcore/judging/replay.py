@@ -1,0 +1,283 @@
+"""Replaying single stages: what the judge expects of a stage, given a side's own inputs.
+
+A side (the trace, or the oracle) is a set of tensors. A stage of it is replayed on the tensors that
+the side itself recorded; where an input was not recorded, because an engine fuses operations, it is
+recomputed from the nearest recorded ancestors, and the span that is then judged as one is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.engines.base import KeyValueCache, Site
+from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.prediction import PredictionBackend
+from aprcore.network.config import ModelConfig
+from aprcore.network.graph import BY_NAME, STAGES, Scope, StageKey, input_keys
+from aprcore.network.weights import Weight
+
+Floats = NDArray[np.floating[Any]]
+Int64 = NDArray[np.int64]
+Read = Callable[[StageKey], "Floats | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a stage should have given.
+
+    Attributes:
+        estimate: Expected values and the variance of a sound engine's error, flat.
+        span: Recorded stages that a judgment over several operations starts from; empty when the
+            stage was replayed on its own inputs.
+        recomputed: Stages inside the span that were not recorded; recording them narrows it.
+    """
+
+    estimate: Estimate
+    span: tuple[StageKey, ...] = ()
+    recomputed: tuple[StageKey, ...] = ()
+
+
+class RecordedSide:
+    """The tensors of one side, each kept until no later stage can read it.
+
+    Attributes:
+        profile: What the side's engine rounds.
+        features: What its stages say it has.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        tokens: Sequence[int] | None,
+        num_tokens: int,
+        profile: Profile,
+        *,
+        features: Iterable[str] | None = None,
+        read: Read | None = None,
+        past: KeyValueCache | None = None,
+    ) -> None:
+        """Start with no tensor recorded.
+
+        Args:
+            config, weights: The model whose operations are replayed.
+            tokens: Token ids; without them the embedding cannot be replayed.
+            num_tokens: T.
+            profile: What the side's engine rounds.
+            features: Features that decide which stages are read; default: the model's.
+            read: Fetches a tensor that was not put in by `record`, or None where there is none.
+            past: Keys and values before a decoding step, on the host; None for a full pass.
+        """
+        self.profile = profile
+        self.features = frozenset(config.features if features is None else features)
+        self._config = config
+        self._weights = weights
+        self._tokens = None if tokens is None else np.asarray(tokens, dtype=np.int64)
+        self._past = None if past is None else past.converted(PredictionBackend([]).from_host)
+        self._num_past = 0 if past is None else past.num_positions
+        self._positions = np.arange(self._num_past, self._num_past + num_tokens)
+        self._read = read
+        self._recorded: dict[StageKey, Floats | None] = {}
+        self._replayed: dict[StageKey, Expectation | None] = {}
+        self._layer: int | None = -1
+
+    def record(self, key: StageKey, tensor: Floats) -> None:
+        """Add a tensor in canonical layout; later stages may read it."""
+        self._recorded[key] = tensor
+
+    def enter(self, key: StageKey) -> None:
+        """Forget what neither this stage nor a later one reads: earlier layers but their output."""
+        if key.layer == self._layer:
+            return
+        self._layer = key.layer
+        num_layers = self._config.num_layers
+        # The last layer may yet have to be recomputed for the stages of the whole model.
+        kept = {num_layers - 1 if key.layer is None else key.layer, None}
+        inputs = {
+            source
+            for stage in STAGES
+            if stage.scope is BY_NAME[key.stage].scope or stage.scope is Scope.LAYER
+            for source in input_keys(StageKey(key.layer, stage.name), num_layers, self.features)
+        }
+        for held in (self._recorded, self._replayed):
+            for old in [k for k in held if k.layer not in kept and k not in inputs]:
+                del held[old]
+
+    def recorded_keys(self) -> tuple[StageKey, ...]:
+        """The tensors that are held at present."""
+        return tuple(key for key, x in self._recorded.items() if x is not None)
+
+    def sizes(self) -> Mapping[str, int]:
+        """Numbers for the letters of symbolic shapes."""
+        num_tokens = self._positions.size
+        return self._config.sizes(num_tokens, self._num_past + num_tokens)
+
+    def site(self, key: StageKey) -> Site:
+        """Where a stage runs."""
+        tokens = self._positions * 0 if self._tokens is None else self._tokens
+        past = None if self._past is None else self._past.copy()
+        return Site(self._config, tokens, self._positions, key.layer, self._weights, past)
+
+    def tensor(self, key: StageKey) -> Floats | None:
+        """A recorded tensor as [T, C] or [H, T, S], or None."""
+        if key not in self._recorded:
+            self._recorded[key] = None if self._read is None else self._read(key)
+        return self._recorded[key]
+
+    def peek(self, key: StageKey) -> Floats | None:
+        """As `tensor`, without keeping what had to be fetched."""
+        if key in self._recorded:
+            return self._recorded[key]
+        return None if self._read is None else self._read(key)
+
+    def with_tensor(self, key: StageKey, tensor: Floats) -> RecordedSide:
+        """A copy that holds another tensor of one stage; what was recomputed is forgotten."""
+        other = copy(self)
+        other._recorded = self._recorded | {key: tensor}
+        other._replayed = {}
+        return other
+
+    def inputs(self, key: StageKey) -> list[Expectation] | None:
+        """The inputs of a stage, recorded or recomputed; None if that cannot be done."""
+        found = []
+        for source in input_keys(key, self._config.num_layers, self.features):
+            known = self._input(source, key.layer)
+            if known is None:
+                return None
+            found.append(known)
+        if BY_NAME[key.stage].reads == () and self._tokens is None:
+            return None
+        return found
+
+    def _input(self, key: StageKey, layer: int | None) -> Expectation | None:
+        recorded = self.tensor(key)
+        if recorded is not None:
+            if not np.isfinite(recorded).all():
+                return None
+            value = np.asarray(recorded, dtype=np.float64)
+            return Expectation(Estimate(value, self._lost_on_dump(value)), (key,))
+        if key not in self._replayed:
+            self._replayed[key] = self._recompute(key, layer)
+        return self._replayed[key]
+
+    def _lost_on_dump(self, value: Floats) -> NDArray[np.float64]:
+        """The variance of a recorded tensor about what the engine computed with."""
+        arithmetic = self.profile.arithmetic
+        if arithmetic.rounds_on_dump:
+            return arithmetic.stored.rounding_variance(value)
+        return np.broadcast_to(0.0, value.shape)
+
+    def _recompute(self, key: StageKey, layer: int | None) -> Expectation | None:
+        """A tensor that was not recorded, from its ancestors within one layer."""
+        last = self._config.num_layers - 1 if layer is None else layer
+        if key.layer is not None and key.layer < last:
+            return None
+        inputs = self.inputs(key)
+        if inputs is None:
+            return None
+        backend = PredictionBackend([(None, self.profile)])
+        estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
+        if estimate is None or not np.isfinite(estimate.value).all():
+            return None
+        return Expectation(estimate, _starts(inputs), (*_recomputed(inputs), key))
+
+    def expect(self, key: StageKey) -> Expectation | None:
+        """What this side should hold for a stage; None where that cannot be known."""
+        inputs = self.inputs(key)
+        if inputs is None:
+            return None
+        backend = PredictionBackend([(None, self.profile)])
+        estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
+        return None if estimate is None else self.expectation(key, inputs, estimate)
+
+    def expect_from(self, key: StageKey, inputs: Sequence[Floats]) -> Expectation | None:
+        """As `expect`, with these tensors for inputs."""
+        backend = PredictionBackend([(None, self.profile)])
+        values = [np.asarray(x, dtype=np.float64) for x in inputs]
+        exact = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in values]
+        estimate = run_stage(backend, self.site(key), key, exact)
+        return None if estimate is None else Expectation(estimate)
+
+    def expectation(
+        self, key: StageKey, inputs: Sequence[Expectation], estimate: Estimate
+    ) -> Expectation:
+        """The estimate of a stage with the span that it covers, if it is more than the stage."""
+        recomputed = _recomputed(inputs)
+        return Expectation(estimate, _starts(inputs) if recomputed else (), recomputed)
+
+
+def _starts(inputs: Iterable[Expectation]) -> tuple[StageKey, ...]:
+    return tuple(dict.fromkeys(key for x in inputs for key in x.span))
+
+
+def _recomputed(inputs: Iterable[Expectation]) -> tuple[StageKey, ...]:
+    return tuple(dict.fromkeys(key for x in inputs for key in x.recomputed))
+
+
+def run_stage(
+    backend: PredictionBackend, site: Site, key: StageKey, inputs: Sequence[Estimate]
+) -> Estimate | None:
+    """One stage on the prediction backend; None if the model lacks what the stage needs."""
+    stage = BY_NAME[key.stage]
+    if stage.operation is None or any(site.find(name) is None for name in stage.weights):
+        return None
+    if stage.last_token:
+        inputs = [backend.rows(x, x.value.shape[0] - 1, x.value.shape[0]) for x in inputs]
+    result: Estimate = stage.operation(backend, site, *inputs)
+    return result
+
+
+def expect_both(
+    trace: RecordedSide | None, oracle: RecordedSide | None, key: StageKey
+) -> tuple[Expectation | None, Expectation | None]:
+    """`expect` of both sides; a stage that works row by row reads its weights once for both."""
+    if trace is None or oracle is None:
+        return (
+            None if trace is None else trace.expect(key),
+            None if oracle is None else oracle.expect(key),
+        )
+    if not _row_wise(key):
+        return trace.expect(key), oracle.expect(key)
+    traced, captured = trace.inputs(key), oracle.inputs(key)
+    if traced is None or captured is None or trace.features != oracle.features:
+        return trace.expect(key), oracle.expect(key)
+    last = BY_NAME[key.stage].last_token
+    stacked = [_stack(a.estimate, b.estimate, last) for a, b in zip(traced, captured)]
+    rows = stacked[0].value.shape[0] // 2
+    backend = PredictionBackend([(rows, trace.profile), (rows, oracle.profile)])
+    site = trace.site(key)
+    site = Site(site.config, site.tokens, np.tile(site.positions, 2), site.layer, site.weights)
+    operation = BY_NAME[key.stage].operation
+    assert operation is not None
+    both: Estimate = operation(backend, site, *stacked)
+    dof = both.token_dof if trace.profile.rounds_weights else None
+    first = Estimate(both.value[:rows], both.variance[:rows], dof)
+    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
+    return (
+        trace.expectation(key, traced, first),
+        oracle.expectation(key, captured, second),
+    )
+
+
+def _row_wise(key: StageKey) -> bool:
+    """Whether each output row depends on the same row of the inputs only."""
+    stage = BY_NAME[key.stage]
+    if stage.operation is None or not stage.reads:
+        return False
+    shapes = [BY_NAME[s.stage].shape for s in input_keys(key, 1, ("qkv_bias",))]
+    token_rows = all(shape.startswith("T,") for shape in shapes)
+    return token_rows and (stage.last_token or stage.shape.startswith("T,"))
+
+
+def _stack(a: Estimate, b: Estimate, last_token: bool) -> Estimate:
+    rows = slice(-1, None) if last_token else slice(None)
+    value = np.concatenate([a.value[rows], b.value[rows]])
+    if not (np.any(a.variance) or np.any(b.variance)):
+        return Estimate(value, np.broadcast_to(0.0, value.shape))
+    return Estimate(value, np.concatenate([a.variance[rows], b.variance[rows]]))

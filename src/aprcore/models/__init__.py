@@ -1,0 +1,1 @@
+"""An open model: configuration, tokenizer and weights by canonical name; converting one."""

@@ -1,0 +1,1 @@
+"""Quantised types: their values, their steps, and how they are made."""

@@ -1,0 +1,1 @@
+"""What a run found, as plain records, and the words for it."""

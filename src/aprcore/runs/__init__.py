@@ -1,0 +1,1 @@
+"""One run: two sides, judged stage by stage."""

@@ -1,0 +1,248 @@
+"""Budgets: how large an error of its own a user tolerates at a stage.
+
+A budget is the largest relative L2 of a stage's *own* error: that of its kernel and its model
+judgment, whichever is worse, or the cumulative error where neither can be made. It does two things:
+
+- a FAIL whose own error is within the budget is accepted: the user has said that this much is fine;
+- with `--strict`, an own error beyond the budget is a FAIL even where rounding explains it. Without
+  `--strict` the reason says so and the verdict stays.
+
+What no tolerance can mend (NONFINITE, SHAPE, a NaN on either side) is not a budget's business.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aprcore.ground.errors import PlanError, Where
+from aprcore.ground.fields import read_toml
+from aprcore.judging.verdict import Judgment, Verdict
+from aprcore.network.graph import ALIASES, BY_NAME, Scope, StageKey
+from aprcore.records.report import RunHeader, StageReport
+
+# What the modules behind the stages are called elsewhere; q, k and v are one stage here, and with a
+# bias two.
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "embed_tokens": ("embedding",), "token_embd": ("embedding",),
+    "input_layernorm": ("attn_norm",), "post_attention_layernorm": ("ffn_norm",),
+    "q_proj": ("qkv_matmul", "qkv_bias"), "k_proj": ("qkv_matmul", "qkv_bias"),
+    "v_proj": ("qkv_matmul", "qkv_bias"), "qkv_proj": ("qkv_matmul", "qkv_bias"),
+    "o_proj": ("attn_out",), "attn_output": ("attn_out",),
+    "gate_proj": ("ffn_gate",), "up_proj": ("ffn_up",), "down_proj": ("ffn_out",),
+    "ffn_down": ("ffn_out",), "act_fn": ("ffn_silu",), "ffn_swiglu": ("ffn_swigl",),
+    "output_norm": ("final_norm",), "logits": ("lm_head",),
+}  # fmt: skip
+
+# Keys of a tolerance file: the coarsest type of both sides' activations, or any.
+DTYPES = ("bfloat16", "float16", "float32")
+ANY_DTYPE = "any"
+
+_PATTERN = re.compile(r"(?:layer-?(\d{1,9}|\*)[./])?([a-z_]+|\*)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One line of a user's tolerances.
+
+    Attributes:
+        stages: The stages it is for, or None for all.
+        layer: The layer it is for, or None for all.
+        relative_l2: The largest own error that it allows.
+        dtype: The type of activations it is for, or None for any.
+    """
+
+    stages: tuple[str, ...] | None
+    layer: int | None
+    relative_l2: float
+    dtype: str | None = None
+
+    def covers(self, key: StageKey, dtype: str) -> bool:
+        """Whether it is for this stage of a run in this type."""
+        return (
+            (self.stages is None or key.stage in self.stages)
+            and (self.layer is None or self.layer == key.layer)
+            and (self.dtype is None or self.dtype == dtype)
+        )
+
+    @property
+    def precedence(self) -> tuple[bool, bool, bool]:
+        """The more it says, the more it counts: its stage, then its layer, then its type."""
+        return self.stages is not None, self.layer is not None, self.dtype is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """All budgets of a run. Of equally specific ones the last counts.
+
+    Attributes:
+        options: Those of the command line; where one of them fits, the file is not asked.
+        file: Those of a tolerance file.
+    """
+
+    options: tuple[Budget, ...] = ()
+    file: tuple[Budget, ...] = ()
+
+    def find(self, key: StageKey, dtype: str) -> float | None:
+        """The budget of a stage, if the user gave one."""
+        for lines in (self.options, self.file):
+            fitting = [line for line in reversed(lines) if line.covers(key, dtype)]
+            if fitting:
+                return max(fitting, key=lambda line: line.precedence).relative_l2
+        return None
+
+    def check(self, num_layers: int) -> None:
+        """Hold the budgets against a run.
+
+        Raises:
+            PlanError: One is for a layer that the model does not have.
+        """
+        for line in (*self.options, *self.file):
+            if line.layer is not None and line.layer >= num_layers:
+                raise PlanError(f"a budget is for layer {line.layer}, but the layers are"
+                                f" 0 to {num_layers - 1}")  # fmt: skip
+
+
+NO_BUDGETS = Budgets()
+
+
+def parse_budgets(options: Iterable[str], file: Path | None = None) -> Budgets:
+    """The budgets of a tolerance file and of `--budget` options, which count more.
+
+    Raises:
+        PlanError: One is malformed or names no stage.
+        FormatError: The file cannot be read or is not TOML.
+    """
+    lines = [] if file is None else _read_tolerances(file)
+    return Budgets(tuple(map(_parse_option, options)), tuple(lines))
+
+
+def _parse_option(text: str) -> Budget:
+    pattern, found, value = text.partition("=")
+    try:
+        number = float(value) if found else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise PlanError(f"cannot read the budget {text!r}",
+                        hint="write STAGE=TOLERANCE, such as layer3.ffn_out=1e-3")  # fmt: skip
+    return Budget(*_parse_pattern(pattern.strip(), None), number)
+
+
+def _parse_pattern(text: str, where: Where) -> tuple[tuple[str, ...] | None, int | None]:
+    """Stages and layer of "ffn_out", "layer3.ffn_down", "layer-3/ffn_out", "layer*.ffn_out", "*".
+
+    Raises:
+        PlanError: It is no such pattern, or names no stage.
+    """
+    match = _PATTERN.fullmatch(text.lower())
+    hint = f"write a stage, layerN.STAGE or *; stages are {', '.join(BY_NAME)}"
+    if match is None:
+        raise PlanError(f"{text!r} names no stage", where=where, hint=hint)
+    layer = None if match[1] in (None, "*") else int(match[1])
+    if match[2] == "*":
+        return None, layer
+    name = ALIASES.get(match[2], match[2])
+    stages = MODULES.get(name, (name,))
+    if stages[0] not in BY_NAME:
+        raise PlanError(f"unknown stage {match[2]!r}", where=where, hint=hint)
+    scope = BY_NAME[stages[0]].scope
+    if match[1] is not None and scope is Scope.MODEL:
+        raise PlanError(f"{text!r}: {stages[0]} is in no layer", where=where)
+    if layer and scope is Scope.FIRST_LAYER:
+        raise PlanError(f"{text!r}: {stages[0]} is in layer 0 only", where=where)
+    return stages, layer
+
+
+def _read_tolerances(path: Path) -> list[Budget]:
+    """A file with tables `[default]` and `[stage.NAME]`, each with a number per dtype.
+
+    NAME is a stage or, in quotes, any pattern that `--budget` takes; `[default]` is `*`.
+
+    Raises:
+        PlanError: It has anything else, or names no stage.
+    """
+    data = read_toml(path)
+    lines = []
+    for name in data.keys() - {"default", "stage"}:
+        raise PlanError(f"has {name!r}; expected [default] and [stage.NAME]", where=path)
+    for dtype, number in _read_numbers(path, "default", data.get("default", {})):
+        lines.append(Budget(None, None, number, dtype))
+    stages = data.get("stage", {})
+    if not isinstance(stages, dict):
+        raise PlanError("'stage' is no table", where=path, hint="write [stage.attn_scores]")
+    for pattern, table in stages.items():
+        target = _parse_pattern(pattern, path)
+        for dtype, number in _read_numbers(path, f"stage.{pattern}", table):
+            lines.append(Budget(*target, number, dtype))
+    return lines
+
+
+def _read_numbers(path: Path, name: str, table: Any) -> Sequence[tuple[str | None, float]]:
+    if not isinstance(table, dict):
+        raise PlanError(f"{name} is no table", where=path, hint=f"write [{name}]")
+    for key, value in table.items():
+        if key not in (*DTYPES, ANY_DTYPE):
+            raise PlanError(f"{name} has {key!r}", where=path,
+                            hint=f"expected {', '.join(DTYPES)} or {ANY_DTYPE}")  # fmt: skip
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (math.isfinite(value) and value >= 0):
+            raise PlanError(f"{name}.{key} is {value!r}, not a tolerance", where=path,
+                            hint="write a relative L2 such as 1e-3")  # fmt: skip
+    return [(None if key == ANY_DTYPE else key, float(value)) for key, value in table.items()]
+
+
+def run_dtype(header: RunHeader) -> str:
+    """The coarsest type of activations on either side: what tolerances go by."""
+    sides = (header.trace, header.oracle)
+    present = {side.dtype for side in sides if side is not None}
+    return next((dtype for dtype in DTYPES if dtype in present), DTYPES[-1])
+
+
+def own_error(stage: StageReport, *, strict: bool = False) -> float | None:
+    """The relative L2 that a budget must allow for a stage to pass; None if none can.
+
+    Args:
+        stage: The stage.
+        strict: Whether errors that rounding explains count too. Otherwise those of the failed
+            judgments, where there are any.
+    """
+    found = stage.comparison
+    if found is not None and (found.nonfinite_a or found.nonfinite_b):
+        return None
+    judged = [j for j in (stage.kernel, stage.model) if j is not None]
+    failed: list[Judgment] = [] if strict else [j for j in judged if not j.passed]
+    errors = [judgment.relative_l2 for judgment in failed or judged]
+    if not errors and found is not None:
+        errors = [found.relative_l2]
+    worst = max(errors, default=math.inf)
+    return worst if math.isfinite(worst) else None
+
+
+def settle(stage: StageReport, budget: float | None, *, strict: bool = False) -> StageReport:
+    """A judged stage under the user's budget, and at which budget it would pass if it fails."""
+    if stage.verdict in (None, Verdict.MISSING, Verdict.NONFINITE, Verdict.SHAPE):
+        return stage
+    failed = stage.verdict is Verdict.FAIL
+    error = own_error(stage, strict=strict or not failed)
+    if error is None:
+        return stage
+    if failed:
+        if budget is not None and error <= budget:
+            reason = f"within your budget: {error:.3g} <= {budget:g} ({stage.reason})"
+            return replace(
+                stage, verdict=Verdict.NOISE, reason=reason, budget=budget, accepted=True
+            )
+        return replace(stage, budget=budget, passes_at=error)
+    if budget is None:
+        return stage
+    if error <= budget:
+        return replace(stage, budget=budget)
+    beyond = f"noise beyond the budget: relative L2 {error:.3g} > {budget:g}"
+    if strict:
+        return replace(stage, verdict=Verdict.FAIL, reason=beyond, budget=budget, passes_at=error)
+    return replace(stage, reason=f"{stage.reason}; {beyond}", budget=budget)

@@ -1,0 +1,374 @@
+"""Do the two sides belong together? What a run compares is settled here, before the first stage.
+
+Everything that can make a comparison meaningless is found out in one place: both sides must have
+run the same tokens at the same positions, and each tensor must be known to be there or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.name_map import read_name_map
+from aprcore.dumps.names import Dialect
+from aprcore.dumps.open import is_tensor_file, open_dump
+from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
+from aprcore.dumps.source import StageSource
+from aprcore.ground.errors import OracleError, PlanError
+from aprcore.ground.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtype
+from aprcore.judging.layouts import infer_sizes
+from aprcore.judging.quantisation import open_reference
+from aprcore.judging.verdict import cumulative_bound
+from aprcore.network.graph import BY_NAME, StageKey, computation_order, parse_path, stage_keys
+from aprcore.records.report import RunHeader, Side
+from aprcore.runs.request import Request
+from aprcore.runs.sides import Sides, token_texts
+from aprcore.runs.tokens import Dumps, agree_on_tokens
+
+if TYPE_CHECKING:
+    from aprcore.models.model import Model
+
+Floats = NDArray[np.floating[Any]]
+
+
+@contextmanager
+def open_sides(request: Request) -> Iterator[Sides]:
+    """Open what a request names and check that the two sides belong together.
+
+    Raises:
+        AprError: Something cannot be opened, or the sides ran different tokens.
+    """
+    _check_options(request)
+    with ExitStack() as stack:
+        model = reference = None
+        if request.model is not None:
+            from aprcore.models.model import open_model
+
+            model = stack.enter_context(open_model(request.model))
+            if request.reference_weights is not None:
+                reference = stack.enter_context(open_reference(request.reference_weights, model))
+        dumps = _open_dumps(request, model)
+        yield replace(_match(request, model, dumps), reference=reference)
+
+
+def _check_options(request: Request) -> None:
+    """Hold what a request names against each other.
+
+    Raises:
+        PlanError: Something is missing that another part needs.
+    """
+    if request.model is None and request.trace is None:
+        raise PlanError("nothing to run", hint="name a model, or a directory with --trace")
+    if request.uses_device and request.model is None:
+        raise PlanError("--gpu needs a model to run", hint="name one")
+    if request.uses_device and request.trace is not None:
+        raise PlanError("--gpu runs the model, and --trace is another engine's run",
+                        hint="leave one out; --against is for two dumps")  # fmt: skip
+    if request.against is not None and request.trace is None:
+        raise PlanError("--against is for two dumps", hint="name the one under test with --trace")
+    given = [path for path in _paths(request) if path is not None]
+    if request.names is not None and not any(map(is_tensor_file, given)):
+        raise PlanError("--names is for dumps in one file; directories hold files of fixed names")
+    if request.reference_weights is None:
+        return
+    if request.model is None or request.oracle is None or request.cumulative_only:
+        raise PlanError("--reference-weights needs a model, --oracle and the model judgment",
+                        hint="the reference weights are run on the oracle's inputs")  # fmt: skip
+
+
+def _paths(request: Request) -> tuple[Path | None, Path | None, Path | None]:
+    """Where the dumps are, in the order of `Dumps`."""
+    return request.trace, request.oracle, request.against
+
+
+def _open_dumps(request: Request, model: Model | None) -> Dumps:
+    """The dumps that a request names."""
+    names = None if request.names is None else read_name_map(request.names)
+    has_bias = model is not None and "qkv_bias" in model.config.features
+    opened: dict[Path | None, StageSource] = {}
+    for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
+        opened[path] = _open_checked(path, names, has_bias)
+        if model is None:  # directories come first: they tell whether projections have a bias
+            has_bias = has_bias or any(key.stage == "qkv_bias" for key in opened[path].keys())
+    dumps = Dumps(*(opened.get(path) for path in _paths(request)))
+    _check_positions(model, dumps)
+    return dumps
+
+
+def _open_checked(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
+    directory = open_dump(path, names, has_qkv_bias=has_bias)
+    if isinstance(directory, TraceDirectory):
+        directory.check_headers()
+    return directory
+
+
+def _check_positions(model: Model | None, dumps: Dumps) -> None:
+    """A model and an oracle judge full passes; decoding steps are held against each other.
+
+    What a step read of its cache is not in its dump, so that nothing can be computed again.
+
+    Raises:
+        OracleError: A step is held against something else.
+    """
+    starts = [(dump, dump.sidecar.positions or (0,)) for dump in dumps.present]
+    steps = [dump for dump, positions in starts if positions[0] > 0]
+    if not steps:
+        for dump, positions in starts:
+            if dump.sidecar.positions and positions != tuple(range(len(positions))):
+                raise OracleError(f"was captured at positions {list(positions)}, with gaps",
+                                  where=dump.path, hint="capture it again")  # fmt: skip
+        return
+    at = steps[0].sidecar.positions
+    if model is not None or dumps.oracle is not None:
+        raise OracleError(
+            f"was captured at positions {list(at or ())}; only a full pass from position 0 can be"
+            " judged by a model or an oracle", where=steps[0].path,
+            hint="hold two steps against each other with --trace and --against alone, or let"
+            " `aprtui parity MODEL --stages` judge them",
+        )  # fmt: skip
+    histories = {dump.sidecar.history for dump in dumps.present}
+    if len({positions for _, positions in starts}) > 1 or len(histories - {None}) > 1:
+        raise OracleError(
+            f"was captured at positions {list(at or ())} after other tokens than the other side",
+            where=steps[0].path, hint="both sides must be at the same step of the same text",
+        )  # fmt: skip
+
+
+def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
+    trace, oracle, against = dumps
+    tokens, notes = agree_on_tokens(request, model, dumps)
+    num_layers, features = _depth(model, dumps)
+    if request.plan is not None:
+        check_layers(request.plan.layers, num_layers)
+    keys = _rows(request.plan, model, dumps)
+    if not keys:
+        raise PlanError("the plan selects no stage of this run", hint="widen --stages or --layers")
+    dtypes = set()
+    for name, directory in dumps.named:
+        if directory is not against:
+            dtypes.add(directory.sidecar.dtype or "float32")
+        if directory.sidecar.dtype is None:
+            notes.append(f"{name} does not record its dtype; float32 is assumed")
+        if directory.ignored:
+            few = _first_names(directory.ignored)
+            notes.append(f"parts of {name} that name no stage are left out: {few}")
+        if directory.unlisted:
+            few = _first_names([key.path for key in directory.unlisted])
+            notes.append(f"files of {name} that its sidecar does not list are left out, as from an"
+                         f" earlier run: {few}")  # fmt: skip
+    if trace is not None and trace.sidecar.positions and trace.sidecar.positions[0]:
+        first = trace.sidecar.positions[0]
+        notes.append(f"a decoding step at position {first}, after a cache of {first} tokens")
+    types = dtypes if model is None else dtypes | model.weight_types
+    prompt = request.prompt
+    for dump in (oracle, trace, against):
+        if prompt is None and request.tokens is None and dump is not None:
+            prompt = dump.sidecar.prompt
+    is_silent = oracle is None or oracle.sidecar.tokens is None
+    if model is not None and trace is None and is_silent and request.tokens is None:
+        prompt = DEFAULT_PROMPT if prompt is None else prompt
+    header = RunHeader(
+        trace=_trace_side(model, trace),
+        oracle=None if oracle is None else _directory_side(oracle),
+        model=None if model is None else model.path.name,
+        architecture=None if model is None else model.config.architecture,
+        num_layers=num_layers,
+        prompt=prompt,
+        tokens=tokens,
+        token_texts=None,
+        keys=keys,
+        bound=cumulative_bound(types if request.cumulative_only else dtypes),
+        backend="numpy" if trace is None else None,
+        judged=model is not None and not request.cumulative_only,
+        notes=(),
+        tested=_tested_side(request, model, trace),
+        trusted=_trusted_side(request, model, against),
+    )
+    missing = frozenset(k for k in keys if oracle is not None and k not in oracle)
+    sides = Sides(
+        header=header,
+        model=model,
+        trace=trace,
+        oracle=oracle,
+        sizes=_sizes(model, dumps, tokens),
+        features=features,
+        not_computed=missing if trace is None else frozenset(),
+        arithmetic=_arithmetic(request.arithmetic, trace),
+        bound_alone=cumulative_bound(types),
+        cumulative_only=request.cumulative_only,
+        threads=request.threads,
+    )
+    if _must_detect(request.arithmetic, sides):
+        sides, note = _detect(sides, "the trace")
+        notes.append(note)
+    if against is not None:
+        # What --arithmetic says is said of the trace.
+        other = replace(
+            sides, trace=against, oracle=None, arithmetic=_arithmetic(None, against)
+        )  # fmt: skip
+        if _must_detect(None, other):
+            other, note = _detect(other, "the dump it is held against")
+            notes.append(note)
+        sides = replace(sides, other=other)
+    texts = None
+    if tokens is not None and model is not None:
+        found = token_texts(model, tokens)
+        texts = tuple(found[token] for token in tokens) if found else None
+        if not found:
+            notes.append("the model has no usable tokenizer; token ids are shown without text")
+    return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
+
+
+def _first_names(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def _arithmetic(stated: str | None, trace: StageSource | None) -> Arithmetic:
+    """What the engine behind a trace computes in, as stated or recorded."""
+    if trace is None:
+        return ARITHMETICS["f32"]  # the CPU path
+    stated = stated or trace.sidecar.arithmetic
+    dtype = trace.sidecar.dtype
+    known = ARITHMETICS.get(stated or "") or arithmetic_of_dtype(dtype)
+    return known.dumped_as(dtype)
+
+
+def _must_detect(stated: str | None, sides: Sides) -> bool:
+    """Whether the arithmetic of a dump matters and nobody says what it is."""
+    if sides.trace is None or sides.model is None or sides.cumulative_only:
+        return False
+    stated = stated or sides.trace.sidecar.arithmetic
+    return stated not in ARITHMETICS and "T" in sides.sizes
+
+
+def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
+    """Sides with the arithmetic that explains the dump, and a note that says so."""
+    from aprcore.judging.arithmetic import detect_arithmetic
+
+    assert sides.model is not None and sides.trace is not None
+    arithmetic, explained, judged = detect_arithmetic(
+        sides.model.config, sides.model.weights, sides.header.tokens, sides.sizes["T"],
+        sides.trace.keys(), sides.features, sides.reader(sides.trace), sides.trace.sidecar.dtype,
+    )  # fmt: skip
+    if not explained:
+        note = f"{name} does not record its arithmetic, and none explains it; see --arithmetic"
+        return sides, note
+    note = (
+        f"{name} does not record its arithmetic; {arithmetic.name} explains {explained} of"
+        f" {judged} stages of one layer"
+    )
+    return replace(sides, arithmetic=arithmetic), note
+
+
+def _depth(model: Model | None, dumps: Dumps) -> tuple[int, frozenset[str]]:
+    """Layers and features of the model, or those that the directories show."""
+    if model is not None:
+        return model.config.num_layers, model.config.features
+    directories = dumps.present
+    stages = {key.stage for directory in directories for key in directory.keys()}
+    features = {"dense"} if "moe_ffn_out" not in stages else {"experts"}
+    if "qkv_bias" in stages:
+        features.add("qkv_bias")
+    return max(directory.num_layers for directory in directories), frozenset(features)
+
+
+def _rows(plan: Plan | None, model: Model | None, dumps: Dumps) -> tuple[StageKey, ...]:
+    """Every tensor to report, in the order of computation.
+
+    A plan asks for its stages whoever has them. Without one those are reported that the oracle
+    recorded, if it says that it saw as many layers as this model has: then it left the others out
+    on purpose. Otherwise every layer is reported, so that one that is lost is a MISSING row.
+    """
+    own: set[StageKey] = set()
+    if model is not None:
+        own = set(stage_keys(model.config.num_layers, model.config.features))
+    trace, oracle, against = dumps
+    both = own.union(*map(_recorded, dumps.present))
+    if plan is not None:
+        both = {key for key in both if plan.wants(key)}
+    elif oracle is not None and model is not None and _saw_all_layers(oracle, model):
+        both = _recorded(oracle)
+    elif oracle is not None:
+        stages = {key.stage for key in _recorded(oracle)}
+        both = {key for key in both if key.stage in stages}
+    elif trace is not None:
+        both = _recorded(trace) | (set() if against is None else _recorded(against))
+    return tuple(sorted(both, key=computation_order))
+
+
+def _saw_all_layers(directory: StageSource, model: Model) -> bool:
+    """Whether the model behind a directory says that it is as deep as this one."""
+    return (directory.sidecar.model or {}).get("num_layers") == model.config.num_layers
+
+
+def _recorded(directory: StageSource) -> set[StageKey]:
+    """Tensors that a directory holds or says that it holds."""
+    listed = (parse_path(path) for path in directory.sidecar.stages or ())
+    return {*directory.keys(), *(key for key in listed if key is not None)}
+
+
+def _sizes(model: Model | None, dumps: Dumps, tokens: Sequence[int] | None) -> Mapping[str, int]:
+    if model is not None and tokens is not None:
+        return model.config.sizes(len(tokens))
+    directories = [d for d in (dumps.oracle, dumps.trace, dumps.against) if d is not None]
+    # The longer tensor has the canonical size: the other may hold the last token only.
+    counts: dict[StageKey, int] = {}
+    for directory in directories:
+        for key, values in directory.counts.items():
+            counts[key] = max(values, counts.get(key, 0))
+    count = None if tokens is None else len(tokens)
+    if count is None:
+        shapes = (d.shape(k) for d in directories for k in d.keys() if k.stage != "lm_head")
+        count = next((shape[0] for shape in shapes if shape is not None and len(shape) == 2), None)
+    if model is None:
+        ends = [d.sidecar.positions[-1] + 1 for d in directories if d.sidecar.positions]
+        return infer_sizes(counts, count, max(ends, default=None))
+    hidden = model.config.hidden_size
+    if count is None:
+        rows = (n for key, n in counts.items() if BY_NAME[key.stage].shape == "T,E")
+        count = next((n // hidden for n in rows if n and n % hidden == 0), None)
+    return infer_sizes(counts, None) if count is None else model.config.sizes(count)
+
+
+def _trace_side(model: Model | None, trace: StageSource | None) -> Side:
+    if trace is not None:
+        return _directory_side(trace)
+    assert model is not None
+    return _model_side(model, "numpy float32")
+
+
+def _model_side(model: Model, engine: str) -> Side:
+    types = "+".join(sorted(model.weight_types))
+    return Side(str(model.path), f"{types} {model.format}, {engine}", "float32")
+
+
+def _tested_side(request: Request, model: Model | None, trace: StageSource | None) -> Side | None:
+    """What is held against another side stage by stage, if that is asked for."""
+    if trace is not None:
+        return None if request.against is None else _directory_side(trace)
+    return _model_side(model, "opencl") if request.uses_device and model is not None else None
+
+
+def _trusted_side(
+    request: Request, model: Model | None, against: StageSource | None
+) -> Side | None:
+    """What the tested side is held against."""
+    if against is not None:
+        return _directory_side(against)
+    return _trace_side(model, None) if request.uses_device else None
+
+
+def _directory_side(directory: StageSource) -> Side:
+    sidecar = directory.sidecar
+    engine = {"transformers": "HF"}.get(sidecar.backend or "", sidecar.backend)
+    label = " ".join(word for word in (engine, sidecar.dtype) if word) or "origin not recorded"
+    return Side(str(directory.path), label, sidecar.dtype)

@@ -1,0 +1,144 @@
+"""The two sides of a run: what is under test, and what it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.dumps.source import StageSource
+from aprcore.engines.estimate import Profile
+from aprcore.ground.errors import AprError
+from aprcore.ground.precision import Arithmetic, arithmetic_of_dtype
+from aprcore.judging.layouts import layout_of, zero_above_diagonal
+from aprcore.judging.replay import RecordedSide
+from aprcore.network.graph import StageKey, computation_order, stage_keys
+from aprcore.records.report import RunHeader
+
+if TYPE_CHECKING:
+    from aprcore.engines.base import Backend
+    from aprcore.models.model import Model
+
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Two open sides that may be compared.
+
+    Attributes:
+        header: What will be judged.
+        model: The open model, if there is one.
+        trace: The dump under test; None when the model is traced.
+        oracle: The reference, if there is one.
+        sizes: Numbers for the letters of symbolic shapes, as far as known.
+        features: Features of the model, or those that the dumped stages give away.
+        not_computed: Rows whose oracle is missing and which nothing else needs.
+        arithmetic: What the engine behind the trace computes in.
+        bound_alone: The cumulative bound where neither other judgment can be made.
+        cumulative_only: Whether neither other judgment is asked for.
+        threads: Threads of the CPU path.
+        reference: A float model that the quantised one was made of, if it is at hand.
+        other: A second dump that the trace is held against, as if it were under test itself.
+    """
+
+    header: RunHeader
+    model: Model | None
+    trace: StageSource | None
+    oracle: StageSource | None
+    sizes: Mapping[str, int]
+    features: frozenset[str]
+    not_computed: frozenset[StageKey]
+    arithmetic: Arithmetic
+    bound_alone: float
+    cumulative_only: bool
+    threads: int | None
+    reference: Model | None = None
+    other: Sides | None = None
+
+    def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
+        """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
+        model, num_tokens = self.model, self.sizes.get("T")
+        if model is None or num_tokens is None or self.cumulative_only:
+            return None, None
+        trace = RecordedSide(
+            model.config, model.weights, self.header.tokens, num_tokens,
+            Profile(self.arithmetic, weights_rounded=False),
+            features=self.features, read=None if self.trace is None else self.reader(self.trace),
+        )  # fmt: skip
+        if self.oracle is None:
+            return trace, None
+        extra = {"qkv_bias"} if any(k.stage == "qkv_bias" for k in self.oracle.keys()) else set()
+        oracle = RecordedSide(
+            model.config, model.weights, self.header.tokens, num_tokens,
+            Profile(arithmetic_of_dtype(self.oracle.sidecar.dtype), weights_rounded=True),
+            features=model.config.features | extra, read=self.reader(self.oracle),
+        )  # fmt: skip
+        return trace, oracle
+
+    def reader(self, directory: StageSource) -> Callable[[StageKey], Floats | None]:
+        """Tensors of a directory in the shape of the table; None for other shapes."""
+
+        def read(key: StageKey) -> Floats | None:
+            if key not in directory:
+                return None
+            x = directory.read(key)
+            layout = layout_of(key, self.sizes, x.size)
+            if layout.axes == ("index",):
+                return None
+            return zero_above_diagonal(key, x, layout).reshape(layout.shape)
+
+        return read
+
+    def tensors(
+        self, backend: Backend | None = None, ahead: int = 0
+    ) -> Iterator[tuple[StageKey, Floats | None]]:
+        """Every row of the header in order, with the tensor under test (None: it lacks it).
+
+        Tensors that rows read, but that are no rows themselves, come along in their place.
+
+        Args:
+            backend: Where to compute, if there is no trace; None for the CPU path. What comes, and
+                in which order, does not depend on it.
+            ahead: As for `aprcore.engines.forward.trace`. By default each tensor is computed when
+                it is asked for, so that callers can tell what it takes.
+        """
+        if self.trace is not None:
+            for key in self.header.keys:
+                yield key, self.trace.read(key) if key in self.trace else None
+            return
+        assert self.model is not None and self.header.tokens is not None
+        from aprcore.engines.forward import needed_keys, trace
+        from aprcore.engines.numpy import NumpyBackend
+
+        config = self.model.config
+        own = set(stage_keys(config.num_layers, config.features))
+        rows = {k for k in self.header.keys if k in own and k not in self.not_computed}
+        wanted = set(needed_keys(config, rows.__contains__))
+        stream = trace(
+            config, self.model.weights, backend or NumpyBackend(self.threads),
+            self.header.tokens, wanted.__contains__, ahead=ahead,
+        )  # fmt: skip
+        for key in sorted(wanted.union(self.header.keys), key=computation_order):
+            if key not in wanted:
+                yield key, None
+                continue
+            made, tensor = next(stream)
+            assert made == key, f"{made} was computed where {key} was expected"
+            yield (key, tensor) if key not in self.not_computed else (key, None)
+
+    def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
+        """Text of token ids, as far as a tokenizer is at hand."""
+        return {} if self.model is None else token_texts(self.model, ids)
+
+
+def token_texts(model: Model, ids: Iterable[int]) -> dict[int, str]:
+    """Text of token ids; empty where the model has no usable tokenizer."""
+    try:
+        tokenizer = model.tokenizer()
+        return {token: tokenizer.token_text(token) for token in ids}
+    except AprError:
+        return {}
