@@ -13,7 +13,8 @@ from textual.binding import Binding, BindingType
 from textual.command import Provider
 from textual.widgets import Footer, Static
 
-from aprtui.keymap import check_keys, shown_key
+from aprtui.bindings import shown_key
+from aprtui.keymap import check_keys
 from aprtui.screens.explorer import ExplorerScreen
 from aprtui.served import end_with_server
 from aprtui.settings import Settings, is_first_use, remember_use

@@ -1,72 +1,35 @@
 """Keys that a user has given to other actions: which ids there are, and what cannot be.
 
-Every binding of ours has an id; the toolkit puts a user's keys in place of the binding's own. It
-would also drop, without a word, whatever had those keys before: so what clashes is an error here.
+The toolkit puts a user's keys in place of a binding's own. It would also drop, without a word,
+whatever had those keys before: so what clashes is an error here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from textual.app import App
-from textual.binding import Binding
 from textual.dom import DOMNode
 from textual.keys import Keys, format_key
 from textual.screen import ModalScreen, Screen
 
-from aprtui.settings import Settings, SettingsError, nearest
+from aprtui.bindings import Command, loaded_commands, split_keys
+from aprtui.settings import SettingsError, nearest
+from aprtui.widgets.tabs import DetailTab
 
 MODIFIERS = {"ctrl", "shift", "alt", "super", "hyper", "meta"}
 _NAMED_KEYS = {key.value for key in Keys}
-
-
-class Command(NamedTuple):
-    """A binding and where it is in force.
-
-    Attributes:
-        node: The class that has it.
-        binding: What the class says of it.
-        keys: Its keys, spelled out.
-    """
-
-    node: type[DOMNode]
-    binding: Binding
-    keys: tuple[str, ...]
 
 
 def commands() -> dict[str, Command]:
     """Every binding of this program, by its id."""
     # What is imported when it is opened has keys, too.
     from aprtui.screens import changes, devices, error, export, help, parity, profile  # noqa: F401
-    from aprtui.widgets import (  # noqa: F401
-        histogram,
-        tensor_map,
-        token_bars,
-        value_grid,
-    )
 
-    return _loaded_commands()
-
-
-def _loaded_commands() -> dict[str, Command]:
-    return {
-        binding.id: Command(node, binding, _split(binding.key))
-        for node in _our_nodes(DOMNode)
-        for binding in vars(node).get("BINDINGS", ())
-        if isinstance(binding, Binding) and binding.id is not None
-    }
-
-
-def shown_key(app: App[Any], name: str) -> str:
-    """The key of an action as the footer shows it: the first that the user chose, else its own."""
-    binding = _loaded_commands()[name].binding
-    settings = getattr(app, "settings", None)
-    if isinstance(settings, Settings) and name in settings.keys:
-        chosen, *_ = Binding.make_bindings([Binding(settings.keys[name], "")])
-        binding = Binding(chosen.key, binding.action)
-    return app.get_key_display(binding)
+    for tab in DetailTab:
+        tab.load_picture()
+    return loaded_commands()
 
 
 def check_keys(keys: Mapping[str, str], where: Path | None) -> None:
@@ -88,13 +51,13 @@ def check_keys(keys: Mapping[str, str], where: Path | None) -> None:
                 f"there is no action {name!r} to give a key to", where=where,
                 hint=f"did you mean {nearest(name, known)}? There are {', '.join(sorted(known))}",
             )  # fmt: skip
-        for key in _split(names):
+        for key in split_keys(names):
             if not _is_key(key):
                 raise SettingsError(
                     f"keys.{name}: there is no key {key!r}", where=where,
                     hint="write a character, or a name such as f5, ctrl+n, space or comma",
                 )  # fmt: skip
-        known[name] = known[name]._replace(keys=_split(names))
+        known[name] = known[name]._replace(keys=split_keys(names))
     for name in keys:
         _check_clashes(name, known, where)
 
@@ -130,19 +93,9 @@ def _meet(ours: Command, theirs: Command, known: Mapping[str, Command]) -> bool:
 
 def _own_keys(node: type[DOMNode], known: Mapping[str, Command]) -> set[str]:
     """The keys of a class as it comes."""
-    return {key for one in known.values() if one.node is node for key in _split(one.binding.key)}
-
-
-def _our_nodes(node: type[DOMNode]) -> Iterator[type[DOMNode]]:
-    for subclass in node.__subclasses__():
-        if subclass.__module__.startswith("aprtui."):
-            yield subclass
-        yield from _our_nodes(subclass)
-
-
-def _split(keys: str) -> tuple[str, ...]:
-    """Keys as the toolkit names them: "?" is question_mark."""
-    return tuple(binding.key for binding in Binding.make_bindings([Binding(keys, "")]))
+    return {
+        key for one in known.values() if one.node is node for key in split_keys(one.binding.key)
+    }
 
 
 def _is_key(name: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from textual.binding import Binding, BindingType
 
+from aprtui.widgets.tabs import DetailTab
+
 EXPLORER_KEYS: tuple[BindingType, ...] = (
     # Where to look
     Binding("n", "next_divergence", "next", id="explorer.next",
@@ -36,16 +38,9 @@ EXPLORER_KEYS: tuple[BindingType, ...] = (
     Binding("k", "top_k", "top-K", id="explorer.top-k",
             tooltip="Show 5, 10, 20, 50, 100 or 200 of the largest differences"),
     *(
-        Binding(str(number), f"open_tab({number - 1})", name, id=f"explorer.tab-{number}",
-                show=False, tooltip=f"Show {what}")
-        for number, (name, what) in enumerate((
-            ("top-K tab", "the largest differences"),
-            ("tokens", "how far off each token is, and each head of it"),
-            ("heat map", "the tensor as a map, down to single values"),
-            ("histogram", "how large the values are, on both sides and their difference"),
-            ("values", "every value"),
-            ("why tab", "why this stage has its verdict"),
-        ), 1)
+        Binding(tab.key, f"open_tab('{tab.name}')", tab.label, id=f"explorer.tab-{tab.key}",
+                show=False, tooltip=f"Show {tab.subject}")
+        for tab in DetailTab
     ),
     Binding("left_square_bracket", "tab(-1)", "previous tab", id="explorer.previous-tab",
             key_display="[", show=False, tooltip="The previous tab of the detail pane"),

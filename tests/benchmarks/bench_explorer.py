@@ -169,7 +169,7 @@ async def tab_latencies_ms(presses: int) -> dict[str, tuple[list[float], list[fl
         Elapsed, and spent by the screen's thread, of every key that changed something.
     """
     from aprtui.app import ExplorerApp
-    from aprtui.widgets.tab_strip import DetailTab
+    from aprtui.widgets.tabs import DetailTab
 
     found: dict[str, tuple[list[float], list[float]]] = {}
     app = ExplorerApp(Request(), large_run)
@@ -214,7 +214,7 @@ class Repaints:
 
     def __init__(self, app: ExplorerApp) -> None:
         from aprtui.pictures import GridAsk
-        from aprtui.widgets.tab_strip import DetailTab
+        from aprtui.widgets.tabs import DetailTab
 
         self.times: list[float] = []
         self.mapped: list[float] = []

@@ -12,7 +12,7 @@ from textual.pilot import Pilot
 from aprcore.network.graph import StageKey, computation_order, input_keys
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
-from aprtui.widgets.tab_strip import DetailTab
+from aprtui.widgets.tabs import DetailTab
 
 
 def kv_run() -> Request:

@@ -16,11 +16,11 @@ from aprcore.network.graph import StageKey
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.keys import EXPLORER_KEYS
-from aprtui.palette import ExplorerCommands, ScreenCommands
 from aprtui.rows import Row
+from aprtui.screens.palette import ExplorerCommands, ScreenCommands
 from aprtui.screens.parity import ParityScreen
 from aprtui.screens.profile import ProfileScreen
-from aprtui.widgets.tab_strip import DetailTab
+from aprtui.widgets.tabs import DetailTab
 from conftest import FAULT, LAYERS
 
 

@@ -175,7 +175,7 @@ class TestImports:
         assert not loaded & {"torch", "transformers", "pyopencl", "gguf", "tokenizers", "numpy"}
 
     def test_modules_stay_small(self) -> None:
-        own = ("app", "session", "rows", "run_state", "description", "theme", "palette")
+        own = ("app", "session", "rows", "run_state", "description", "theme")
         root = Path(aprtui.__file__).parent
         files = [root / f"{name}.py" for name in own]
         files += [*(root / "widgets").glob("*.py"), *(root / "screens").glob("*.py")]

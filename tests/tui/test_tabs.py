@@ -27,7 +27,6 @@ from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.keymap import commands
 from aprtui.map_window import FIGURE_COLUMNS, MapWindow, scales_for
-from aprtui.palette import ScreenCommands
 from aprtui.pictures import (
     PICTURES_KEPT,
     PictureFailed,
@@ -39,11 +38,12 @@ from aprtui.pictures import (
 from aprtui.places import parse_place
 from aprtui.ramp import LEVELS, level_of
 from aprtui.screens.help import HelpScreen
+from aprtui.screens.palette import ScreenCommands
 from aprtui.settings import Settings
 from aprtui.widgets.bars import bar
 from aprtui.widgets.picture_pane import PicturePane
 from aprtui.widgets.picture_view import COMPUTING, PictureView
-from aprtui.widgets.tab_strip import DetailTab, TabStrip
+from aprtui.widgets.tabs import DetailTab, TabStrip
 from aprtui.widgets.tensor_map import TensorMap
 from aprtui.widgets.token_bars import TokenBars
 from aprtui.widgets.value_grid import ValueGrid

@@ -25,7 +25,7 @@ from aprtui.run_state import RunState
 from aprtui.theme import VARIABLES, Paint
 from aprtui.why import explain_run, explain_stage, finding_of
 from aprtui.widgets.stage_columns import MARKS_COLUMN, columns_for
-from aprtui.widgets.tab_strip import DetailTab, TabStrip
+from aprtui.widgets.tabs import DetailTab, TabStrip
 
 PAINT = Paint(VARIABLES)
 

@@ -70,7 +70,7 @@ def test_no_module_of_the_terminal_loads_a_heavy_library() -> None:
 
 
 def test_the_first_screen_is_painted_without_what_shows_a_stage() -> None:
-    names = ("pane_text", "why", "lineage", "pictures", "screens.help", "screens.error",
+    names = ("widgets.pane_text", "why", "lineage", "pictures", "screens.help", "screens.error",
              "widgets.divergence_table", "widgets.picture_pane", "widgets.stage_row",
              "widgets.tensor_map")  # fmt: skip
     later = {f"aprtui.{name}" for name in names}

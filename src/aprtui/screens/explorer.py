@@ -27,7 +27,7 @@ from aprtui.widgets.rejection import Rejection
 from aprtui.widgets.run_title import RunTitle, base_name
 from aprtui.widgets.stage_detail import StageDetail
 from aprtui.widgets.stage_tree import StageHeadings, StagePane, StageTree
-from aprtui.widgets.tab_strip import DetailTab, TabStrip
+from aprtui.widgets.tabs import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ DETAIL_DELAY_S = 0.05
 
 def _commands() -> type[Provider]:
     """The palette's, which is read when it is opened: the first screen is painted without."""
-    from aprtui.palette import ExplorerCommands
+    from aprtui.screens.palette import ExplorerCommands
 
     return ExplorerCommands
 
@@ -325,9 +325,9 @@ class ExplorerScreen(RunningScreen):
         """Show another tab."""
         self.tab = self.tab.step(step)
 
-    def action_open_tab(self, number: int) -> None:
-        """Show a tab by its number."""
-        self._open_detail(list(DetailTab)[number])
+    def action_open_tab(self, name: str) -> None:
+        """Show a tab by its name."""
+        self._open_detail(DetailTab[name])
 
     def _open_detail(self, tab: DetailTab) -> None:
         """Show a tab, also on a tiny screen, where the tree gives way to it."""

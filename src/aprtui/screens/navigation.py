@@ -8,7 +8,7 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from aprcore.network.graph import StageKey
-from aprtui.keymap import shown_key
+from aprtui.bindings import shown_key
 from aprtui.measures import Measure
 from aprtui.rows import Filter, Row, SortOrder, matching_keys, place_among
 from aprtui.run_state import RunState

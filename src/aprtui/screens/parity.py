@@ -20,8 +20,8 @@ from aprcore.records.wording import (
     format_ratio,
 )
 from aprtui.formatting import NARROW_COSINE_PLACES
-from aprtui.palette import ScreenCommands
 from aprtui.run_state import RunState
+from aprtui.screens.palette import ScreenCommands
 from aprtui.screens.run_view import RunView
 from aprtui.text import visible
 from aprtui.theme import Paint, mark_of_verdict

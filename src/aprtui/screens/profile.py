@@ -19,9 +19,9 @@ from textual.widgets import Footer, Static
 
 from aprcore.network.graph import STAGES, StageKey
 from aprcore.records.wording import format_ratio
-from aprtui.palette import ScreenCommands
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState
+from aprtui.screens.palette import ScreenCommands
 from aprtui.screens.run_view import RunView
 from aprtui.theme import Paint, mark_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from textual import on, work
 from textual.worker import Worker, get_current_worker
 
-from aprtui.keymap import shown_key
+from aprtui.bindings import shown_key
 from aprtui.screen_options import ScreenOptions
 from aprtui.screens.navigation import StageNavigation
 from aprtui.session import (

@@ -14,7 +14,7 @@ from textual.worker import get_current_worker
 from aprtui.pictures import Ask, GridAsk, PictureFailed, PictureMade, PictureMaker
 from aprtui.text import visible
 from aprtui.widgets.picture_view import PictureView
-from aprtui.widgets.tab_strip import DetailTab
+from aprtui.widgets.tabs import DetailTab
 
 if TYPE_CHECKING:
     from aprcore.network.graph import StageKey
@@ -48,7 +48,10 @@ class Views(dict[DetailTab, PictureView]):
         self._mount = mount
 
     def __missing__(self, tab: DetailTab) -> PictureView:
-        self[tab] = view = _make_view(tab)
+        widget = tab.load_picture()
+        if widget is None:
+            raise KeyError(tab)
+        self[tab] = view = widget(id=tab.name.lower())
         self._mount(view)
         return view
 
@@ -221,27 +224,6 @@ class PicturePane(Vertical):
         if self.open_view is not None:
             self.open_view.focus()
         await self.query("#place").remove()
-
-
-def _make_view(tab: DetailTab) -> PictureView:
-    match tab:
-        case DetailTab.TOKENS:
-            from aprtui.widgets.token_bars import TokenBars
-
-            return TokenBars(id="tokens")
-        case DetailTab.MAP:
-            from aprtui.widgets.tensor_map import TensorMap
-
-            return TensorMap(id="map")
-        case DetailTab.HISTOGRAM:
-            from aprtui.widgets.histogram import HistogramView
-
-            return HistogramView(id="histogram")
-        case DetailTab.VALUES:
-            from aprtui.widgets.value_grid import ValueGrid
-
-            return ValueGrid(id="values")
-    raise KeyError(tab)
 
 
 def _replaces(wanted: _Making, making: _Making) -> bool:

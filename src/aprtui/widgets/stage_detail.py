@@ -10,7 +10,7 @@ from textual.widgets import Static
 from aprtui.rows import RUN_ROW, Row
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
-from aprtui.widgets.tab_strip import DetailTab, TabStrip
+from aprtui.widgets.tabs import DetailTab, TabStrip
 
 if TYPE_CHECKING:
     from aprtui.widgets.picture_pane import PicturePane
@@ -58,7 +58,7 @@ class StageDetail(VerticalScroll):
         """Describe a row, once there is something to do it with."""
         if not self.is_filled:
             return
-        from aprtui.pane_text import ROOMY_LINES, describe_pane
+        from aprtui.widgets.pane_text import ROOMY_LINES, describe_pane
 
         report = None if row.key is None else self._state.reports.get(row.key)
         # A cell is left for the scroll bar: lines must not change when it comes.

@@ -8,7 +8,7 @@ from rich.text import Text
 from textual.widget import Widget
 
 from aprcore.records.wording import finding_of, token_name
-from aprtui.keymap import shown_key
+from aprtui.bindings import shown_key
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
 from aprtui.text import visible

@@ -20,7 +20,7 @@ from aprtui.rows import Row
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
 from aprtui.why import explain_run, explain_stage
-from aprtui.widgets.tab_strip import DetailTab
+from aprtui.widgets.tabs import DetailTab
 
 # Lines from which the table gets a title of its own, and the Why tab leaves the judgments in view.
 ROOMY_LINES = 24
