@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         LogitsReport,
         PathRejected,
         Report,
+        RunEvent,
         RunHeader,
         StageReport,
     )
@@ -56,6 +57,32 @@ class RunState:
     views: dict[Measure, dict[StageKey, StageReport]] = field(default_factory=dict)
     device: DeviceOpened | None = None
     rejected: PathRejected | None = None
+
+    def take(self, event: RunEvent) -> None:
+        """The engine has found something out."""
+        # Loaded with the event at the latest: the first screen is painted without.
+        from aprcore.records.parity import StageParity
+        from aprcore.records.report import (
+            DeviceOpened,
+            PathRejected,
+            Report,
+            RunHeader,
+            StageReport,
+        )
+
+        match event:
+            case RunHeader():
+                self.open(event)
+            case StageReport():
+                self.add(event)
+            case StageParity():
+                self.add_parity(event)
+            case DeviceOpened():
+                self.device = event
+            case PathRejected():
+                self.rejected = event
+            case Report():
+                self.report = event
 
     def open(self, header: RunHeader) -> None:
         """The files are open and every row is known; what a run before this one said is over."""

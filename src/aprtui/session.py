@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from textual.message import Message
@@ -48,30 +47,16 @@ class RunOpened(Message):
 
 @dataclass
 class StageJudged(Message):
-    """A stage has its figures."""
+    """A stage has its figures, or one of the second side has."""
 
-    report: StageReport
-
-
-@dataclass
-class ParityJudged(Message):
-    """A stage of the second side has its figures."""
-
-    parity: StageParity
+    stage: StageReport | StageParity
 
 
 @dataclass
-class DeviceFound(Message):
-    """The device that the second side runs on is open."""
+class DeviceTold(Message):
+    """The device of the second side is open, or its path was given up and the CPU carries on."""
 
-    device: DeviceOpened
-
-
-@dataclass
-class PathGivenUp(Message):
-    """The device's path was rejected, and the CPU carries on."""
-
-    rejected: PathRejected
+    event: DeviceOpened | PathRejected
 
 
 @dataclass
@@ -86,19 +71,6 @@ class RunFailed(Message):
     """The run ended early: something given is unusable, or the engine has a bug."""
 
     error: Exception
-
-
-@dataclass
-class FilesChanged(Message):
-    """Files of the run are other than they were when it began."""
-
-
-@dataclass
-class ExportFinished(Message):
-    """A run was written to a file, or could not be."""
-
-    path: Path
-    error: Exception | None
 
 
 def stream_run(
@@ -140,14 +112,10 @@ def stream_run(
                 match event:
                     case RunHeader():
                         post(RunOpened(event, open_tensors(request, kept)))
-                    case StageReport():
+                    case StageReport() | StageParity():
                         post(StageJudged(event))
-                    case StageParity():
-                        post(ParityJudged(event))
-                    case DeviceOpened():
-                        post(DeviceFound(event))
-                    case PathRejected():
-                        post(PathGivenUp(event))
+                    case DeviceOpened() | PathRejected():
+                        post(DeviceTold(event))
                     case Report():
                         post(RunFinished(event))
     # Anything that escapes would take the terminal down and the partial result with it.

@@ -292,7 +292,7 @@ async def pan_latencies_ms(folder: Path, presses: int) -> list[float]:
     async with app.run_test(size=(200, 60)) as pilot:
         await open_large(app, tensors)
         pictures, repaints = app.explorer.detail.pictures, Repaints(app)
-        app.explorer.go_to(report.key)
+        app.explorer.navigation.go_to(report.key)
         await pilot.pause(0.5)
         await pilot.press("3")
         await pilot.pause(0.2)

@@ -14,7 +14,6 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from aprcore.network.graph import StageKey
-from aprcore.records.report import Report, RunHeader, StageReport
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
@@ -36,9 +35,9 @@ LASTING = {"run", "watch"}
 async def settle(pilot: Pilot[Any]) -> None:
     """Wait until the run is over and all that it posted has been handled and drawn."""
     explorer = explorer_of(pilot)
-    await until(pilot, lambda: explorer.engine_worker is not None)
-    assert explorer.engine_worker is not None
-    await explorer.engine_worker.wait()
+    await until(pilot, lambda: explorer.running.worker is not None)
+    assert explorer.running.worker is not None
+    await explorer.running.worker.wait()
     await come_to_rest(pilot)
 
 
@@ -55,7 +54,7 @@ def then_press(*keys: str, at: StageKey | None = None) -> Callable[[Pilot[Any]],
     async def run_before(pilot: Pilot[Any]) -> None:
         await settle(pilot)
         if at is not None:
-            explorer_of(pilot).go_to(at)
+            explorer_of(pilot).navigation.go_to(at)
             await come_to_rest(pilot)
         await press(pilot, *keys)
 
@@ -161,13 +160,7 @@ def finish(request: Request) -> RunState:
     """What the screen knows of a run that is over, without a screen."""
     state = RunState()
     for event in bisect(request):
-        match event:
-            case RunHeader():
-                state.open(event)
-            case StageReport():
-                state.add(event)
-            case Report():
-                state.report = event
+        state.take(event)
     return state
 
 

@@ -216,7 +216,7 @@ class TestOverlays:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
             await press(pilot, "slash", *"pass", "enter")
-            screen.go_to(FAULT)
+            screen.navigation.go_to(FAULT)
             await come_to_rest(pilot)
             assert row_of(pilot) == Row(key=FAULT)
             assert not screen.query("#filter")

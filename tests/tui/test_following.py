@@ -31,7 +31,7 @@ class TestUpstream:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             root = explorer.state.divergences[0]
-            explorer.go_to(StageKey(None, "lm_head"))
+            explorer.navigation.go_to(StageKey(None, "lm_head"))
             seen = [explorer.tree_of_stages.row.key]
             for _ in range(200):
                 await press(pilot, "u")
@@ -48,28 +48,28 @@ class TestUpstream:
                 assert reader is not None and source is not None
                 assert source in input_keys(reader, header.num_layers, features)
                 assert verdict(pilot, source) != "PASS"
-            assert explorer.breadcrumb.way == tuple(seen)
+            assert explorer.navigation.breadcrumb.way == tuple(seen)
 
         drive(ExplorerApp(kv_run()), steps)
 
     def test_way_back_is_the_way_taken(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            explorer.go_to(StageKey(None, "lm_head"))
+            explorer.navigation.go_to(StageKey(None, "lm_head"))
             await press(pilot, "u", "u", "u", "d", "d")
             assert explorer.tree_of_stages.row.key == StageKey(None, "final_norm")
-            assert len(explorer.breadcrumb.way) == 2
+            assert len(explorer.navigation.breadcrumb.way) == 2
 
         drive(ExplorerApp(kv_run()), steps)
 
     def test_another_move_ends_the_way(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            explorer.go_to(StageKey(None, "lm_head"))
+            explorer.navigation.go_to(StageKey(None, "lm_head"))
             await press(pilot, "u", "u")
-            assert explorer.breadcrumb.display
+            assert explorer.navigation.breadcrumb.display
             await press(pilot, "up")
-            assert not explorer.breadcrumb.display
+            assert not explorer.navigation.breadcrumb.display
 
         drive(ExplorerApp(kv_run()), steps)
 
@@ -79,7 +79,7 @@ class TestDownstream:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             root = explorer.state.divergences[0]
-            explorer.go_to(root)
+            explorer.navigation.go_to(root)
             await press(pilot, "d")
             here = explorer.tree_of_stages.row.key
             assert here is not None
@@ -92,7 +92,7 @@ class TestDownstream:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             key = explorer.state.keys[0]
-            explorer.go_to(key)
+            explorer.navigation.go_to(key)
             await press(pilot, "d")
             assert explorer.tree_of_stages.row.key == key
 
@@ -104,7 +104,7 @@ class TestBlame:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
             second = explorer.state.divergences[1]
-            explorer.go_to(second)
+            explorer.navigation.go_to(second)
             await press(pilot, "b")
             assert explorer.tree_of_stages.row.key == second
             assert explorer.tab is DetailTab.WHY
@@ -114,10 +114,10 @@ class TestBlame:
     def test_one_key_shows_why_the_root_fails(self) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            explorer.go_to(StageKey(None, "final_norm"))
+            explorer.navigation.go_to(StageKey(None, "final_norm"))
             await press(pilot, "b")
             assert explorer.tree_of_stages.row.key == explorer.state.divergences[0]
             assert explorer.tab is DetailTab.WHY
-            assert explorer.breadcrumb.way[0] == StageKey(None, "final_norm")
+            assert explorer.navigation.breadcrumb.way[0] == StageKey(None, "final_norm")
 
         drive(ExplorerApp(kv_run()), steps)

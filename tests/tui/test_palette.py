@@ -56,7 +56,7 @@ class TestActions:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
             await press(pilot, "escape")  # back from the pane that two sides open
-            screen.go_to(FAULT)
+            screen.navigation.go_to(FAULT)
             for tab in DetailTab:
                 screen.tab = tab
                 await come_to_rest(pilot)
@@ -172,7 +172,7 @@ class TestPlaces:
     def test_a_layer_in_a_sorted_list_is_its_first_stage(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             await press(pilot, "s")
-            explorer_of(pilot).go_to_layer(2)
+            explorer_of(pilot).navigation.go_to_layer(2)
             await come_to_rest(pilot)
             assert row_of(pilot) == Row(key=StageKey(2, "attn_norm"))
 

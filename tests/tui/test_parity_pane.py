@@ -175,7 +175,7 @@ class TestTwoDumps:
             shown = {
                 a.binding.action for a in pilot.app.screen.active_bindings.values() if a.enabled
             }
-            assert "parity" not in shown
+            assert "do('parity')" not in shown
 
         drive(ExplorerApp(kernel_run("kv-tiled")), steps)
 

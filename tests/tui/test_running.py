@@ -62,7 +62,7 @@ class TestAgain:
     def test_the_cursor_stays_where_the_user_took_it(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            explorer.go_to(StageKey(2, "ffn_out"))
+            explorer.navigation.go_to(StageKey(2, "ffn_out"))
             await press(pilot, "r")
             await settle(pilot)
             assert explorer.tree_of_stages.row == Row(key=StageKey(2, "ffn_out"))
@@ -152,13 +152,13 @@ class TestWatching:
     ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            worker = explorer.engine_worker
+            worker = explorer.running.worker
             assert saved.exists()
             # Two that see the same make the next run; the first of these may have begun before.
             seen = len(looks)
             await until(pilot, lambda: len(looks) >= seen + 4)
             await come_to_rest(pilot)
-            assert explorer.engine_worker is worker
+            assert explorer.running.worker is worker
             assert explorer.state.number == 1
 
         saved = Path("engine-dump") / "run.aprx"
@@ -197,12 +197,12 @@ class TestWatching:
     ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             explorer = explorer_of(pilot)
-            worker = explorer.engine_worker
+            worker = explorer.running.worker
             mend()
             await asyncio.sleep(4 * INTERVAL_S)
             await come_to_rest(pilot)
             assert not looks
-            assert explorer.engine_worker is worker
+            assert explorer.running.worker is worker
             assert explorer.state.number == 1
 
         drive(ExplorerApp(failing_request), steps)

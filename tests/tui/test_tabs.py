@@ -213,7 +213,7 @@ class TestTokens:
 
     def test_a_token_that_is_not_finite_is_marked(self, broken_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            explorer_of(pilot).go_to(BROKEN)
+            explorer_of(pilot).navigation.go_to(BROKEN)
             await press(pilot, "2")
             lines = lines_of(tokens_of(pilot))
             assert "NaN" in lines[3]
@@ -262,7 +262,7 @@ class TestMap:
 
     def test_axes_and_heads_of_attention(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            explorer_of(pilot).go_to(StageKey(1, "attn_scores"))
+            explorer_of(pilot).navigation.go_to(StageKey(1, "attn_scores"))
             await press(pilot, "3")
             shown = map_of(pilot)
             names = []
@@ -318,7 +318,7 @@ class TestMap:
 
     def test_what_is_not_finite_has_a_glyph(self, broken_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            explorer_of(pilot).go_to(BROKEN)
+            explorer_of(pilot).navigation.go_to(BROKEN)
             await press(pilot, "3")
             text = "\n".join(lines_of(map_of(pilot)))
             assert text.count("✕" * 4) >= 1
@@ -331,7 +331,7 @@ class TestMap:
     def test_a_vector_is_folded_and_its_places_are_right(self, failing_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             key = StageKey(None, "lm_head")
-            explorer_of(pilot).go_to(key)
+            explorer_of(pilot).navigation.go_to(key)
             await press(pilot, "3", "enter", "colon", *"77", "enter")
             shown, layout = map_of(pilot), explorer_of(pilot).state.reports[key].layout
             assert layout is not None
@@ -388,7 +388,7 @@ class TestMap:
         async def steps(pilot: Pilot[Any]) -> None:
             await press(pilot, "3", "enter", "plus", "plus", "right", "escape")
             before = map_of(pilot).window
-            explorer_of(pilot).go_to(StageKey(2, "q_post_rope"))
+            explorer_of(pilot).navigation.go_to(StageKey(2, "q_post_rope"))
             await come_to_rest(pilot)
             assert map_of(pilot).window == before
 
@@ -491,7 +491,7 @@ class TestValues:
 
     def test_sides_of_other_sizes(self, broken_request: Request) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
-            explorer_of(pilot).go_to(StageKey(0, "ffn_up"))
+            explorer_of(pilot).navigation.go_to(StageKey(0, "ffn_up"))
             await press(pilot, "5", "enter", "end")
             values = values_of(pilot)
             assert values.total == 7 * 64
@@ -584,12 +584,12 @@ class TestMaking:
             await press(pilot, "4")
             assert "|value|" in lines_of(histogram)[0]
             Path("hf-stages", "layer-1", "attn_scores.bin").write_bytes(b"")
-            explorer_of(pilot).go_to(StageKey(1, "attn_scores"))
+            explorer_of(pilot).navigation.go_to(StageKey(1, "attn_scores"))
             await come_to_rest(pilot)
             said = " ".join(lines_of(histogram))
             assert said.startswith("no picture: ")
             assert "hf-stages" in said
-            explorer_of(pilot).go_to(StageKey(1, "attention"))
+            explorer_of(pilot).navigation.go_to(StageKey(1, "attention"))
             await come_to_rest(pilot)
             assert "|value|" in lines_of(histogram)[0]
 
@@ -600,7 +600,7 @@ class TestMaking:
     ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             assert explorer_of(pilot).state.is_running
-            explorer_of(pilot).go_to(StageKey(0, "attn_norm"))
+            explorer_of(pilot).navigation.go_to(StageKey(0, "attn_norm"))
             await press(pilot, "3")
             assert "token × dim" in lines_of(map_of(pilot))[0]
 
@@ -611,8 +611,8 @@ class TestMaking:
     ) -> None:
         async def steps(pilot: Pilot[Any]) -> None:
             screen = explorer_of(pilot)
-            assert screen.tensors is not None
-            maker, posted = PictureMaker(screen.tensors), []
+            assert screen.running.tensors is not None
+            maker, posted = PictureMaker(screen.running.tensors), []
             report = screen.state.reports[FAULT]
             maker.make(report, ValuesAsk(0), lambda: True, posted.append)
             assert posted == []
@@ -826,7 +826,7 @@ class TestStates:
             await settle(pilot)
             await press(pilot, tab)
             Path("hf-stages", "layer-1", "attn_scores.bin").unlink()
-            explorer_of(pilot).go_to(StageKey(1, "attn_scores"))
+            explorer_of(pilot).navigation.go_to(StageKey(1, "attn_scores"))
             await come_to_rest(pilot)
 
         app = ExplorerApp(failing_request)

@@ -38,7 +38,7 @@ class ChangesScreen(ModalScreen[StageKey | None]):
     """A table of the stages that changed. Ends with the stage to go to, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,x", "close", "close", id="changes.close", tooltip="Back to the stages"),
+        Binding("escape,x", "dismiss", "close", id="changes.close", tooltip="Back to the stages"),
     ]
 
     def __init__(self, before: Report, after: Report) -> None:
@@ -87,10 +87,6 @@ class ChangesScreen(ModalScreen[StageKey | None]):
     @on(DataTable.RowSelected)
     def _open(self, event: DataTable.RowSelected) -> None:
         self.dismiss(self._shown[event.cursor_row].key)
-
-    def action_close(self) -> None:
-        """Go back to where the tree was."""
-        self.dismiss(None)
 
 
 def _verdict(report: StageReport | None, paint: Paint) -> Text:

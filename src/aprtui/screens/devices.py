@@ -29,7 +29,7 @@ class DevicesScreen(ModalScreen[int | None]):
     """A list to choose from. Ends with the number of a device to run on, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,v", "close", "close", id="devices.close", tooltip="Back to the stages"),
+        Binding("escape,v", "dismiss", "close", id="devices.close", tooltip="Back to the stages"),
     ]
 
     @dataclass
@@ -92,7 +92,3 @@ class DevicesScreen(ModalScreen[int | None]):
     def _choose(self, event: OptionList.OptionSelected) -> None:
         assert event.option_id is not None
         self.dismiss(int(event.option_id))
-
-    def action_close(self) -> None:
-        """Go on with what runs."""
-        self.dismiss(None)

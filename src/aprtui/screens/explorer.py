@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
@@ -12,27 +11,30 @@ from textual.binding import BindingType
 from textual.command import Provider
 from textual.containers import Horizontal
 from textual.reactive import reactive
+from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Input
 
 from aprtui.keys import EXPLORER_KEYS
+from aprtui.run_state import RunState
 from aprtui.screen_options import ScreenOptions
-from aprtui.screens.run_view import RunView
-from aprtui.screens.running import RunningScreen
-from aprtui.session import StageJudged
+from aprtui.screens.handing_on import HandingOn
+from aprtui.screens.navigation import Navigation
+from aprtui.screens.running import Running
+from aprtui.screens.views import Views
+from aprtui.session import DeviceTold, RunFailed, RunFinished, RunOpened, StageJudged
 from aprtui.settings import DEFAULT_TOP_K, TOP_K_STEPS
 from aprtui.text import visible
 from aprtui.widgets.profile_strip import ProfileStrip
 from aprtui.widgets.rejection import Rejection
 from aprtui.widgets.run_title import RunTitle, base_name
 from aprtui.widgets.stage_detail import StageDetail
-from aprtui.widgets.stage_tree import StageHeadings, StagePane, StageTree
+from aprtui.widgets.stage_pane import StagePane
+from aprtui.widgets.stage_tree import StageTree
 from aprtui.widgets.tabs import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
-    from aprcore.network.graph import StageKey
-    from aprcore.records.report import RunHeader
     from aprcore.runs.request import Request
     from aprtui.session import Engine
 
@@ -49,10 +51,18 @@ def _commands() -> type[Provider]:
     return ExplorerCommands
 
 
-class ExplorerScreen(RunningScreen):
-    """The first screen. It owns the run's state; its message handlers are all that change it.
+class ExplorerScreen(Screen[None]):
+    """The first screen: draws what is known of a run, and gives each key to what answers it.
 
     Attributes:
+        state: What is known of the run; only what the engine's messages are handled by changes it.
+        tree_of_stages: The tree.
+        stages: The tree's pane, where its rows are chosen.
+        navigation: Moves the tree's cursor.
+        running: Runs the request.
+        views: Opens other screens on the run.
+        is_open: Whether the run's files were opened.
+        has_divergence: Whether a stage diverges.
         top_k: How many of the largest differences are shown.
         tab: What the lower part of the detail pane shows.
     """
@@ -61,6 +71,9 @@ class ExplorerScreen(RunningScreen):
 
     BINDINGS: ClassVar[list[BindingType]] = [*EXPLORER_KEYS]
 
+    # What the footer offers depends on these; setting them draws it anew.
+    is_open = reactive(False, bindings=True)
+    has_divergence = reactive(False, bindings=True)
     top_k = reactive(DEFAULT_TOP_K)
     # No key comes or goes with the tab: the footer would be made anew, which takes a whole frame.
     tab = reactive(DetailTab.TOP_K)
@@ -68,9 +81,23 @@ class ExplorerScreen(RunningScreen):
     def __init__(
         self, request: Request, engine: Engine | None = None, options: ScreenOptions | None = None
     ) -> None:
-        opening = f"opening {_subject(request)}…"
-        super().__init__(request, engine, options or ScreenOptions(), opening)
-        self.profile_strip = ProfileStrip(self.state, self.tree_of_stages, id="profile")
+        super().__init__()
+        opening, options = f"opening {_subject(request)}…", options or ScreenOptions()
+        self.state = RunState()
+        self.tree_of_stages = StageTree(self.state, opening, id="tree")
+        self.stages = StagePane(self.tree_of_stages, id="stages")
+        self.navigation = Navigation(self, self.stages)
+        self.running = Running(self, self.state, request, engine, options)
+        self.views = Views(self, self.tree_of_stages, self.navigation)
+        self._handing_on = HandingOn(self, self.tree_of_stages, self.running, options)
+        # What the keys do, by name: each part brings its own.
+        self._commands = {
+            **self.navigation.commands,
+            **self.stages.commands,
+            **self.running.commands,
+            **self.views.commands,
+            **self._handing_on.commands,
+        }
         self.title_line = RunTitle(self.state, opening, id="title")
         self.verdict_bar = VerdictBar(self.state, opening, id="verdict")
         self.rejection = Rejection(self.state, id="rejection")
@@ -86,11 +113,9 @@ class ExplorerScreen(RunningScreen):
         yield self.title_line
         yield self.verdict_bar
         yield self.rejection
-        yield self.breadcrumb
+        yield self.navigation.breadcrumb
         with Horizontal(id="body"):
-            pane = StagePane(self.tree_of_stages, self.profile_strip, id="stages")
-            pane.border_title = "Stages"
-            yield pane
+            yield self.stages
             yield self.detail
         yield Footer(compact=True)
 
@@ -103,60 +128,75 @@ class ExplorerScreen(RunningScreen):
     async def _begin(self) -> None:
         """Open the run in its thread, and meanwhile make what will show it."""
         if self.is_attached:  # else the user has left already
-            self.start_run()
+            self.running.start()
             await self.detail.fill()
             self.show_all()
 
     # The run
 
-    def show_opened(self, header: RunHeader) -> None:
+    @on(RunOpened)
+    def _open_run(self, event: RunOpened) -> None:
         """Unfold the first layer, choose what to show, and say what the user should read."""
-        if not self.is_open and self.state.layers:
-            self.tree_of_stages.expanded.add(self.state.layers[0])
-        if self.tree_of_stages.measure not in self.state.measures or not self.is_open:
-            for measure in self.state.measures[:1]:
-                self.choose(measure=measure)
+        self.running.open(event)
+        self.has_divergence = False
         was_open, self.is_open = self.is_open, True
-        if self.tensors is not None:
-            self.detail.pictures.use(self.tensors)
+        if not was_open and self.state.layers:
+            self.tree_of_stages.expanded.add(self.state.layers[0])
+        if self.tree_of_stages.measure not in self.state.measures or not was_open:
+            for measure in self.state.measures[:1]:
+                self.stages.choose(measure=measure)
+        self.detail.pictures.use(event.tensors)
         self.show_all()
-        if header.notes:
-            notes = "\n".join(visible(note) for note in header.notes)
+        if event.header.notes:
+            notes = "\n".join(visible(note) for note in event.header.notes)
             self.notify(notes, severity="warning", timeout=8, markup=False)
-        if self.request.against is not None and not was_open:
-            self.action_parity()  # it is what two dumps were named for
+        if self.running.request.against is not None and not was_open:
+            self.views.show_parity()  # it is what two dumps were named for
 
     @on(StageJudged)
     def _add_stage(self, event: StageJudged) -> None:
-        self.state.add(event.report)
+        self.state.take(event.stage)
         if self.state.divergences and not self.has_divergence:
             self.has_divergence = True
             layer = self.state.divergences[0].layer
             if layer is not None and not self.tree_of_stages.user_moved:
                 self.tree_of_stages.expanded = {layer}
-        self.show_soon()
-
-    def show_soon(self) -> None:
-        """Draw what has changed, together with what changes in a moment."""
         if self._refresh_timer is None:
             self._refresh_timer = self.set_timer(REFRESH_S, self._show_progress)
 
-    def show_finished(self) -> None:
+    @on(DeviceTold)
+    def _take_device(self, event: DeviceTold) -> None:
+        self.state.take(event.event)
+        self.show_all()
+
+    @on(RunFailed)
+    def _fail_run(self, event: RunFailed) -> None:
+        self.running.fail(event.error)
+        self.show_all()
+
+    @on(RunFinished)
+    def _finish_run(self, event: RunFinished) -> None:
         """Go to the first divergence, unless the user has taken the cursor."""
+        self.state.take(event.report)
         if self.state.divergences and not self.tree_of_stages.user_moved:
             self.tree_of_stages.go_to(self.state.divergences[0])
         self.show_all()
+        self.views.tell_changes()
+        self._handing_on.save()
+
+    def on_unmount(self) -> None:
+        """Close the files."""
+        self.running.close()
+
+    # What is drawn
 
     def _show_progress(self) -> None:
         """Draw what changes while stages come in; a stage's own figures change but once."""
         self._refresh_timer = None
         self.tree_of_stages.rearrange()
         self.verdict_bar.refresh()
-        self.profile_strip.refresh()
-        screen = self.app.screen
-        # One that was opened a moment ago has no widgets yet, and draws itself when it has.
-        if isinstance(screen, RunView) and screen.is_mounted:
-            screen.refresh_run()
+        self.stages.profile.refresh()
+        self.views.refresh()
         row = self.tree_of_stages.row
         if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
             self._show_detail()
@@ -164,7 +204,7 @@ class ExplorerScreen(RunningScreen):
     def show_all(self) -> None:
         """Draw everything from the state."""
         self._make_room()
-        self.query_one(StageHeadings).refresh()
+        self.stages.headings.refresh()
         self.title_line.refresh()
         self.rejection.refresh_run()
         self._show_detail()
@@ -174,7 +214,7 @@ class ExplorerScreen(RunningScreen):
 
     @on(StageTree.Highlighted)
     def _highlight(self) -> None:
-        self.breadcrumb.leave(self.tree_of_stages.row.key)
+        self.navigation.breadcrumb.leave(self.tree_of_stages.row.key)
         if self._detail_timer is not None:
             self._detail_timer.stop()
         self._detail_timer = self.set_timer(DETAIL_DELAY_S, self._show_detail)
@@ -256,10 +296,10 @@ class ExplorerScreen(RunningScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Which keys work now; the footer shows those."""
-        match action:
-            case "filter" | "next_divergence":
-                return self.is_open
-            case "previous_divergence":
+        if action == "picture":
+            return self.is_open and self.detail.pictures.can(str(parameters[0]))
+        match parameters[0] if action == "do" else action:
+            case "previous":
                 return self.has_divergence
             case "top_k":
                 return self.is_open and self.state.has_oracle
@@ -267,20 +307,26 @@ class ExplorerScreen(RunningScreen):
                 return self.is_open and bool(self.state.measures)
             case "measure":
                 return self.is_open and len(self.state.measures) > 1
-            case "export" | "copy" | "rerun" | "changes":
-                return self.is_open
             case "parity":
                 return self.state.has_second_side
-            case "why" | "upstream" | "downstream" | "blame" | "profile":
-                return self.is_open
-            case "picture":
-                return self.is_open and self.detail.pictures.can(str(parameters[0]))
             case "place":
                 return self.is_open and self.tab.is_picture
             case "clear_filter":
                 is_asking = self.is_open and self.detail.pictures.is_asking
-                return self.is_filtered or self._hides_tree or is_asking
+                return self.stages.is_filtered or self._hides_tree or is_asking
+            case "next" | "upstream" | "downstream" | "blame" | "filter" | "why" | "profile":
+                return self.is_open
+            case "rerun" | "changes" | "export" | "copy":
+                return self.is_open
         return True
+
+    def action_do(self, command: str) -> None:
+        """Have a part of the screen do something."""
+        self._commands[command]()
+
+    async def action_filter(self) -> None:
+        """Ask for words that stages must have."""
+        await self.stages.ask_filter()
 
     async def action_clear_filter(self) -> None:
         """Show all stages again, or the tree before that."""
@@ -289,7 +335,8 @@ class ExplorerScreen(RunningScreen):
         elif self._hides_tree:
             self._swap_panes(to_detail=False)
         else:
-            await self.show_all_stages()
+            self.tree_of_stages.focus()
+            self.stages.drop_filter()
 
     def action_next_pane(self) -> None:
         """Go to the next pane, or show it where only one fits."""
@@ -304,22 +351,8 @@ class ExplorerScreen(RunningScreen):
 
     def action_blame(self) -> None:
         """Go to the stage to blame for the one under the cursor, and show why."""
-        here = self.tree_of_stages.row.key
-        from aprtui.lineage import trace_upstream
-
-        is_fault = here in self.state.divergences  # on its own account, whatever came before
-        lineage = None if here is None or is_fault else trace_upstream(self.state, here)
-        first = self.state.first_divergence
-        if lineage is not None:
-            for start, to in pairwise(lineage.path):
-                self.breadcrumb.walk(start, to)
-            self.go_to(lineage.origin)
-        elif not is_fault and first is not None:
-            self.go_to(first.key)
-        elif first is None:
-            self.notify("no divergence so far" if self.state.is_running else "no divergence")
-            return
-        self.tab = DetailTab.WHY
+        if self.navigation.go_to_blamed():
+            self.tab = DetailTab.WHY
 
     def action_tab(self, step: int) -> None:
         """Show another tab."""
@@ -349,34 +382,9 @@ class ExplorerScreen(RunningScreen):
             self.top_k = TOP_K_STEPS[(TOP_K_STEPS.index(self.top_k) + 1) % len(TOP_K_STEPS)]
         self._open_detail(DetailTab.TOP_K)
 
-    def action_profile(self) -> None:
-        """Show the depth profile; it ends with the stage to go to."""
-        at = self.tree_of_stages.row
-        key = at.key or next(iter(self.state.keys_by_layer.get(at.layer, ())), None)
-        from aprtui.screens.profile import ProfileScreen
-
-        self.app.push_screen(ProfileScreen(self.state, key), self._go_if_chosen)
-
-    def _go_if_chosen(self, key: StageKey | None) -> None:
-        if key is not None:
-            self.go_to(key)
-
-    def action_parity(self) -> None:
-        """Show two sides, stage by stage; it ends with the stage to go to."""
-        at = self.tree_of_stages.row.key
-        from aprtui.screens.parity import ParityScreen
-
-        self.app.push_screen(ParityScreen(self.state, at), self._go_if_chosen)
-
     @on(ProfileStrip.Chosen)
     def _open_layer(self, event: ProfileStrip.Chosen) -> None:
-        self.go_to(event.key)
-
-    def action_help(self) -> None:
-        """Show every key."""
-        from aprtui.screens.help import HelpScreen
-
-        self.app.push_screen(HelpScreen(self.active_bindings.values()))
+        self.navigation.go_to(event.key)
 
 
 def _subject(request: Request) -> str:

@@ -1,109 +1,116 @@
-"""Moving through the stages of a run: to faults, along an error, by words, in another order."""
+"""Moving through the stages of a run: to faults, and along an error."""
 
 from __future__ import annotations
 
-from textual import on
-from textual.reactive import reactive
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
 from textual.screen import Screen
-from textual.widgets import Input
 
 from aprcore.network.graph import StageKey
 from aprtui.bindings import shown_key
-from aprtui.measures import Measure
-from aprtui.rows import Filter, Row, SortOrder, matching_keys, place_among
-from aprtui.run_state import RunState
+from aprtui.rows import Row, matching_keys, place_among
 from aprtui.widgets.breadcrumb import Breadcrumb
-from aprtui.widgets.stage_tree import StageHeadings, StageTree
+from aprtui.widgets.stage_pane import StagePane
 
 
-class StageNavigation(Screen[None]):
-    """A screen with the tree of stages, and all that moves its cursor or changes its rows.
+class Navigation:
+    """Moves the cursor of the tree because the user asked for it.
 
     Attributes:
         state: What is known of the run.
-        tree_of_stages: The tree.
         breadcrumb: The way that `u` and `d` took.
+        commands: What the screen's keys do here, by name.
     """
 
-    # What the footer offers depends on these; setting them draws it anew.
-    is_open = reactive(False, bindings=True)
-    is_filtered = reactive(False, bindings=True)
-    has_divergence = reactive(False, bindings=True)
-
-    def __init__(self, opening: str) -> None:
-        super().__init__()
-        self.state = RunState()
-        self.tree_of_stages = StageTree(self.state, opening, id="tree")
+    def __init__(self, screen: Screen[Any], stages: StagePane) -> None:
+        self.state = stages.tree_of_stages.state
         self.breadcrumb = Breadcrumb(self.state, id="breadcrumb")
+        self.commands: dict[str, Callable[[], None]] = {
+            "next": partial(self._go_to_fault, 1),
+            "previous": partial(self._go_to_fault, -1),
+            "upstream": self._go_upstream,
+            "downstream": self._go_downstream,
+        }
+        self._screen = screen
+        self._stages = stages
+        self._tree = stages.tree_of_stages
 
     def go_to(self, key: StageKey) -> None:
-        """Put the cursor on a stage because the user asked for it."""
-        tree = self.tree_of_stages
-        if not tree.filter.accepts(key, self.state.reports.get(key)):
-            # The tree drops a filter that hides the stage; its words must go with it.
-            self.query("#filter").remove()
-            self.is_filtered = False
-        tree.user_moved = True
-        tree.go_to(key)
-        tree.focus()
+        """Put the cursor on a stage."""
+        if not self._tree.filter.accepts(key, self.state.reports.get(key)):
+            self._stages.drop_filter()
+        self._tree.user_moved = True
+        self._tree.go_to(key)
+        self._tree.focus()
+
+    def go_if_chosen(self, key: StageKey | None) -> None:
+        """The same with what another screen ended with, if that is a stage."""
+        if key is not None:
+            self.go_to(key)
 
     def go_to_layer(self, layer: int) -> None:
         """Unfold a layer and put the cursor on it; where rows are sorted, on its first stage."""
-        tree = self.tree_of_stages
-        first = self.state.keys_by_layer[layer][0]
-        self.go_to(first)
-        if Row(layer=layer) in tree.rows:
-            tree.go_to_row(Row(layer=layer))
+        self.go_to(self.state.keys_by_layer[layer][0])
+        self._tree.go_to_row(Row(layer=layer))
 
-    # Faults
+    def go_to_blamed(self) -> bool:
+        """Go to the stage to blame for the one under the cursor; returns whether there is one."""
+        here, first = self._tree.row.key, self.state.first_divergence
+        from aprtui.lineage import trace_upstream
 
-    def action_next_divergence(self) -> None:
-        """Go to the next divergence in the order shown."""
-        self._step(1)
+        is_fault = here in self.state.divergences  # on its own account, whatever came before
+        lineage = None if here is None or is_fault else trace_upstream(self.state, here)
+        if lineage is not None:
+            for start, to in pairwise(lineage.path):
+                self.breadcrumb.walk(start, to)
+            self.go_to(lineage.origin)
+        elif not is_fault and first is not None:
+            self.go_to(first.key)
+        elif first is None:
+            self._say_sound()
+            return False
+        return True
 
-    def action_previous_divergence(self) -> None:
-        """Go to the previous divergence in the order shown."""
-        self._step(-1)
+    def _say_sound(self) -> None:
+        said = "no divergence so far" if self.state.is_running else "no divergence"
+        self._screen.notify(said)
 
-    def _step(self, step: int) -> None:
-        tree = self.tree_of_stages
-        keys = matching_keys(self.state, tree.filter, tree.order)
+    def _go_to_fault(self, step: int) -> None:
+        """Go to the next divergence in the order shown, or the previous one."""
+        keys = matching_keys(self.state, self._tree.filter, self._tree.order)
         diverging = set(self.state.divergences)
-        here = place_among(keys, tree.row)
-        if step < 0:
-            found = next((key for key in reversed(keys[: max(0, here)]) if key in diverging), None)
-        else:
-            found = next((key for key in keys[max(-1, here) + 1 :] if key in diverging), None)
+        faults = [number for number, key in enumerate(keys) if key in diverging]
+        found = following(faults, place_among(keys, self._tree.row), step)
         if found is not None:
-            self.go_to(found)
+            self.go_to(keys[found])
         elif not diverging:
-            self.notify("no divergence so far" if self.state.is_running else "no divergence")
+            self._say_sound()
         else:
-            self.notify("no divergence after this row" if step > 0 else "none before this row")
+            said = "no divergence after this row" if step > 0 else "none before this row"
+            self._screen.notify(said)
 
-    # Along an error
-
-    def action_upstream(self) -> None:
+    def _go_upstream(self) -> None:
         """Go one step towards where this stage's error began."""
-        here = self.tree_of_stages.row.key
+        here = self._stage_here()
         if here is None:
-            self._ask_for_a_stage()
             return
         from aprtui.lineage import trace_upstream
 
         lineage = trace_upstream(self.state, here)
         if lineage is None:
             diverges = here in self.state.divergences
-            self.notify("this stage is to blame" if diverges else "none of its inputs is off")
-            return
-        self.breadcrumb.walk(here, lineage.path[1])
-        self.go_to(lineage.path[1])
+            said = "this stage is to blame" if diverges else "none of its inputs is off"
+            self._screen.notify(said)
+        else:
+            self._walk(here, lineage.path[1])
 
-    def action_downstream(self) -> None:
+    def _go_downstream(self) -> None:
         """Go one step back, or down to the first stage that this one spoils."""
-        here = self.tree_of_stages.row.key
+        here = self._stage_here()
         if here is None:
-            self._ask_for_a_stage()
             return
         target = self.breadcrumb.before(here)
         if target is None:
@@ -111,62 +118,26 @@ class StageNavigation(Screen[None]):
 
             target = next(iter(spoiled_by(self.state, here)), None)
         if target is None:
-            self.notify("nothing that reads it is off")
-            return
-        self.breadcrumb.walk(here, target)
-        self.go_to(target)
+            self._screen.notify("nothing that reads it is off")
+        else:
+            self._walk(here, target)
 
-    def _ask_for_a_stage(self) -> None:
-        key = shown_key(self.app, "explorer.next")
-        self.notify(f"choose a stage first; {key} goes to the first divergence", markup=False)
+    def _walk(self, here: StageKey, to: StageKey) -> None:
+        self.breadcrumb.walk(here, to)
+        self.go_to(to)
 
-    # Rows
+    def _stage_here(self) -> StageKey | None:
+        """The stage under the cursor; without one the user is told how to get to one."""
+        here = self._tree.row.key
+        if here is None:
+            key = shown_key(self._screen.app, "explorer.next")
+            said = f"choose a stage first; {key} goes to the first divergence"
+            self._screen.notify(said, markup=False)
+        return here
 
-    async def action_filter(self) -> None:
-        """Ask for words."""
-        if not self.is_filtered:
-            self.is_filtered = True
-            words = Input(placeholder="words: q_post_rope, layer 3, fail", id="filter")
-            await self.query_one("#stages").mount(words, before=0)
-        # At once: `focus()` waits its turn, and the first letters would go to the tree.
-        self.set_focus(self.query_one("#filter", Input))
 
-    @on(Input.Changed, "#filter")
-    def _filter_rows(self, event: Input.Changed) -> None:
-        self.tree_of_stages.choose(filter=Filter.parse(event.value))
-
-    @on(Input.Submitted, "#filter")
-    def _leave_filter(self) -> None:
-        self.tree_of_stages.focus()
-
-    async def show_all_stages(self) -> None:
-        """Drop the filter."""
-        self.tree_of_stages.focus()
-        await self.query("#filter").remove()
-        self.is_filtered = False
-        self.tree_of_stages.choose(filter=Filter())
-
-    def action_sort(self) -> None:
-        """Sort another way; the tree shows the figures that it is sorted by."""
-        order = self.tree_of_stages.order.following(self.state.measures)
-        self.choose(order=order, measure=order.measure)
-
-    def action_measure(self) -> None:
-        """Show the figures of the next judgment; a sorted tree is sorted by them."""
-        tree, measures = self.tree_of_stages, self.state.measures
-        measure = measures[(measures.index(tree.measure) + 1) % len(measures)]
-        is_sorted = tree.order is not SortOrder.COMPUTATION
-        self.choose(order=SortOrder.by(measure) if is_sorted else None, measure=measure)
-
-    def choose(self, *, order: SortOrder | None = None, measure: Measure | None = None) -> None:
-        """Show the rows in another order, or other figures, and say so above them."""
-        tree = self.tree_of_stages
-        tree.choose(order=order, measure=measure)
-        told = ["Stages"]
-        if tree.measure not in (Measure.CUMULATIVE, tree.order.measure):
-            told.append(self.state.title_of(tree.measure))
-        if tree.order is not SortOrder.COMPUTATION:
-            told.append(tree.order.value)
-        self.query_one("#stages").border_title = ", ".join(told)
-        self.query_one(StageHeadings).refresh()
-        self.query_one("#profile").refresh()
+def following(numbers: Iterable[int], here: int, step: int) -> int | None:
+    """The nearest of some numbers above another, or below it where `step` is negative."""
+    if step > 0:
+        return min((number for number in numbers if number > here), default=None)
+    return max((number for number in numbers if number < here), default=None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from rich.text import Text
 from textual.actions import parse
@@ -21,7 +21,7 @@ from aprtui.theme import mark_of, mark_of_verdict
 if TYPE_CHECKING:
     from aprcore.records.report import StageReport
     from aprtui.run_state import RunState
-    from aprtui.screens.explorer import ExplorerScreen
+    from aprtui.screens.navigation import Navigation
 
 # Of a kind offered for one search; more could not be read anyway.
 MOST_OFFERED = 50
@@ -29,32 +29,24 @@ MOST_OFFERED = 50
 FAULTS_FIRST = 5
 
 
-class Command(NamedTuple):
-    """Something that a key does.
+class Offer(NamedTuple):
+    """Something that a key does, or somewhere to go in a run.
 
     Attributes:
-        name: What it is called in few words.
-        tooltip: What it does.
+        name: As it is shown and found.
+        help: What it does, or what is known of it.
         run: Does it.
     """
 
     name: str
-    tooltip: str
-    run: Callable[[], Awaitable[object]]
-
-
-class Place(NamedTuple):
-    """Somewhere to go in a run.
-
-    Attributes:
-        name: As it is shown and found.
-        help: What is known of it.
-        go: Goes there.
-    """
-
-    name: str
     help: str
-    go: Callable[[], None]
+    run: Callable[[], Any]
+
+
+class HasNavigation(Protocol):
+    """A screen with stages to go to."""
+
+    navigation: Navigation
 
 
 class ScreenCommands(Provider):
@@ -63,7 +55,7 @@ class ScreenCommands(Provider):
     async def discover(self) -> Hits:
         """What is offered before anything is typed."""
         for command in self.commands():
-            yield DiscoveryHit(Text(command.name), command.run, command.name, command.tooltip)
+            yield DiscoveryHit(Text(command.name), command.run, command.name, command.help)
 
     async def search(self, query: str) -> Hits:
         """Actions whose name is like the query."""
@@ -72,9 +64,9 @@ class ScreenCommands(Provider):
             score = matcher.match(command.name)
             if score > 0:
                 shown = matcher.highlight(command.name)
-                yield Hit(score, shown, command.run, help=command.tooltip)
+                yield Hit(score, shown, command.run, help=command.help)
 
-    def commands(self) -> Iterator[Command]:
+    def commands(self) -> Iterator[Offer]:
         """Every action that works now, once: of the screen, the program, then the focus."""
         inside = [] if self.focused is None else list(self.focused.ancestors_with_self)
         nodes = [self.screen, self.app, *(n for n in inside if n not in (self.screen, self.app))]
@@ -88,22 +80,22 @@ class ScreenCommands(Provider):
                 if owner.check_action(action, parameters):
                     seen.add((owner, action, parameters))
                     run = partial(self.app.run_action, binding.action, node)
-                    yield Command(binding.description, escape(binding.tooltip), run)
-        yield Command("theme", "Change the colours", partial(self.app.run_action, "change_theme"))
+                    yield Offer(binding.description, escape(binding.tooltip), run)
+        yield Offer("theme", "Change the colours", partial(self.app.run_action, "change_theme"))
 
 
 class ExplorerCommands(ScreenCommands):
     """Faults, layers and stages to go to, besides the actions."""
 
     @property
-    def explorer(self) -> ExplorerScreen:
-        """The screen that the palette was opened on."""
-        return cast("ExplorerScreen", self.screen)
+    def _navigation(self) -> Navigation:
+        """Of the screen that the palette was opened on."""
+        return cast("HasNavigation", self.screen).navigation
 
     async def discover(self) -> Hits:
         """The first faults, then the actions."""
         for fault, _ in zip(self._faults(), range(FAULTS_FIRST)):
-            yield DiscoveryHit(Text(fault.name), fault.go, fault.name, fault.help)
+            yield DiscoveryHit(Text(fault.name), fault.run, fault.name, fault.help)
         async for hit in super().discover():
             yield hit
 
@@ -118,32 +110,32 @@ class ExplorerCommands(ScreenCommands):
         for best, places in kinds:
             for number, place in zip(range(MOST_OFFERED), places):
                 score = best - number / 1000
-                yield Hit(score, Text(place.name), place.go, place.name, place.help)
+                yield Hit(score, Text(place.name), place.run, place.name, place.help)
         for number, (key, place) in zip(range(MOST_OFFERED), self._find_stages(query)):
             # A sound stage is found by its place in the pass; a stage whose name is given whole
             # stands before those that only contain it.
             score = 0.5 + 0.4 * (key.stage in words) - number / 1000
-            yield Hit(score, Text(place.name), place.go, place.name, place.help)
+            yield Hit(score, Text(place.name), place.run, place.name, place.help)
 
     # What there is to go to
 
-    def _faults(self) -> Iterator[Place]:
+    def _faults(self) -> Iterator[Offer]:
         """Every stage that diverges, in the order of computation, then those of a second side."""
-        state = self.explorer.state
+        state = self._navigation.state
         for key in state.divergences:
             yield self._fault(key, state.reports[key])
         tested, _ = state.side_names
         for key in state.parity_faults:
             parity = state.parity[key]
             name = f"{tested} fault: {key}  {mark_of_verdict(parity.verdict).word}"
-            yield Place(name, escape(visible(parity.reason)), partial(self.explorer.go_to, key))
+            yield Offer(name, escape(visible(parity.reason)), partial(self._navigation.go_to, key))
 
-    def _fault(self, key: StageKey, report: StageReport) -> Place:
+    def _fault(self, key: StageKey, report: StageReport) -> Offer:
         words = filter(None, (report.blamed, mark_of(report).word))
         name = f"fault: {key}  {' '.join(words)}"
-        return Place(name, escape(visible(report.reason)), partial(self.explorer.go_to, key))
+        return Offer(name, escape(visible(report.reason)), partial(self._navigation.go_to, key))
 
-    def _find_faults(self, words: list[str]) -> Iterator[Place]:
+    def _find_faults(self, words: list[str]) -> Iterator[Offer]:
         """Those that have the words, if the word "fault" or how it begins is one of them."""
         if any(len(word) > 1 and "faults".startswith(word) for word in words):
             asked = [word.removesuffix("s") if word == "faults" else word for word in words]
@@ -151,25 +143,28 @@ class ExplorerCommands(ScreenCommands):
                 if all(word in fault.name.lower() for word in asked):
                     yield fault
 
-    def _find_layers(self, query: str) -> Iterator[Place]:
+    def _find_layers(self, query: str) -> Iterator[Offer]:
         """The layer of that number, or all for the word alone."""
         # The filter's reading of the query, so that "layer 3" is layer 3 and not layer 30 too.
-        filter, state = Filter.parse(query), self.explorer.state
+        filter, state = Filter.parse(query), self._navigation.state
         if any(not "layers".startswith(word) for word in filter.words):
             return
         for layer in state.layers:
             if layer in filter.layers or (filter.words and not filter.layers):
-                yield Place(*_describe_layer(state, layer),
-                            partial(self.explorer.go_to_layer, layer))  # fmt: skip
+                yield Offer(*_describe_layer(state, layer),
+                            partial(self._navigation.go_to_layer, layer))  # fmt: skip
 
-    def _find_stages(self, query: str) -> Iterator[tuple[StageKey, Place]]:
-        filter, state = Filter.parse(query), self.explorer.state
+    def _find_stages(self, query: str) -> Iterator[tuple[StageKey, Offer]]:
+        filter, state = Filter.parse(query), self._navigation.state
         for key in state.keys:
             report = state.reports.get(key)
             if filter.accepts(key, report):
                 mark = mark_of(report)
                 name = f"{key}  {mark.glyph} {mark.word}".rstrip()
-                yield key, Place(name, BY_NAME[key.stage].title, partial(self.explorer.go_to, key))
+                yield (
+                    key,
+                    Offer(name, BY_NAME[key.stage].title, partial(self._navigation.go_to, key)),
+                )
 
 
 def _describe_layer(state: RunState, layer: int) -> tuple[str, str]:

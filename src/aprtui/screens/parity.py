@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.command import Provider
 from textual.widgets import Footer, Static
 
 from aprcore.network.graph import StageKey
@@ -21,7 +19,7 @@ from aprcore.records.wording import (
 )
 from aprtui.formatting import NARROW_COSINE_PLACES
 from aprtui.run_state import RunState
-from aprtui.screens.palette import ScreenCommands
+from aprtui.screens.navigation import following
 from aprtui.screens.run_view import RunView
 from aprtui.text import visible
 from aprtui.theme import Paint, mark_of_verdict
@@ -37,8 +35,6 @@ LEAST_LINES = 20  # of a screen that has two of them for the figures of a stage
 
 class ParityScreen(RunView):
     """Every stage on two sides. Ends with the stage to go to, or None."""
-
-    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ScreenCommands}
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", "up", id="parity.up", show=False, tooltip="One stage up"),
@@ -56,12 +52,11 @@ class ParityScreen(RunView):
         Binding("p", "fault(-1)", "previous fault", id="parity.previous",
                 tooltip="The one before"),
         Binding("enter", "open", "go there", id="parity.open", tooltip="Go to this stage"),
-        Binding("escape,g", "close", "back", id="parity.close", tooltip="Back to the stages"),
+        Binding("escape,g", "dismiss", "back", id="parity.close", tooltip="Back to the stages"),
     ]  # fmt: skip
 
     def __init__(self, state: RunState, at: StageKey | None) -> None:
-        super().__init__()
-        self._state = state
+        super().__init__(state)
         # Held, not looked for: they are redrawn for a resize while the screen comes or goes, too.
         names = ("title", "summary", "headings", "stage", "figures")
         self._lines = {name: Static(id=f"parity-{name}") for name in names}
@@ -197,16 +192,12 @@ class ParityScreen(RunView):
         keys, here = self.table.keys, self.table.key
         at = keys.index(here) if here in keys else -1
         numbers = [keys.index(key) for key in self._state.parity_faults]
-        ahead = [n for n in numbers if (n > at if step > 0 else n < at)]
-        if ahead:
-            self.table.move_to(min(ahead) if step > 0 else max(ahead))
+        found = following(numbers, at, step)
+        if found is not None:
+            self.table.move_to(found)
         else:
             self.notify("no fault that way" if numbers else "no fault")
 
     def action_open(self) -> None:
         """Go to the stage in the tree."""
         self.dismiss(self.table.key)
-
-    def action_close(self) -> None:
-        """Go back to where the tree was."""
-        self.dismiss(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from rich.segment import Segment
@@ -11,7 +10,6 @@ from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.command import Provider
 from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
@@ -21,7 +19,7 @@ from aprcore.network.graph import STAGES, StageKey
 from aprcore.records.wording import format_ratio
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState
-from aprtui.screens.palette import ScreenCommands
+from aprtui.screens.navigation import following
 from aprtui.screens.run_view import RunView
 from aprtui.theme import Paint, mark_of
 
@@ -159,8 +157,6 @@ class ProfilePlot(Widget):
 class ProfileScreen(RunView):
     """Curves over depth. Ends with the stage to go to, or None."""
 
-    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {ScreenCommands}
-
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "move(-1)", "left", id="profile.left", tooltip="The point to the left"),
         Binding("right", "move(1)", "right", id="profile.right", tooltip="The point to the right"),
@@ -175,12 +171,11 @@ class ProfileScreen(RunView):
         Binding("end", "move(1000000)", "last", id="profile.last", show=False,
                 tooltip="The last point"),
         Binding("enter", "open", "go there", id="profile.open", tooltip="Go to this stage"),
-        Binding("escape,o", "close", "back", id="profile.close", tooltip="Back to the stages"),
+        Binding("escape,o", "dismiss", "back", id="profile.close", tooltip="Back to the stages"),
     ]  # fmt: skip
 
     def __init__(self, state: RunState, at: StageKey | None) -> None:
-        super().__init__()
-        self._state = state
+        super().__init__(state)
         self._heading, self._foot = Static(id="plot-title"), Static(id="plot-point")
         self.plot = ProfilePlot(state, id="plot")
         self.plot.set_reactive(ProfilePlot.chosen, at)
@@ -247,11 +242,9 @@ class ProfileScreen(RunView):
 
     def action_fault(self, step: int) -> None:
         """Go to the next point that stands for a divergence."""
-        points = self.plot.points()
-        here = self.plot.number(points)
-        order = range(here + 1, len(points)) if step > 0 else range(here - 1, -1, -1)
-        diverging = set(self._state.divergences)
-        found = next((n for n in order if points[n].key in diverging), None)
+        points, diverging = self.plot.points(), set(self._state.divergences)
+        faults = [number for number, point in enumerate(points) if point.key in diverging]
+        found = following(faults, self.plot.number(points), step)
         if found is None:
             self.notify("no divergence that way")
         else:
@@ -261,7 +254,3 @@ class ProfileScreen(RunView):
         """Go to the stage in the tree."""
         point = self.plot.point()
         self.dismiss(None if point is None else point.key)
-
-    def action_close(self) -> None:
-        """Go back to where the tree was."""
-        self.dismiss(None)

@@ -9,14 +9,11 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual import events
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
-from textual.widget import Widget
 
 from aprcore.network.graph import StageKey
 from aprtui.measures import Measure
@@ -277,36 +274,3 @@ class StageTree(ScrollView, can_focus=True):
         self._cursor = max(0, min(number, len(self.rows) - 1))
         line = Region(0, self._cursor, max(1, self.line_width), 1)
         self.scroll_to_region(line, animate=False, force=True, x_axis=False)
-
-
-class StageHeadings(Widget):
-    """The headings above the tree's columns."""
-
-    DEFAULT_CSS = "StageHeadings { height: 1; }"
-
-    def __init__(self, tree: StageTree) -> None:
-        super().__init__()
-        self._tree = tree
-
-    def render(self) -> Text:
-        """The headings for the tree's width."""
-        if self._tree.state.header is None:
-            return Text("")
-        headings = self._tree.painter().headings()
-        headings.no_wrap = True
-        return headings
-
-
-class StagePane(Vertical):
-    """The tree under its headings and the depth profile."""
-
-    def __init__(self, tree: StageTree, profile: Widget, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._tree = tree
-        self._profile = profile
-
-    def compose(self) -> ComposeResult:
-        """The profile, the headings and the tree; a filter is mounted above them."""
-        yield self._profile
-        yield StageHeadings(self._tree)
-        yield self._tree
