@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from textual.app import App
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
 
 from aprtui.settings import Settings
+
+# Lines beyond any end: a cursor that is moved by so many stops there.
+FAR = 10**9
 
 
 class Command(NamedTuple):
@@ -47,6 +50,34 @@ def shown_key(app: App[Any], name: str) -> str:
         chosen, *_ = Binding.make_bindings([Binding(settings.keys[name], "")])
         binding = Binding(chosen.key, binding.action)
     return app.get_key_display(binding)
+
+
+def cursor_keys(
+    space: str, line: str, place: str, *sideways: Binding, ends: tuple[str, str] = ("home", "end")
+) -> tuple[BindingType, ...]:
+    """What moves a cursor through lines: the actions `move` and `page` with a number of them.
+
+    Args:
+        space: What the ids begin with.
+        line: What a line is.
+        place: What the cursor is on.
+        sideways: Keys for moving within a line.
+        ends: What the ids of the first and the last line end with.
+    """
+    return (
+        Binding("up", "move(-1)", "up", id=f"{space}.up", show=False, tooltip=f"One {line} up"),
+        Binding("down", "move(1)", "down", id=f"{space}.down", show=False,
+                tooltip=f"One {line} down"),
+        *sideways,
+        Binding("pageup", "page(-1)", "page up", id=f"{space}.page-up", show=False,
+                tooltip="One page up"),
+        Binding("pagedown", "page(1)", "page down", id=f"{space}.page-down", show=False,
+                tooltip="One page down"),
+        Binding("home", f"move({-FAR})", "first", id=f"{space}.{ends[0]}", show=False,
+                tooltip=f"The first {place}"),
+        Binding("end", f"move({FAR})", "last", id=f"{space}.{ends[1]}", show=False,
+                tooltip=f"The last {place}"),
+    )  # fmt: skip
 
 
 def split_keys(keys: str) -> tuple[str, ...]:

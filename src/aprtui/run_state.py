@@ -61,28 +61,21 @@ class RunState:
     def take(self, event: RunEvent) -> None:
         """The engine has found something out."""
         # Loaded with the event at the latest: the first screen is painted without.
-        from aprcore.records.parity import StageParity
-        from aprcore.records.report import (
-            DeviceOpened,
-            PathRejected,
-            Report,
-            RunHeader,
-            StageReport,
-        )
+        from aprcore.records import report as records
 
         match event:
-            case RunHeader():
+            case records.RunHeader():
                 self.open(event)
-            case StageReport():
+            case records.StageReport():
                 self.add(event)
-            case StageParity():
-                self.add_parity(event)
-            case DeviceOpened():
+            case records.DeviceOpened():
                 self.device = event
-            case PathRejected():
+            case records.PathRejected():
                 self.rejected = event
-            case Report():
+            case records.Report():
                 self.report = event
+            case _:
+                self.add_parity(event)
 
     def open(self, header: RunHeader) -> None:
         """The files are open and every row is known; what a run before this one said is over."""

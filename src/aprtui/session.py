@@ -89,14 +89,7 @@ def stream_run(
     """
     try:
         # The engine's own imports (numpy) happen here, after the first screen is painted.
-        from aprcore.records.parity import StageParity
-        from aprcore.records.report import (
-            DeviceOpened,
-            PathRejected,
-            Report,
-            RunHeader,
-            StageReport,
-        )
+        from aprcore.records import report as records
         from aprcore.runs.tensors import LayerInputs, open_tensors
 
         kept = LayerInputs()
@@ -110,14 +103,14 @@ def stream_run(
                 if is_cancelled():
                     return
                 match event:
-                    case RunHeader():
+                    case records.RunHeader():
                         post(RunOpened(event, open_tensors(request, kept)))
-                    case StageReport() | StageParity():
-                        post(StageJudged(event))
-                    case DeviceOpened() | PathRejected():
+                    case records.DeviceOpened() | records.PathRejected():
                         post(DeviceTold(event))
-                    case Report():
+                    case records.Report():
                         post(RunFinished(event))
+                    case _:
+                        post(StageJudged(event))
     # Anything that escapes would take the terminal down and the partial result with it.
     except Exception as error:
         if not is_cancelled():

@@ -213,7 +213,7 @@ class Repaints:
     """
 
     def __init__(self, app: ExplorerApp) -> None:
-        from aprtui.pictures import GridAsk
+        from aprtui.map_pictures import GridAsk
         from aprtui.widgets.tabs import DetailTab
 
         self.times: list[float] = []

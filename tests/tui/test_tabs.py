@@ -29,11 +29,8 @@ from aprtui.keymap import commands
 from aprtui.map_window import FIGURE_COLUMNS, MapWindow, scales_for
 from aprtui.pictures import (
     PICTURES_KEPT,
-    PictureFailed,
     PictureMade,
     PictureMaker,
-    TokensAsk,
-    ValuesAsk,
 )
 from aprtui.places import parse_place
 from aprtui.ramp import LEVELS, level_of
@@ -45,8 +42,8 @@ from aprtui.widgets.picture_pane import PicturePane
 from aprtui.widgets.picture_view import COMPUTING, PictureView
 from aprtui.widgets.tabs import DetailTab, TabStrip
 from aprtui.widgets.tensor_map import TensorMap
-from aprtui.widgets.token_bars import TokenBars
-from aprtui.widgets.value_grid import ValueGrid
+from aprtui.widgets.token_bars import TokenBars, TokensAsk
+from aprtui.widgets.value_grid import ValueGrid, ValuesAsk
 from conftest import FAULT, faulty, rounded, save, sound_tensors
 
 Compare = Callable[..., bool]
@@ -618,13 +615,13 @@ class TestMaking:
             assert posted == []
             for start in range(PICTURES_KEPT + 1):
                 maker.make(report, ValuesAsk(start), lambda: False, posted.append)
-            assert all(isinstance(message, PictureMade) for message in posted)
+            assert all(isinstance(message, PictureMade) and not message.error for message in posted)
             assert maker.find(FAULT, ValuesAsk(PICTURES_KEPT)) is not None
             assert maker.find(FAULT, ValuesAsk(0)) is None  # the oldest gave way
             closed = Slow()
             closed.release.set()
             PictureMaker(closed).make(report, ValuesAsk(0), lambda: False, posted.append)
-            assert isinstance(posted[-1], PictureFailed)
+            assert isinstance(posted[-1].error, TraceError)
 
         drive(ExplorerApp(failing_request), steps)
 

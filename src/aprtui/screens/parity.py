@@ -17,6 +17,7 @@ from aprcore.records.wording import (
     format_position,
     format_ratio,
 )
+from aprtui.bindings import cursor_keys
 from aprtui.formatting import NARROW_COSINE_PLACES
 from aprtui.run_state import RunState
 from aprtui.screens.navigation import following
@@ -37,16 +38,7 @@ class ParityScreen(RunView):
     """Every stage on two sides. Ends with the stage to go to, or None."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move(-1)", "up", id="parity.up", show=False, tooltip="One stage up"),
-        Binding("down", "move(1)", "down", id="parity.down", show=False, tooltip="One stage down"),
-        Binding("pageup", "page(-1)", "page up", id="parity.page-up", show=False,
-                tooltip="One page up"),
-        Binding("pagedown", "page(1)", "page down", id="parity.page-down", show=False,
-                tooltip="One page down"),
-        Binding("home", "move(-1000000)", "first", id="parity.first", show=False,
-                tooltip="The first stage"),
-        Binding("end", "move(1000000)", "last", id="parity.last", show=False,
-                tooltip="The last stage"),
+        *cursor_keys("parity", "stage", "stage", ends=("first", "last")),
         Binding("n", "fault(1)", "next fault", id="parity.next",
                 tooltip="The next stage that is wrong on the tested side"),
         Binding("p", "fault(-1)", "previous fault", id="parity.previous",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual import events
@@ -22,6 +21,7 @@ from aprtui.run_state import RunState
 from aprtui.screens.navigation import following
 from aprtui.screens.run_view import RunView
 from aprtui.theme import Paint, mark_of
+from aprtui.widgets.lines import strip_of
 
 # A glyph each, so that curves stay apart without colours; later ones lie over earlier ones.
 LOOKS = {
@@ -141,9 +141,7 @@ class ProfilePlot(Widget):
         return line
 
     def _fit(self, line: Text) -> Strip:
-        segments = [Segment(s.text, s.style) for s in line.render(self.app.console) if s.text]
-        strip = Strip(segments).apply_style(self.rich_style)
-        return strip.adjust_cell_length(self.size.width, self.rich_style)
+        return strip_of(self.app, line, self.rich_style, self.size.width)
 
     def on_click(self, event: events.Click) -> None:
         """A click chooses the nearest point."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.style import Style
 from rich.text import Text
 
 from aprtui.ramp import LEVELS, Ramp
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
+# The bars' scale of relative L2, the same for all stages: below is rounding of float32.
+SCALE_FLOOR, SCALE_DECADES = "1e-8", 8
 
 
 def ramp_text(ramp: Ramp, cells: int, *, is_signed: bool, low: str, quiet: Style) -> Text:
@@ -27,3 +31,17 @@ def bar(height: float, cells: int) -> str:
     eighths = round(max(0.0, min(1.0, height)) * cells * 8)
     whole, rest = divmod(eighths, 8)
     return "█" * whole + (EIGHTHS[rest] if rest else "")
+
+
+def height_of(relative: float) -> float:
+    """Where a relative L2 is on the bars' scale; anything but zero shows a sliver."""
+    if relative <= 0:
+        return 0.0
+    return max(1e-3, 1 + math.log10(min(relative, 1.0)) / SCALE_DECADES)
+
+
+def scale_text(cells: int) -> str:
+    """The ends of the bars' scale, above a column of them."""
+    if cells < len(SCALE_FLOOR) + 3:
+        return " " * cells
+    return SCALE_FLOOR + " log ".center(cells - len(SCALE_FLOOR) - 1, "┄") + "1"

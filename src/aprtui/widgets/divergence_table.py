@@ -15,6 +15,7 @@ from textual.strip import Strip
 from aprcore.records.wording import format_ratio, format_value, quoted
 from aprtui.formatting import format_short
 from aprtui.theme import Paint
+from aprtui.widgets.lines import strip_of
 
 if TYPE_CHECKING:
     from aprcore.judging.layouts import Layout
@@ -90,8 +91,7 @@ class DivergenceTable(ScrollView):
                 text = self._headings(columns)
             elif number < self.row_count:
                 text = self._row(number, columns, self._top, self._layout_of_stage)
-        segments = list(text.render(self.app.console))
-        return Strip(segments).apply_style(style).adjust_cell_length(self.size.width, style)
+        return strip_of(self.app, text, style, self.size.width)
 
     @property
     def _is_wide(self) -> bool:

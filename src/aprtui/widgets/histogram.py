@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.style import Style
 from rich.text import Text
 from textual.strip import Strip
 
 from aprcore.records.wording import format_ratio
-from aprtui.pictures import HistogramAsk
+from aprtui.pictures import Ask, OpenTensor
 from aprtui.ramp import NONFINITE
 from aprtui.widgets.bars import bar
 from aprtui.widgets.picture_view import PictureView
 
 if TYPE_CHECKING:
     from aprcore.pictures import Histogram
-    from aprtui.pictures import Ask, Picture
 
 LABEL_CELLS = 7
 # Cells from which the number stands behind its bar.
 FIGURE_COLUMNS, FIGURE_CELLS = 18, 7
 # Bins of a small pane: fewer would hide the shape, so it scrolls instead.
 LEAST_LINES = 6
+BINS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramAsk(Ask):
+    """How large the values are."""
+
+    def make(self, tensor: OpenTensor, is_cancelled: Callable[[], bool]) -> Histogram:
+        """Count them."""
+        from aprcore.pictures import histogram
+
+        return histogram(tensor.pair, BINS, is_cancelled)
 
 
 class Series(NamedTuple):
@@ -47,9 +60,9 @@ class HistogramView(PictureView):
         """The counts, once."""
         return None if self._is_current else HistogramAsk()
 
-    def take(self, ask: Ask, picture: Picture) -> None:
+    def take(self, ask: Ask, picture: Any) -> None:
         """Show counts."""
-        self._histogram, self._is_current = picture, True  # type: ignore[assignment]
+        self._histogram, self._is_current = picture, True
         self.say("")
         self._drawn_for = ()
         self.fit()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -28,39 +26,32 @@ ROOMY_LINES = 24
 SHORT_LINES = 14
 
 
-class PaneText(NamedTuple):
-    """What a pane says.
-
-    Attributes:
-        above: The verdict and the judgments, or the run, or the layer.
-        below: What the tab says, if it is made of text.
-    """
-
-    above: RenderableType
-    below: RenderableType | None = None
-
-
 def describe_pane(
     state: RunState, row: Row, tab: DetailTab, paint: Paint, width: int, height: int
-) -> PaneText:
-    """Describe a row of the tree in a pane of `width` by `height` cells."""
+) -> tuple[RenderableType, RenderableType | None]:
+    """Describe a row of the tree in a pane of `width` by `height` cells.
+
+    Returns:
+        The verdict and the judgments, or the run, or the layer; and what the tab says, if it is
+        made of text.
+    """
     is_why = tab is DetailTab.WHY
     if row.key is None and tab.is_picture:
-        return PaneText(Text(row.title, "bold"))
+        return Text(row.title, "bold"), None
     if row.key is None:
         why = explain_run(state, row.layer, paint) if is_why and state.header else None
         if row.layer is not None:
-            return PaneText(describe_layer(state, row.layer, paint), why)
-        return PaneText(describe_run(state, paint), why)
+            return describe_layer(state, row.layer, paint), why
+        return describe_run(state, paint), why
     report = state.reports.get(row.key)
     if report is None or state.header is None:
-        return PaneText(describe_pending(row.key.stage, paint))
+        return describe_pending(row.key.stage, paint), None
     above, is_roomy = [describe_verdict(report, paint)], height >= ROOMY_LINES
     needs_room = is_why or tab.is_picture
     if is_roomy or not needs_room:
         above.append(describe_judgments(report, state, paint, width))
     if not needs_room:
-        return PaneText(Group(*above), describe_figures(report, state.header, paint))
+        return Group(*above), describe_figures(report, state.header, paint)
     why = explain_stage(report, state, paint, figures=not is_roomy) if is_why else None
     is_short = height < (SHORT_LINES if is_why else ROOMY_LINES)
-    return PaneText(describe_shortly(report, paint) if is_short else Group(*above), why)
+    return (describe_shortly(report, paint) if is_short else Group(*above)), why

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual import events
@@ -17,6 +16,7 @@ from aprcore.network.graph import StageKey
 from aprcore.records.wording import figures_of, format_cosine, format_position, format_ratio
 from aprtui.run_state import RunState
 from aprtui.theme import PENDING, Paint, judgment_mark, mark_of_verdict
+from aprtui.widgets.lines import cells_of, strip_of
 
 if TYPE_CHECKING:
     from aprcore.judging.verdict import Judgment
@@ -81,7 +81,7 @@ class ParityTable(ScrollView, can_focus=True):
 
     @property
     def _width(self) -> int:
-        return max(0, self.outer_size.width - self.styles.scrollbar_size_vertical)
+        return cells_of(self)
 
     def move_to(self, number: int) -> None:
         """Put the cursor on a line."""
@@ -147,9 +147,7 @@ class ParityTable(ScrollView, can_focus=True):
         if number == self._cursor:
             cursor = self.get_component_rich_style("parity-table--cursor")
             line, style = Text(line.plain), style + cursor
-        segments = [Segment(s.text, s.style) for s in line.render(self.app.console) if s.text]
-        strip = Strip(segments).apply_style(style)
-        return strip.adjust_cell_length(self._width, style)
+        return strip_of(self.app, line, style, self._width)
 
     def _line(self, key: StageKey) -> Text:
         paint = Paint(self.app.theme_variables)

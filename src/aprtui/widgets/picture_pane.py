@@ -11,7 +11,7 @@ from textual.timer import Timer
 from textual.widgets import Input
 from textual.worker import get_current_worker
 
-from aprtui.pictures import Ask, GridAsk, PictureFailed, PictureMade, PictureMaker
+from aprtui.pictures import Ask, PictureMade, PictureMaker
 from aprtui.text import visible
 from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.tabs import DetailTab
@@ -31,10 +31,6 @@ class _Making(NamedTuple):
     view: PictureView
     stage: StageKey
     ask: Ask
-
-    def is_of(self, event: PictureMade | PictureFailed) -> bool:
-        """Whether that is what came of it."""
-        return (self.stage, self.ask) == (event.stage, event.ask)
 
 
 class Views(dict[DetailTab, PictureView]):
@@ -122,10 +118,10 @@ class PicturePane(Vertical):
         if ask is None:
             self._rest()
             return
-        wanted = _Making(view, stage, ask)
-        if self._making is not None and not _replaces(wanted, self._making):
+        making = self._making
+        if making is not None and making.stage == stage and ask.waits_for(making.ask):
             return  # it will be asked for again when that is done
-        self._making = wanted
+        self._making = _Making(view, stage, ask)
         if self._waiting_timer is None:
             self._waiting_timer = self.set_timer(PATIENCE_S, self._say_waiting)
         self._make(maker, view.report, ask)
@@ -139,34 +135,18 @@ class PicturePane(Vertical):
     @on(PictureMade)
     def _take_picture(self, event: PictureMade) -> None:
         event.stop()
-        if self._making is None or not self._making.is_of(event):
+        making, view = self._making, self.open_view
+        if making is None or (making.stage, making.ask) != (event.stage, event.ask):
             return
-        view = self._take_waiting()
-        if view is not None:
-            view.take(event.ask, event.picture)
+        self._making = None
+        # Another tab may have been opened meanwhile, or another stage.
+        if view is making.view and view.report is not None and view.report.key == event.stage:
+            if event.error is None:
+                view.take(event.ask, event.picture)
+            else:
+                self._rest()
+                view.forget(f"no picture: {_said_of(event.error)}")
         self._turn()
-
-    @on(PictureFailed)
-    def _take_failure(self, event: PictureFailed) -> None:
-        event.stop()
-        if self._making is None or not self._making.is_of(event):
-            return
-        view = self._take_waiting()
-        self._rest()
-        if view is not None:
-            from aprcore.ground.errors import AprError
-
-            is_ours = isinstance(event.error, AprError)
-            said = str(event.error) if is_ours else f"a bug in aprtui: {event.error!r}"
-            view.forget(f"no picture: {visible(said)}")
-
-    def _take_waiting(self) -> PictureView | None:
-        """Nothing is being made any more: the view that it was for, if it still waits for it."""
-        made, self._making = self._making, None
-        view = self.open_view
-        if made is None or view is not made.view:  # another tab was opened meanwhile
-            return None
-        return view if view.report is not None and view.report.key == made.stage else None
 
     def _say_waiting(self) -> None:
         if self.open_view is not None:
@@ -226,15 +206,8 @@ class PicturePane(Vertical):
         await self.query("#place").remove()
 
 
-def _replaces(wanted: _Making, making: _Making) -> bool:
-    """Whether what is being made is given up for what is wanted.
+def _said_of(error: Exception) -> str:
+    from aprcore.ground.errors import AprError
 
-    Another part of the same map waits its turn: while a key is held down, every picture would be
-    given up for the next.
-    """
-    ask, before = wanted.ask, making.ask
-    if wanted.stage != making.stage or type(ask) is not type(before):
-        return True
-    if isinstance(ask, GridAsk) and isinstance(before, GridAsk):
-        return (ask.kind, ask.view) != (before.kind, before.view)
-    return False
+    is_ours = isinstance(error, AprError)
+    return visible(str(error) if is_ours else f"a bug in aprtui: {error!r}")

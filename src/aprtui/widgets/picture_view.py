@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
@@ -17,10 +18,12 @@ from textual.strip import Strip
 
 from aprtui.ramp import Ramp, ramp_of
 from aprtui.theme import Paint
+from aprtui.widgets.lines import cells_of, strip_of
 
 if TYPE_CHECKING:
+    from aprcore.judging.layouts import Layout
     from aprcore.records.report import RunHeader, StageReport
-    from aprtui.pictures import Ask, Picture
+    from aprtui.pictures import Ask
 
 COMPUTING = "computing…"
 
@@ -86,6 +89,17 @@ class PictureView(ScrollView, can_focus=True):
         self.reserve(0)
         self.say(said)
 
+    @property
+    def layout_of_stage(self) -> Layout | None:
+        """The layout of the stage's tensor, where one is known."""
+        return None if self.report is None else self.report.layout
+
+    @property
+    def ranked(self) -> list[int]:
+        """Where the largest differences are, the largest first."""
+        found = None if self.report is None else self.report.comparison
+        return [] if found is None else found.top.indices.tolist()
+
     def start(self) -> None:
         """Begin a stage anew; what is drawn stays until its picture comes."""
         self._is_current = False
@@ -95,17 +109,21 @@ class PictureView(ScrollView, can_focus=True):
         """Whether what is drawn is of another stage, or nothing yet."""
         return not self._is_current
 
+    @abstractmethod
     def ask(self) -> Ask | None:
         """The next picture that is missing for what is in view."""
-        raise NotImplementedError
 
-    def take(self, ask: Ask, picture: Picture) -> None:
+    @abstractmethod
+    def take(self, ask: Ask, picture: Any) -> None:
         """A picture has come."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, y: int) -> Strip:
         """The line at `y`."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def jump(self, text: str) -> str:
+        """Go to the place that was typed; returns what is wrong with it, or nothing."""
 
     def say(self, text: str) -> None:
         """Say something in place of a picture; empty: show the picture."""
@@ -120,10 +138,6 @@ class PictureView(ScrollView, can_focus=True):
         if is_waiting != self._is_waiting:
             self._is_waiting = is_waiting
             self.refresh()
-
-    def jump(self, text: str) -> str:
-        """Go to the place that was typed; returns what is wrong with it, or nothing."""
-        raise NotImplementedError
 
     def action_leave(self) -> None:
         """Go back to the stages."""
@@ -140,8 +154,8 @@ class PictureView(ScrollView, can_focus=True):
 
     @property
     def line_width(self) -> int:
-        """Cells of a line; the scroll bar has a column of its own whether it is there or not."""
-        return max(0, self.outer_size.width - self.styles.scrollbar_size_vertical)
+        """Cells of a line."""
+        return cells_of(self)
 
     @property
     def paint(self) -> Paint:
@@ -187,15 +201,21 @@ class PictureView(ScrollView, can_focus=True):
     def strip(self, content: Text | list[Segment], style: Style | None = None) -> Strip:
         """A whole line of text or segments."""
         ground = self.ground if style is None else self.ground + style
-        if isinstance(content, Text):
-            # A text of one style renders without it.
-            whole = Text.assemble(content) if content.spans else Text.assemble(
-                (content.plain, content.style)
-            )  # fmt: skip
-            rendered = whole.render(self.app.console)
-            content = [Segment(segment.text, segment.style) for segment in rendered]
-        return Strip(content).apply_style(ground).adjust_cell_length(self.outer_size.width, ground)
+        return strip_of(self.app, content, ground, self.outer_size.width)
+
+    def cursor_style(self) -> Style:
+        """What the value under the cursor is drawn in."""
+        ink, ground = (self.paint(f"block-cursor-{part}") for part in ("foreground", "background"))
+        return Style(color=ink.color, bgcolor=ground.color)
 
     def reserve(self, lines: int) -> None:
         """Say how many lines there are to scroll through."""
         self.virtual_size = Size(self.line_width, lines)
+
+
+def both_sides(trace: float | None, oracle: float | None) -> list[tuple[str, str, float]]:
+    """Name, ink and value of each side that there is of a place, and of their distance."""
+    found = [("trace", "ink-trace", trace), ("oracle", "ink-oracle", oracle)]
+    if trace is not None and oracle is not None:
+        found.append(("|d|", "ink-quiet", abs(trace - oracle)))
+    return [(name, ink, value) for name, ink, value in found if value is not None]

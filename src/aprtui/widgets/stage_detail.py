@@ -65,9 +65,9 @@ class StageDetail(VerticalScroll):
         frame = self.styles.gutter.width + self._figures.styles.gutter.width
         width = self.outer_size.width - frame - 1
         paint = Paint(self.app.theme_variables)
-        text = describe_pane(self._state, row, tab, paint, width, self.size.height)
-        self._head.present(text.above, width)
-        self._figures.present(text.below, width)
+        above, below = describe_pane(self._state, row, tab, paint, width, self.size.height)
+        self._head.present(above, width)
+        self._figures.present(below, width)
         self._tabs.show(tab)
         self._tabs.visible = self._state.header is not None
         self._table.show(report if tab is DetailTab.TOP_K else None, top_k)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 from textual import events
@@ -20,6 +19,7 @@ from aprtui.measures import Measure
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange
 from aprtui.run_state import RunState
 from aprtui.theme import Paint
+from aprtui.widgets.lines import cells_of, strip_of
 
 if TYPE_CHECKING:
     from aprtui.widgets.stage_row import RowPainter
@@ -98,8 +98,8 @@ class StageTree(ScrollView, can_focus=True):
 
     @property
     def line_width(self) -> int:
-        """Cells of a line; the scroll bar has a column of its own whether it is there or not."""
-        return max(0, self.outer_size.width - self.styles.scrollbar_size_vertical)
+        """Cells of a line."""
+        return cells_of(self)
 
     def painter(self) -> RowPainter:
         """Draws rows for the present width, theme and choices."""
@@ -142,11 +142,6 @@ class StageTree(ScrollView, can_focus=True):
         self.filter = self.filter if filter is None else filter
         self.order = self.order if order is None else order
         self.measure = self.measure if measure is None else measure
-        self.rearrange()
-
-    def unfold(self, layer: int) -> None:
-        """Show a layer's stages."""
-        self.expanded.add(layer)
         self.rearrange()
 
     def go_to(self, key: StageKey) -> None:
@@ -221,8 +216,7 @@ class StageTree(ScrollView, can_focus=True):
             return self._draw_cursor(row) if number == self._cursor else self._draw(row)
         if self.state.header is not None or number > 0:
             return Strip.blank(self.line_width, self._ground)
-        paint = Paint(self.app.theme_variables)
-        return self._strip(Text(self._opening, paint("ink-quiet")), self._ground)
+        return self._strip(Text(self._opening), self._ground)
 
     def _draw(self, row: Row) -> Strip:
         """A row's line, drawn once where it can be kept."""
@@ -244,11 +238,7 @@ class StageTree(ScrollView, can_focus=True):
         return self._strip(Text(text.plain), self._ground + cursor)
 
     def _strip(self, text: Text, style: Style) -> Strip:
-        segments = [
-            Segment(segment.text, segment.style) for segment in text.render(self.app.console)
-        ]
-        strip = Strip(segments).apply_style(style)
-        return strip.adjust_cell_length(self.line_width, style)
+        return strip_of(self.app, text, style, self.line_width)
 
     def _toggle(self, layer: int) -> None:
         self.user_moved = True

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.geometry import Region
+from textual.strip import Strip
 
-from aprtui.map_window import MapWindow
-from aprtui.pictures import CellAsk, GridAsk, Shades, Subject, SubjectAsk
+from aprtui.map_pictures import CellAsk, GridAsk, SubjectAsk, gutter_of, is_head, place_in
+from aprtui.map_window import FIGURE_HALVES, MapWindow
+from aprtui.pictures import Ask
 from aprtui.places import parse_place
-from aprtui.widgets.drawn_map import DrawnMap, is_head
+from aprtui.widgets.drawn_map import DrawnMap, is_wide_pane
+from aprtui.widgets.picture_view import COMPUTING, PictureView
 
 if TYPE_CHECKING:
-    from aprcore.judging.layouts import Layout
-    from aprcore.pictures import MapKind, MapView
-    from aprtui.pictures import Ask, Picture
+    from aprcore.pictures import CellValue, MapKind, MapView
 
 WHEEL_CELLS = 3
+# Lines from which the legend and the axis of the columns have lines of their own.
+ROOMY_LINES = 10
+ARROWS = (("up", -1, 0), ("down", 1, 0), ("left", 0, -1), ("right", 0, 1))
 NO_SIDES = "neither side has this tensor"
 
 
-class TensorMap(DrawnMap):
+class TensorMap(PictureView):
     """A map that asks for what is in view, and is moved by keys and mouse.
 
     Attributes:
+        kind, view: What is wanted; None before the first tensor is open.
+        window: Which part of it, and the cursor.
+        cell: What is under the cursor, once it is known.
         user_moved: Whether the user has taken the cursor; it then stays where it is.
     """
 
@@ -35,16 +43,12 @@ class TensorMap(DrawnMap):
         *(
             Binding(key, f"move({down}, {across})", f"cell {key}", id=f"map.{key}", show=False,
                     tooltip=f"One cell {key}; at the edge the map moves")
-            for key, down, across in (
-                ("up", -1, 0), ("down", 1, 0), ("left", 0, -1), ("right", 0, 1),
-            )
+            for key, down, across in ARROWS
         ),
         *(
             Binding(f"shift+{key}", f"pan({down}, {across})", f"pan {key}", id=f"map.pan-{key}",
                     show=False, tooltip=f"Half a window {key}")
-            for key, down, across in (
-                ("up", -1, 0), ("down", 1, 0), ("left", 0, -1), ("right", 0, 1),
-            )
+            for key, down, across in ARROWS
         ),
         Binding("pageup", "pan(-2, 0)", "page up", id="map.page-up", show=False,
                 tooltip="A window up"),
@@ -58,6 +62,10 @@ class TensorMap(DrawnMap):
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
+        self.kind: MapKind | None = None
+        self.view: MapView | None = None
+        self.window: MapWindow | None = None
+        self.cell: CellValue | None = None
         self.user_moved = False
         self.commands = {
             "kind": self._next_kind,
@@ -69,7 +77,10 @@ class TensorMap(DrawnMap):
             "whole": self._show_whole,
             "next-largest": self._go_to_next_rank,
         }
-        self._subject: Subject | None = None
+        # Every kind of map that the stage has, with the views of each.
+        self._views: dict[MapKind, tuple[MapView, ...]] = {}
+        # Lags behind what is wanted.
+        self._drawn: DrawnMap | None = None
         self._ranked: list[int] = []
         self._rank = 0  # of the largest difference that was gone to last
         self._grid_ask: GridAsk | None = None
@@ -94,51 +105,42 @@ class TensorMap(DrawnMap):
             return SubjectAsk()
         if self.kind is None or self.view is None or self.window is None:
             return None
-        down, across = self.window.cells
-        scale = self.window.scale
+        window, scale = self.window, self.window.scale
         grid = GridAsk(
-            self.kind, self.view, self.window.top, self.window.left, scale.rows, scale.columns,
-            down, across,
-        )  # fmt: skip
+            self.kind, self.view, window.top, window.left, scale.rows, scale.columns, *window.cells
+        )
         if grid != self._grid_ask:
             return grid
         cell = self._cell_under_cursor()
         return None if cell is None or cell == self._cell_ask else cell
 
-    def take(self, ask: Ask, picture: Picture) -> None:
+    def take(self, ask: Ask, picture: Any) -> None:
         """Show what has come."""
         match ask:
             case SubjectAsk():
-                assert isinstance(picture, Subject)
-                self._subject, self._is_current = picture, True
-                self._choose_map()
+                self._views, self._is_current = picture, True
+                self._show_kind(self.kind)
             case GridAsk() if self.window is not None:
-                assert isinstance(picture, Shades)
-                self._shades, self._grid_ask = picture, ask
-                self._scale = self.window.scale
-                self._lines.clear()
+                self._drawn = DrawnMap(self, ask, picture, self.window.scale)
+                self._grid_ask = ask
                 self.say("")
             case CellAsk():
-                self.cell, self._cell_ask = picture, ask  # type: ignore[assignment]
+                self.cell, self._cell_ask = picture, ask
                 below = self._lines_below
-                top = self.size.height - below
-                self.refresh(Region(0, top, self.size.width, below))
+                self.refresh(Region(0, self.size.height - below, self.size.width, below))
                 return
         self.refresh()
 
-    def _choose_map(self) -> None:
-        assert self._subject is not None
-        kinds = list(self._subject.views)
-        if not kinds:
+    def _show_kind(self, kind: MapKind | None) -> None:
+        """Show a kind, or the first where the stage lacks it; the view stays if it can."""
+        if not self._views:
             self.say(NO_SIDES)
             self.kind = self.view = self.window = None
             return
-        kind = self.kind if self.kind in kinds else kinds[0]
-        assert kind is not None
-        views = self._subject.views[kind]
-        name = "" if self.view is None else self.view.name
-        view = next((view for view in views if view.name == name), views[0])
-        self._open_map(kind, view)
+        if kind is None or kind not in self._views:
+            kind = next(iter(self._views))
+        views, name = self._views[kind], "" if self.view is None else self.view.name
+        self._open_map(kind, next((view for view in views if view.name == name), views[0]))
 
     def _open_map(self, kind: MapKind, view: MapView) -> None:
         """Show a map; the window stays where the matrix has the same shape."""
@@ -155,27 +157,76 @@ class TensorMap(DrawnMap):
 
     def _find_largest(self) -> None:
         """Put the cursor on the largest difference, where the map has it."""
-        found = None if self.report is None else self.report.comparison
-        self._ranked = [] if found is None else found.top.indices.tolist()
-        self._rank = 0
-        layout = None if self.report is None else self.report.layout
+        self._ranked, self._rank = self.ranked, 0
+        layout = self.layout_of_stage
         if self._ranked and layout is not None and self.view is not None:
-            place = _place_in(self.view, layout, self._ranked[0])
+            place = place_in(self.view, layout, self._ranked[0])
             if place is not None and self.window is not None:
                 self.window = self.window.point(*place)
 
     def _cell_under_cursor(self) -> CellAsk | None:
-        if self.kind is None or self.view is None or self.window is None or self._shades is None:
+        if self.kind is None or self.view is None or self.window is None or self._drawn is None:
             return None
-        grid, window = self._shades.grid, self.window
+        grid, window = self._drawn.shades.grid, self.window
         if not grid.values.size:
             return None
         row = (window.row - grid.top) // grid.cell_rows
         column = (window.column - grid.left) // grid.cell_columns
         return CellAsk(
-            self.kind, self.view, grid.top + row * grid.cell_rows,
-            grid.left + column * grid.cell_columns, grid.cell_rows, grid.cell_columns,
+            self.kind, self.view, *self._drawn.shades.place_of(row, column),
+            grid.cell_rows, grid.cell_columns,
         )  # fmt: skip
+
+    # How it is laid out
+
+    @property
+    def _unit(self) -> int:
+        return FIGURE_HALVES if self.ramp.is_dense else 1
+
+    @property
+    def _is_roomy(self) -> bool:
+        return self.size.height >= ROOMY_LINES
+
+    @property
+    def _lines_below(self) -> int:
+        """The axis and the legend, and what is under the cursor."""
+        return (2 if self._is_roomy else 0) + (1 if is_wide_pane(self) else 2)
+
+    @property
+    def _area(self) -> tuple[int, int]:
+        """Lines and columns of the map itself."""
+        lines = self.size.height - 1 - self._lines_below
+        return max(1, lines), max(1, self.line_width - gutter_of(self.view))
+
+    def draw(self, y: int) -> Strip:
+        """The heading, the map, the axis, the legend, what is under the cursor."""
+        drawn, window, is_roomy = self._drawn, self.window, self._is_roomy
+        if drawn is None or window is None:
+            return self.strip(Text(""))
+        if y == 0:
+            return self.strip(drawn.heading(COMPUTING if self._is_waiting else "", is_roomy))
+        cursor = drawn.shades.cell_of(window.row, window.column) if self.has_focus else None
+        lines, _ = self._area
+        if y <= lines:
+            return drawn.line(y - 1, cursor)
+        number = y - lines - 1
+        if is_roomy and number < 2:
+            return self.strip(drawn.legend() if number else drawn.axis(cursor, window.column))
+        return self.strip(drawn.readout(self.cell, number - (2 if is_roomy else 0)))
+
+    def _refresh_cursor(self, *windows: MapWindow) -> None:
+        """Draw anew only what a move of the cursor changes.
+
+        Args:
+            windows: The same part of the map before and after.
+        """
+        if self._drawn is None:
+            return
+        lines, _ = self._area
+        changed = {lines + 1} if self._is_roomy else set()
+        for window in windows:  # the map begins below the heading
+            changed.update(y + 1 for y in self._drawn.lines_of(window) if y < lines)
+        self.refresh(*(Region(0, y, self.size.width, 1) for y in changed))
 
     def fit(self) -> None:
         """The window fills the area."""
@@ -190,14 +241,14 @@ class TensorMap(DrawnMap):
 
     def jump(self, text: str) -> str:
         """Go to a flat index or to coordinates of the tensor."""
-        layout = None if self.report is None else self.report.layout
-        if layout is None or self.view is None or self._subject is None or self.kind is None:
+        layout = self.layout_of_stage
+        if layout is None or self.view is None or self.kind is None:
             return "there is no map to go to a place of"
         index = parse_place(text, layout)
         if isinstance(index, str):
             return index
-        for view in (self.view, *self._subject.views[self.kind]):
-            place = _place_in(view, layout, index)
+        for view in (self.view, *self._views[self.kind]):
+            place = place_in(view, layout, index)
             if place is not None:
                 if view != self.view:
                     self._open_map(self.kind, view)
@@ -233,22 +284,18 @@ class TensorMap(DrawnMap):
             self.user_moved = False
 
     def _next_kind(self) -> None:
-        if self._subject is not None and self.kind is not None and self.view is not None:
-            kinds = list(self._subject.views)
-            kind = kinds[(kinds.index(self.kind) + 1) % len(kinds)]
-            views = self._subject.views[kind]
-            view = next((view for view in views if view.name == self.view.name), views[0])
-            self._open_map(kind, view)
+        if self.kind is not None:
+            kinds = list(self._views)
+            self._show_kind(kinds[(kinds.index(self.kind) + 1) % len(kinds)])
             self.post_message(self.Wanted())
 
     def _next_axes(self) -> None:
         """The next view that is not just another head of this one."""
-        if self._subject is None or self.kind is None or self.view is None:
+        if self.kind is None or self.view is None:
             return
-        views = self._subject.views[self.kind]
-        others = [v for v in views if not is_head(v)]
-        heads = [v for v in views if is_head(v)]
-        cycle = [*others, *heads[:1]]
+        views = self._views[self.kind]
+        heads = [view for view in views if is_head(view)]
+        cycle = [*(view for view in views if not is_head(view)), *heads[:1]]
         here = heads[0] if is_head(self.view) else self.view
         if len(cycle) > 1:
             self._open_map(self.kind, cycle[(cycle.index(here) + 1) % len(cycle)])
@@ -257,9 +304,9 @@ class TensorMap(DrawnMap):
             self.notify("this stage has no other axes")
 
     def _step_head(self, step: int) -> None:
-        if self._subject is None or self.kind is None or self.view is None:
+        if self.kind is None or self.view is None:
             return
-        heads = [v for v in self._subject.views[self.kind] if is_head(v)]
+        heads = [view for view in self._views[self.kind] if is_head(view)]
         if not heads:
             self.notify("this stage has no map per head")
             return
@@ -269,12 +316,12 @@ class TensorMap(DrawnMap):
 
     def _go_to_next_rank(self) -> None:
         """From the largest difference to the next of those that this map has."""
-        layout = None if self.report is None else self.report.layout
+        layout = self.layout_of_stage
         if layout is None or self.view is None or self.window is None:
             return
         for _ in self._ranked:
             self._rank = self._rank % len(self._ranked) + 1
-            place = _place_in(self.view, layout, self._ranked[self._rank - 1])
+            place = place_in(self.view, layout, self._ranked[self._rank - 1])
             if place is not None:
                 self._look(self.window.point(*place))
                 return
@@ -282,7 +329,10 @@ class TensorMap(DrawnMap):
 
     def _look(self, window: MapWindow) -> None:
         self.user_moved = True
-        count = self._count_values()
+        layout = self.layout_of_stage
+        # Of a folded vector the last row may be short.
+        is_folded = layout is not None and self.view is not None and self.view.fold
+        count = layout.shape[-1] if layout is not None and is_folded else 0
         if count and window.row * window.num_columns + window.column >= count:
             window = window.point(*divmod(count - 1, window.num_columns))
         before, self.window = self.window, window
@@ -290,22 +340,15 @@ class TensorMap(DrawnMap):
             return
         # Another part of the map is drawn when it comes, once.
         if (before.top, before.left, before.zoom) == (window.top, window.left, window.zoom):
-            self.refresh_cursor(before, window)
+            self._refresh_cursor(before, window)
         self.post_message(self.Wanted())
-
-    def _count_values(self) -> int:
-        """Values of a folded vector, whose last row may be short; 0 of anything else."""
-        if self.report is None or self.view is None or not self.view.fold:
-            return 0
-        layout = self.report.layout
-        return 0 if layout is None else layout.shape[-1]
 
     @property
     def _step(self) -> tuple[int, int]:
         """Cells of the window's scale in one that is drawn: of a large tensor they are coarser."""
-        if self._shades is None or self.window is None:
+        if self._drawn is None or self.window is None:
             return 1, 1
-        scale, grid = self.window.scale, self._shades.grid
+        scale, grid = self.window.scale, self._drawn.shades.grid
         return (
             max(1, -(-grid.cell_rows // scale.rows)),
             max(1, -(-grid.cell_columns // scale.columns)),
@@ -336,17 +379,9 @@ class TensorMap(DrawnMap):
 
     def on_click(self, event: events.Click) -> None:
         """A click moves the cursor."""
-        shades, scale = self._shades, self._scale
-        if shades is None or scale is None or self.window is None:
-            return
-        grid = shades.grid
-        row = (event.y - 1) * 2 // scale.tall
-        column = (event.x - self._gutter) // scale.wide
-        rows, columns = shades.shape
-        if 0 <= row < rows and 0 <= column < columns:
-            self._look(self.window.point(
-                grid.top + row * grid.cell_rows, grid.left + column * grid.cell_columns
-            ))  # fmt: skip
+        place = None if self._drawn is None else self._drawn.cell_at(event.x, event.y - 1)
+        if place is not None and self.window is not None:
+            self._look(self.window.point(*place))
 
     def _on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         self._wheel(event, -1)
@@ -362,12 +397,3 @@ class TensorMap(DrawnMap):
         elif self.window is not None:
             by = step * WHEEL_CELLS
             self._look(self.window.pan(*((0, by) if event.shift else (by, 0))))
-
-
-def _place_in(view: MapView, layout: Layout, index: int) -> tuple[int, int] | None:
-    """Row and column of a flat index, if a view has it as a value of its own."""
-    if view.is_reduced:
-        return None
-    row, column = divmod(index, view.fold or max(1, layout.shape[-1]))
-    row -= view.first_row
-    return (row, column) if 0 <= row < view.num_rows else None
