@@ -24,6 +24,7 @@ TOKENS = (3838, 374, 220, 17, 10, 17, 30)
 TEXTS = ("What", " is", " ", "2", "+", "2", "?")
 PROMPT = "What is 2+2?"
 FAULT = StageKey(1, "q_post_rope")
+BROKEN = StageKey(1, "attn_norm")
 
 Tensors = dict[StageKey, Any]
 Event = RunHeader | StageReport | Report
@@ -132,6 +133,24 @@ def mixed_request() -> Request:
     trace[StageKey(1, "attn_norm")][2, 3] = np.inf
     trace[StageKey(2, "ffn_gate")] *= -1
     del trace[StageKey(1, "ffn_out")]
+    return Request(trace=save("engine-dump", trace), oracle=save("hf-stages", oracle))
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal's colours decide how a map is drawn."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+
+
+@pytest.fixture
+def broken_request() -> Request:
+    """A trace with NaN and infinities at `BROKEN`, and a stage of another size."""
+    oracle = sound_tensors()
+    trace = rounded(oracle)
+    trace[BROKEN][2, 3] = np.inf
+    trace[BROKEN][4, 5:9] = np.nan
+    trace[StageKey(0, "ffn_up")] = trace[StageKey(0, "ffn_up")][:, :60].copy()
     return Request(trace=save("engine-dump", trace), oracle=save("hf-stages", oracle))
 
 
