@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import Group
@@ -12,7 +11,6 @@ from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
@@ -31,14 +29,6 @@ class DevicesScreen(ModalScreen[int | None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,v", "dismiss", "close", id="devices.close", tooltip="Back to the stages"),
     ]
-
-    @dataclass
-    class Listed(Message):
-        """The platforms have been asked."""
-
-        devices: Sequence[DeviceInfo]
-        choice: Choice | None
-        problem: str
 
     def __init__(self, wanted: str | None) -> None:
         super().__init__()
@@ -67,25 +57,25 @@ class DevicesScreen(ModalScreen[int | None]):
             devices = list_devices()
             choice = choose_device(devices, self._wanted)
         except AprError as error:
-            self.post_message(self.Listed(devices, None, str(error)))
+            self.call_later(self._show, devices, None, str(error))
         else:
-            self.post_message(self.Listed(devices, choice, ""))
+            self.call_later(self._show, devices, choice, "")
 
-    @on(Listed)
-    def _show(self, event: Listed) -> None:
+    def _show(self, devices: Sequence[DeviceInfo], choice: Choice | None, problem: str) -> None:
+        """The platforms have been asked."""
         paint, said = Paint(self.app.theme_variables), self.query_one("#devices-said", Static)
-        if event.choice is None:
-            said.update(Text(visible(event.problem), paint("verdict-fail")))
+        if choice is None:
+            said.update(Text(visible(problem), paint("verdict-fail")))
         else:
-            number, reason = event.choice.device.index, visible(event.choice.reason)
+            number, reason = choice.device.index, visible(choice.reason)
             said.update(Text(f"would use {number}: {reason}", paint("verdict-pass")))
         options = self.query_one(OptionList)
-        options.display = bool(event.devices)
-        for device in event.devices:
+        options.display = bool(devices)
+        for device in devices:
             shown = Group(device_name(device), device_fields(device))
             options.add_option(Option(shown, str(device.index), disabled=bool(device.obstacle)))
-        if event.choice is not None:
-            options.highlighted = options.get_option_index(str(event.choice.device.index))
+        if choice is not None:
+            options.highlighted = options.get_option_index(str(choice.device.index))
         options.focus()
 
     @on(OptionList.OptionSelected)

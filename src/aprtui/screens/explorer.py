@@ -44,7 +44,7 @@ REFRESH_S = 1 / 20
 DETAIL_DELAY_S = 0.05
 
 
-def _commands() -> type[Provider]:
+def _palette() -> type[Provider]:
     """The palette's, which is read when it is opened: the first screen is painted without."""
     from aprtui.screens.palette import ExplorerCommands
 
@@ -67,7 +67,7 @@ class ExplorerScreen(Screen[None]):
         tab: What the lower part of the detail pane shows.
     """
 
-    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_commands}
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_palette}
 
     BINDINGS: ClassVar[list[BindingType]] = [*EXPLORER_KEYS]
 

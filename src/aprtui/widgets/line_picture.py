@@ -14,7 +14,7 @@ from aprtui.widgets.picture_view import PictureView
 
 
 class LinePicture(PictureView):
-    """Lines that are drawn when they come into view, and kept until what they show changes."""
+    """Lines that are drawn when they come into view, and kept until `fit` is called."""
 
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -35,11 +35,6 @@ class LinePicture(PictureView):
     @abstractmethod
     def lines_below(self) -> int:
         """Lines under the others, which stay as the heading does."""
-
-    @property
-    @abstractmethod
-    def depends_on(self) -> tuple[object, ...]:
-        """What all lines are drawn for: when it changes, they are drawn anew."""
 
     @abstractmethod
     def heading(self) -> Text:
@@ -65,7 +60,7 @@ class LinePicture(PictureView):
         number = y - 1 + self.scroll_offset.y
         if number >= self.line_count:
             return self.strip(Text(""))
-        drawn_for = self.app.theme, self.outer_size.width, *self.depends_on
+        drawn_for = self.app.theme, self.outer_size.width
         if drawn_for != self._drawn_for:
             self._lines.clear()
             self._drawn_for = drawn_for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.style import Style
 from rich.text import Text
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 
 NAME_CELLS = 29  # "layer 127 · post_attn_residual", but for a cell that no model needs
 NARROW_NAME_CELLS = 23
-
-
-class Heading(NamedTuple):
-    """A column.
-
-    Attributes:
-        title: What stands above it.
-        cells: Its width.
-    """
-
-    title: str
-    cells: int
 
 
 class ParityTable(ScrollView, can_focus=True):
@@ -110,30 +98,30 @@ class ParityTable(ScrollView, can_focus=True):
     def headings(self, paint: Paint) -> Text:
         """The line above the stages."""
         line = Text("  " + "stage".ljust(self._name_cells), paint("ink-quiet"), no_wrap=True)
-        for heading in self._columns():
-            line.append(heading.title.rjust(heading.cells))
+        for title, cells in self._columns():
+            line.append(title.rjust(cells))
         return line.append("  verdict")
 
     @property
     def _name_cells(self) -> int:
         return NAME_CELLS if self._width >= 84 else NARROW_NAME_CELLS
 
-    def _columns(self) -> list[Heading]:
-        """The columns that there is room for; the first ones matter most."""
+    def _columns(self) -> list[tuple[str, int]]:
+        """Titles and cells of the columns that there is room for; the first ones matter most."""
         tested, trusted = self._state.side_names
         places = 11 if self._width >= 84 else 8
         kernel, ms = len(f"{trusted} kernel ") + 1, max(9, len(f" {trusted} ms"))
         wanted = [
-            Heading("cosine", places), Heading("rel. L2", 9), Heading(f"{tested} kernel", kernel),
-            Heading("max|diff|", 10), Heading(f"{trusted} kernel", kernel),
-            Heading(f"{tested} ms", ms), Heading(f"{trusted} ms", ms),
-            Heading(f"{tested}:oracle", 14), Heading(f"{trusted}:oracle", 14),
-            Heading("at", 30),
+            ("cosine", places), ("rel. L2", 9), (f"{tested} kernel", kernel),
+            ("max|diff|", 10), (f"{trusted} kernel", kernel),
+            (f"{tested} ms", ms), (f"{trusted} ms", ms),
+            (f"{tested}:oracle", 14), (f"{trusted}:oracle", 14),
+            ("at", 30),
         ]  # fmt: skip
         if self._width < 60:
             wanted[2:3] = []
         room = self._width - self._name_cells - 2 - 13
-        while wanted and sum(heading.cells for heading in wanted) > room:
+        while wanted and sum(cells for _, cells in wanted) > room:
             wanted.pop()
         return wanted
 
@@ -160,10 +148,10 @@ class ParityTable(ScrollView, can_focus=True):
         label = Text.assemble((layer, paint("ink-quiet")), key.stage)
         label.truncate(self._name_cells, overflow="ellipsis", pad=True)
         line = Text.assemble(name, label)
-        for heading in self._columns():
-            cell = Text() if parity is None else self._cell(heading, parity, paint)
-            cell.truncate(heading.cells - 1, overflow="ellipsis")
-            line.append(" " * (heading.cells - cell.cell_len)).append_text(cell)
+        for title, cells in self._columns():
+            cell = Text() if parity is None else self._cell(title, cells, parity, paint)
+            cell.truncate(cells - 1, overflow="ellipsis")
+            line.append(" " * (cells - cell.cell_len)).append_text(cell)
         mark = PENDING if parity is None else mark_of_verdict(parity.verdict)
         is_over = parity is None and (
             self._state.rejected is not None or not self._state.is_running
@@ -171,13 +159,13 @@ class ParityTable(ScrollView, can_focus=True):
         word = "– not run" if is_over else f"{mark.glyph} {mark.word}"
         return line.append("  ").append(word, paint(mark.ink, bold=parity is not None))
 
-    def _cell(self, heading: Heading, parity: StageParity, paint: Paint) -> Text:
+    def _cell(self, title: str, cells: int, parity: StageParity, paint: Paint) -> Text:
         tested, trusted = self._state.side_names
         found, quiet = parity.comparison, paint("ink-quiet")
-        match heading.title:
+        match title:
             case "cosine" if found is not None:
                 cosine = figures_of(found)[0]
-                return Text(format_cosine(cosine, heading.cells - 4), paint.cosine(cosine))
+                return Text(format_cosine(cosine, cells - 4), paint.cosine(cosine))
             case "rel. L2" if found is not None:
                 style = paint("verdict-fail") if parity.differs else Style.null()
                 return Text(format_ratio(figures_of(found)[1]), style)
@@ -186,12 +174,12 @@ class ParityTable(ScrollView, can_focus=True):
             case "at" if found is not None and parity.layout is not None and found.max_index >= 0:
                 layout = parity.layout
                 return Text(format_position(layout.axes, layout.position(found.max_index)), quiet)
-        side = parity.tested if heading.title.startswith(tested) else parity.trusted
-        if heading.title in (f"{tested} kernel", f"{trusted} kernel"):
+        side = parity.tested if title.startswith(tested) else parity.trusted
+        if title in (f"{tested} kernel", f"{trusted} kernel"):
             return kernel_cell(side.kernel, side.fault, paint)
-        if heading.title in (f"{tested} ms", f"{trusted} ms"):
+        if title in (f"{tested} ms", f"{trusted} ms"):
             return Text(f"{1e3 * side.elapsed_s:.2f}", quiet)
-        if heading.title.endswith(":oracle"):
+        if title.endswith(":oracle"):
             return _oracle(side, paint)
         return Text()
 

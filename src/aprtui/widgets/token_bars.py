@@ -133,11 +133,6 @@ class TokenBars(LinePicture):
             return 0
         return 2 if self.size.height >= 8 else 1
 
-    @property
-    def depends_on(self) -> tuple[object, ...]:
-        """Heads or not, and the first of them in view."""
-        return self.by_head, self._first_head
-
     def heading(self) -> Text:
         """The names of the figures, or the numbers of heads."""
         heads = self._shown_heads
@@ -377,11 +372,10 @@ class TokenBars(LinePicture):
         before, first = self.token, self._first_head
         self.token = max(0, min(token, self.line_count - 1))
         self.head = max(0, min(head, self._heads - 1))
-        if not self.show_cursor():
-            if first == self._first_head:
-                self.refresh_lines(before, self.token)
-            else:
-                self.refresh()
+        if first != self._first_head:
+            self.fit()
+        elif not self.show_cursor():
+            self.refresh_lines(before, self.token)
 
     def _name_tokens(self) -> None:
         """Texts and ids, where a line is one of the run's tokens."""

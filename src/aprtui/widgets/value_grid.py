@@ -161,11 +161,6 @@ class ValueGrid(LinePicture):
         return int(self.sight is not Sight.BOTH and self.size.height >= ROOMY_LINES)
 
     @property
-    def depends_on(self) -> tuple[object, ...]:
-        """What is shown of every value, and where it is."""
-        return self.sight, self._layout_shown
-
-    @property
     def _is_wide(self) -> bool:
         return self.line_width >= WIDE_CELLS
 
