@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.network.graph import BY_NAME
-from aprcore.records.wording import (
+from aprcore.records import telling
+from aprcore.records.telling import (
     REASON_LIMIT,
+    TOKENS_SHOWN,
     figures_of,
     finding_of,
     format_cosine,
@@ -20,32 +22,23 @@ from aprcore.records.wording import (
     format_ratio,
     format_shape,
     format_tolerance,
+    judgment_of,
     quoted,
-    token_name,
+    visible,
 )
 from aprtui.formatting import format_figure, format_short
 from aprtui.judgments import judgment_lines, parity_lines
-from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import summarise_layer
 from aprtui.run_state import RunState
-from aprtui.text import visible
-from aprtui.theme import (
-    MARKS,
-    PENDING,
-    Mark,
-    Paint,
-    judgment_mark,
-    mark_of,
-    mark_of_verdict,
-)
+from aprtui.theme import MARKS, PENDING, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
     from aprcore.judging.compare import Comparison, Statistics
     from aprcore.judging.layouts import Layout
-    from aprcore.records.report import LogitsReport, RunHeader, Side, StageReport
+    from aprcore.records.report import LogitsReport, RunHeader, StageReport
 
-# Symbols of FORMATS.md beside a shape; more than a line of tokens is cut.
-TOKENS_SHOWN = 200
+# Facts that are about one side, and the ink of that.
+SIDES = {"trace": "ink-trace", "oracle": "ink-oracle", "against": "ink-oracle"}
 Fact = tuple[str, Text]
 
 
@@ -54,20 +47,14 @@ def describe_run(state: RunState, paint: Paint) -> RenderableType:
     header = state.header
     if header is None:
         return Text("")
-    facts: list[Fact] = [("model", Text(visible(header.model)))] if header.model else []
-    if header.architecture:
-        facts.append(("architecture", Text(visible(header.architecture))))
-    facts.append(("layers", Text(str(header.num_layers))))
-    facts.append(("trace", _side(header.trace, "ink-trace", paint)))
-    if header.oracle is not None:
-        facts.append(("oracle", _side(header.oracle, "ink-oracle", paint)))
-        facts.append(("bound", Text(f"relative L2 {header.bound:g}")))
-    if header.backend:
-        facts.append(("backend", Text(visible(header.backend))))
+    known = telling.run_facts(header)
+    facts = [_fact(fact, paint) for fact in known if fact.text != telling.NO_ORACLE]
     facts += _second_side(state, paint)
-    if header.prompt is not None:
-        facts.append(("prompt", Text(quoted(header.prompt))))
-    facts.append(("tokens", _tokens(header, paint)))
+    # The ids and their texts are told apart by ink, and no text is broken over two lines.
+    facts += [
+        (fact.name, _tokens(header, paint) if fact.name == "tokens" else Text(fact.text))
+        for fact in telling.prompt_facts(header)
+    ]
     parts: list[RenderableType] = [_facts(facts, paint)]
     if state.counts:
         parts.append(Padding(_counts(state, paint), (1, 0, 0, 0)))
@@ -84,7 +71,7 @@ def _second_side(state: RunState, paint: Paint) -> list[Fact]:
         return []
     facts: list[Fact] = []
     if header.backend is None:
-        facts.append(("against", _side(header.trusted, "ink-oracle", paint)))
+        facts.append(_fact(telling.side_fact("against", header.trusted), paint))
     else:
         label = "opening…" if state.is_running else "not opened"
         if state.device is not None:
@@ -114,14 +101,13 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
         shown = (format_cosine(cosine), paint.cosine(cosine))
         text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
         facts.append(("lowest cosine", text))
-    for measure in JUDGMENTS:
-        worst = summary.worst_by[measure]
-        judgment = None if worst is None else judgment_of(worst, measure)
+    for name, worst in summary.worst_by.items():
+        judgment = None if worst is None else judgment_of(worst, name)
         if worst is not None and judgment is not None:
             mark = judgment_mark(judgment)
             text = Text(f"{mark.glyph} {format_ratio(judgment.relative_l2)}", paint(mark.ink))
             text.append(f"  {worst.key.stage}", paint("ink-quiet"))
-            facts.append((f"worst {measure.value}", text))
+            facts.append((f"worst {name}", text))
     diverging = [key for key in state.divergences if key.layer == layer]
     if diverging:
         facts.append(("diverging", Text(", ".join(key.stage for key in diverging))))
@@ -259,33 +245,29 @@ def _statistic_rows(sides: Sequence[Statistics]) -> Iterator[tuple[str, list[Tex
 
 def _logits(logits: LogitsReport, paint: Paint) -> Group:
     """The next token on both sides, and the five best of each."""
-    found = logits.comparison
-    said = "same token"
-    if not found.agree:
-        said = "near-tie" if found.near_tie else "not a near-tie"
-    gap = Text.assemble(f"{format_ratio(found.gap)}, ", (said, "" if found.agree else "bold"))
-    figures = _facts([("KL", Text(f"{format_ratio(found.kl)} nats")), ("gap", gap)], paint)
+    facts = []
+    for fact in telling.logits_facts(logits):
+        text = Text(", ".join((fact.text, *fact.details)))
+        if not logits.comparison.agree:
+            text.stylize("bold", len(f"{fact.text}, "))
+        facts.append((fact.name, text))
     table = Table.grid(padding=(0, 2))
     for number in range(5):
         table.add_column(justify="right" if number % 2 == 0 else "left", no_wrap=True)
     table.add_row("", Text("trace", paint("ink-trace")), "", Text("oracle", paint("ink-oracle")))
-    pairs = zip(found.top_a, found.values_a, found.top_b, found.values_b)
-    for rank, (a, value_a, b, value_b) in enumerate(pairs, 1):
-        style = "" if a == b else "bold"
-        table.add_row(
-            Text(str(rank), paint("ink-quiet")),
-            Text(token_name(logits, a), style), Text(f"{value_a:.3f}"),
-            Text(token_name(logits, b), style), Text(f"{value_b:.3f}"),
-        )  # fmt: skip
-    return Group(figures, table)
+    for rank, ours, value, theirs, other in telling.logits_table(logits).rows:
+        style = "" if ours == theirs else "bold"
+        table.add_row(Text(rank, paint("ink-quiet")), Text(ours, style), Text(value),
+                      Text(theirs, style), Text(other))  # fmt: skip
+    return Group(_facts(facts, paint), table)
 
 
-def _side(side: Side, ink: str, paint: Paint) -> Text:
-    text = Text.assemble((visible(side.path), paint(ink, bold=True)))
-    for said in (side.label, side.dtype):
-        if said and said not in text.plain:
-            text.append(f"  {visible(said)}", paint("ink-quiet"))
-    return text
+def _fact(fact: telling.Fact, paint: Paint) -> Fact:
+    ink = SIDES.get(fact.name)
+    text = Text.assemble((visible(fact.text), "" if ink is None else paint(ink, bold=True)))
+    for said in fact.details:
+        text.append(f"  {visible(said)}", paint("ink-quiet"))
+    return fact.name, text
 
 
 def _tokens(header: RunHeader, paint: Paint) -> Text:

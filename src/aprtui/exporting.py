@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aprcore.records.wording import figures_of, finding_of, format_cosine, format_ratio
-from aprtui.measures import JUDGMENTS, judgment_of
+from aprcore.records.telling import (
+    OWN_JUDGMENTS,
+    figures_of,
+    finding_of,
+    format_cosine,
+    format_ratio,
+    judgment_of,
+)
 from aprtui.rows import Row
 from aprtui.run_state import RunState
 from aprtui.theme import mark_of
@@ -113,10 +119,10 @@ def _stage_lines(report: StageReport) -> list[str]:
     if report.comparison is not None:
         error = format_ratio(figures_of(report.comparison)[1])
         lines.append(f"cumulative: relative L2 {error}, cosine {_cosine(report)}")
-    for measure in JUDGMENTS:
-        judgment = judgment_of(report, measure)
+    for name in OWN_JUDGMENTS:
+        judgment = judgment_of(report, name)
         if judgment is not None:
             word = "pass" if judgment.passed else "FAIL"
             error, bound = format_ratio(judgment.relative_l2), format_ratio(judgment.bound)
-            lines.append(f"{measure.value}: relative L2 {error}, bound {bound}: {word}")
+            lines.append(f"{name}: relative L2 {error}, bound {bound}: {word}")
     return [line for line in lines if line]

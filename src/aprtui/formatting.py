@@ -1,8 +1,8 @@
-"""Figures as text for columns of few cells; reports have theirs in `aprcore.records.wording`."""
+"""Figures as text for columns of few cells; reports have theirs in `aprcore.records.telling`."""
 
 from __future__ import annotations
 
-from aprcore.records.wording import without_mantissa
+from aprcore.records.telling import without_mantissa
 
 # For narrow columns; the places of `format_cosine` tell rounding from equality.
 NARROW_COSINE_PLACES = 4

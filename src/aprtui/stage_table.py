@@ -11,7 +11,7 @@ from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.network.graph import StageKey
 from aprcore.records.parity import StageParity
 from aprcore.records.report import Report, RunEvent, RunHeader, StageReport
-from aprcore.records.wording import figures_of, format_tolerance
+from aprcore.records.telling import figures_of, format_tolerance
 from aprtui.text import visible
 from aprtui.theme import VARIABLES, judgment_mark, mark_of_verdict
 

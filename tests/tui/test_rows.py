@@ -20,14 +20,14 @@ import aprtui
 from aprcore.judging.verdict import Verdict
 from aprcore.network.graph import StageKey
 from aprcore.records.report import RunHeader, StageReport
-from aprcore.records.wording import figures_of, format_cosine, format_ratio, quoted
+from aprcore.records.telling import SEVERITY, figures_of, format_cosine, format_ratio, quoted
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
 from aprtui.formatting import format_figure, format_short
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, matching_keys, summarise_layer
 from aprtui.run_state import RunState
 from aprtui.stage_table import PATH_WIDTH, StageTable
-from aprtui.theme import COSINE_INKS, MARKS, SEVERITY, VARIABLES, cosine_ink
+from aprtui.theme import COSINE_INKS, MARKS, VARIABLES, cosine_ink
 
 
 @pytest.fixture

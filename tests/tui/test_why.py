@@ -13,7 +13,7 @@ from rich.console import Console
 from textual.pilot import Pilot
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import format_times
+from aprcore.records.telling import format_times
 from aprcore.runs.budget import Budget, Budgets
 from aprtui.app import ExplorerApp
 from aprtui.formatting import format_compact

@@ -155,7 +155,7 @@ def _print_header(header: ParityHeader) -> None:
 
 def _print_stage(stage: StageParity) -> None:
     from aprcore.judging.verdict import Verdict
-    from aprcore.records.wording import figures_of, format_cosine, format_ratio
+    from aprcore.records.telling import figures_of, format_cosine, format_ratio
     from aprtui.text import visible
 
     found, kernel = stage.comparison, stage.tested.kernel
@@ -175,7 +175,7 @@ def _print_stage(stage: StageParity) -> None:
 
 
 def _print_step(step: StepParity) -> None:
-    from aprcore.records.wording import format_cosine, format_ratio
+    from aprcore.records.telling import format_cosine, format_ratio
 
     name = "prompt" if step.step == 0 else str(step.step)
     word = "PASS" if step.passed else "FAIL"
@@ -197,7 +197,7 @@ def _print_step(step: StepParity) -> None:
 
 
 def _print_cache(cache: CacheParity) -> None:
-    from aprcore.records.wording import format_ratio
+    from aprcore.records.telling import format_ratio
 
     word = "PASS" if cache.passed else "FAIL"
     print(

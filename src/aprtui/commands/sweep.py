@@ -162,7 +162,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
 def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
     """Run what is left, with a bar on stderr where that is a terminal."""
-    from aprcore.records.wording import plural
+    from aprcore.records.telling import plural
     from aprcore.sweep.run import CaseFinished, pending_cases, run_sweep
 
     total = len(sweep.cases)
@@ -279,7 +279,7 @@ def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
 
 
 def _cells(case: Case, result: CaseResult, axes: Sequence[str]) -> tuple[str, ...]:
-    from aprcore.records.wording import format_ratio
+    from aprcore.records.telling import format_ratio
     from aprtui.text import visible
 
     first, worst = result.first, result.worst_relative_l2
@@ -299,7 +299,7 @@ def _short(name: str) -> str:
 
 
 def _print_differences(finished: SweepFinished) -> None:
-    from aprcore.records.wording import plural
+    from aprcore.records.telling import plural
     from aprcore.sweep.report import find_differences
     from aprtui.text import visible
 

@@ -12,7 +12,7 @@ from textual.command import Provider
 from textual.widgets import Footer, Static
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import (
+from aprcore.records.telling import (
     COSINE_PLACES,
     figures_of,
     format_cosine,

@@ -9,7 +9,7 @@ from rich.text import Text
 from textual.geometry import Region
 from textual.strip import Strip
 
-from aprcore.records.wording import format_position, format_ratio, format_value
+from aprcore.records.telling import format_position, format_ratio, format_value
 from aprtui.formatting import format_compact
 from aprtui.map_blocks import MapBlocks
 from aprtui.map_window import FIGURE_COLUMNS, FIGURE_HALVES, MapWindow, Scale

@@ -12,7 +12,7 @@ from rich.text import Text
 from textual.geometry import Region
 from textual.strip import Strip
 
-from aprcore.records.wording import format_cosine, format_ratio, quoted
+from aprcore.records.telling import format_cosine, format_ratio, quoted
 from aprtui.ramp import NONFINITE, Ramp, level_of
 from aprtui.widgets.bars import bar, ramp_text
 from aprtui.widgets.picture_view import PictureView

@@ -10,7 +10,7 @@ from rich.text import Text
 from textual.geometry import Region
 from textual.strip import Strip
 
-from aprcore.records.wording import format_position, format_ratio, format_value
+from aprcore.records.telling import format_position, format_ratio, format_value
 from aprtui.formatting import format_compact, format_short
 from aprtui.pictures import WINDOW_VALUES
 from aprtui.widgets.divergence_table import SHORT_AXES
