@@ -46,9 +46,9 @@ def paragraph(text: str) -> str:
     return _LINE_START.sub(r"\1\\\2", escape(text))
 
 
-def code(text: str) -> str:
+def code(text: str, limit: int = TEXT_LIMIT) -> str:
     """Text in a code span, whatever backticks it holds."""
-    shown = visible(text, TEXT_LIMIT)
+    shown = visible(text, limit)
     fence = "`" * (_longest_run(shown) + 1)
     # A space on either side is dropped again, and keeps backticks apart from the fence.
     pad = " " if shown[:1] in ("`", " ", "") or shown[-1:] in ("`", " ") else ""
