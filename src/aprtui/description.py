@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -12,20 +12,7 @@ from rich.text import Text
 
 from aprcore.network.graph import BY_NAME
 from aprcore.records import telling
-from aprcore.records.telling import (
-    REASON_LIMIT,
-    TOKENS_SHOWN,
-    figures_of,
-    finding_of,
-    format_cosine,
-    format_position,
-    format_ratio,
-    format_shape,
-    format_tolerance,
-    judgment_of,
-    quoted,
-    visible,
-)
+from aprcore.records.telling import format_ratio, visible
 from aprtui.formatting import format_figure, format_short
 from aprtui.judgments import judgment_lines, parity_lines
 from aprtui.rows import summarise_layer
@@ -33,12 +20,17 @@ from aprtui.run_state import RunState
 from aprtui.theme import MARKS, PENDING, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
-    from aprcore.judging.compare import Comparison, Statistics
+    from aprcore.judging.compare import Comparison
     from aprcore.judging.layouts import Layout
     from aprcore.records.report import LogitsReport, RunHeader, StageReport
 
 # Facts that are about one side, and the ink of that.
 SIDES = {"trace": "ink-trace", "oracle": "ink-oracle", "against": "ink-oracle"}
+# What a tensor's statistics are called.
+STATISTICS = {
+    "values": "count", "mean": "mean", "std": "std", "min": "minimum", "max": "maximum",
+    "RMS": "rms", "zeros": "zeros", "NaN": "nans", "Inf": "infinities",
+}  # fmt: skip
 Fact = tuple[str, Text]
 
 
@@ -79,13 +71,13 @@ def _second_side(state: RunState, paint: Paint) -> list[Fact]:
         if state.rejected is not None:
             label = "rejected"
             if not state.parity_faults:  # else those say why
-                label += f": {visible(state.rejected.line_reason, REASON_LIMIT)}"
+                label += f": {visible(state.rejected.line_reason, telling.REASON_LIMIT)}"
         facts.append(("gpu", Text(label)))
     if state.report is not None and state.parity:
         _, _, found = state.report.parity_summary().partition(": ")
         mark = MARKS["FAIL" if state.parity_faults else "PASS"]
         said = Text(f"{mark.glyph} ", paint(mark.ink, bold=True))
-        facts.append(("parity", said.append(visible(found, REASON_LIMIT), "not bold")))
+        facts.append(("parity", said.append(visible(found, telling.REASON_LIMIT), "not bold")))
     return facts
 
 
@@ -97,12 +89,12 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
         facts.append(("worst", _mark(mark_of_verdict(summary.worst), paint)))
     lowest = summary.lowest
     if lowest is not None and lowest.comparison is not None:
-        cosine, _ = figures_of(lowest.comparison)
-        shown = (format_cosine(cosine), paint.cosine(cosine))
+        cosine, _ = telling.figures_of(lowest.comparison)
+        shown = (telling.format_cosine(cosine), paint.cosine(cosine))
         text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
         facts.append(("lowest cosine", text))
     for name, worst in summary.worst_by.items():
-        judgment = None if worst is None else judgment_of(worst, name)
+        judgment = None if worst is None else telling.judgment_of(worst, name)
         if worst is not None and judgment is not None:
             mark = judgment_mark(judgment)
             text = Text(f"{mark.glyph} {format_ratio(judgment.relative_l2)}", paint(mark.ink))
@@ -123,11 +115,12 @@ def describe_verdict(report: StageReport, paint: Paint) -> RenderableType:
     """A stage: what it is, its verdict and why in a sentence."""
     mark = mark_of(report)
     verdict = (f"{mark.glyph} ", paint(mark.ink, bold=True))
-    passes = "" if report.passes_at is None else f"; passes at {format_tolerance(report.passes_at)}"
-    said = f"{visible(report.reason, REASON_LIMIT)}{passes}"
+    tolerance = report.passes_at
+    passes = "" if tolerance is None else f"; passes at {telling.format_tolerance(tolerance)}"
+    said = f"{visible(report.reason, telling.REASON_LIMIT)}{passes}"
     if report.explanation is not None and report.blamed is not None:
         # Its figures stand in the table below, and the Why tab has the whole of it.
-        said = f"{finding_of(report)}{passes}"
+        said = f"{telling.finding_of(report)}{passes}"
     elif mark.word == "PASS" and report.comparison is None:
         said = "PASS by the kernel judgment"  # its reason repeats the table
     elif mark.word:
@@ -139,7 +132,7 @@ def describe_shortly(report: StageReport, paint: Paint) -> RenderableType:
     """A stage and its verdict in one line, where there is no room for more."""
     mark = mark_of(report)
     line = Text.assemble((f"{mark.glyph} {report.key}", paint(mark.ink, bold=True)))
-    line.append(f"  {finding_of(report).partition(':')[0]}")
+    line.append(f"  {telling.finding_of(report).partition(':')[0]}")
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
 
@@ -173,7 +166,7 @@ def _heading(report: StageReport, paint: Paint) -> Text:
     row = BY_NAME[report.key.stage]
     text = Text(row.title)
     if report.layout is not None:
-        text.append(f"  {format_shape(report.layout.shape)}", "bold")
+        text.append(f"  {telling.format_shape(report.layout.shape)}", "bold")
         if report.layout.axes != ("index",):
             text.append(f" = {row.shape}", paint("ink-quiet"))
     return text
@@ -200,7 +193,7 @@ def _comparison(
 def _position(index: int, layout: Layout, header: RunHeader, paint: Paint) -> Text:
     """A position in words, with the token's text where an axis counts tokens."""
     position = layout.position(index)
-    text = Text(format_position(layout.axes, position))
+    text = Text(telling.format_position(layout.axes, position))
     texts = header.token_texts
     if texts is None or "token" not in layout.axes:
         return text
@@ -228,19 +221,11 @@ def _statistics(report: StageReport, paint: Paint) -> Table:
     """The statistics of a side that stands alone, or of both when their sizes differ."""
     sides = [(name, x) for name, x in (("trace", report.trace), ("oracle", report.oracle)) if x]
     table = _columns(("", *(name for name, _ in sides)), paint)
-    for name, texts in _statistic_rows([statistics for _, statistics in sides]):
-        table.add_row(_label(name, paint), *texts)
+    for name, attribute in STATISTICS.items():
+        figures = [getattr(side, attribute) for _, side in sides]
+        texts = [f"{x:,}" if isinstance(x, int) else format_figure(x) for x in figures]
+        table.add_row(_label(name, paint), *map(Text, texts))
     return table
-
-
-def _statistic_rows(sides: Sequence[Statistics]) -> Iterator[tuple[str, list[Text]]]:
-    yield "values", [Text(f"{side.count:,}") for side in sides]
-    for name, attribute in (
-        ("mean", "mean"), ("std", "std"), ("min", "minimum"), ("max", "maximum"), ("RMS", "rms"),
-    ):  # fmt: skip
-        yield name, [Text(format_figure(getattr(side, attribute))) for side in sides]
-    for name, attribute in (("zeros", "zeros"), ("NaN", "nans"), ("Inf", "infinities")):
-        yield name, [Text(f"{getattr(side, attribute):,}") for side in sides]
 
 
 def _logits(logits: LogitsReport, paint: Paint) -> Group:
@@ -275,12 +260,12 @@ def _tokens(header: RunHeader, paint: Paint) -> Text:
         return Text("not recorded on either side", paint("ink-quiet"))
     text = Text(f"{len(header.tokens)}: ")
     texts = header.token_texts or ()
-    for number, token in enumerate(header.tokens[:TOKENS_SHOWN]):
+    for number, token in enumerate(header.tokens[: telling.TOKENS_SHOWN]):
         text.append(f"{token}", paint("ink-quiet"))
         if number < len(texts):
             text.append(f"\N{NO-BREAK SPACE}{_unbroken(texts[number])}")
         text.append("  ")
-    if len(header.tokens) > TOKENS_SHOWN:
+    if len(header.tokens) > telling.TOKENS_SHOWN:
         text.append("…")
     return text
 
@@ -321,7 +306,7 @@ def _columns(names: Sequence[str], paint: Paint) -> Table:
 
 def _unbroken(text: str) -> str:
     """A token's text in quotes that no line break comes into."""
-    return quoted(text).replace(" ", "\N{NO-BREAK SPACE}")
+    return telling.quoted(text).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _label(name: str, paint: Paint) -> Text:

@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprcore.records.telling import (
-    OWN_JUDGMENTS,
-    UNJUDGED_GLYPH,
-    absence,
-    figures_of,
-    format_cosine,
-    format_position,
-    format_ratio,
-    format_times,
-    is_alone,
-    judgment_of,
-    span_lines,
-    worst_part,
-)
+from aprcore.records import telling
+from aprcore.records.telling import format_ratio
 from aprtui.formatting import format_compact
 from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
@@ -55,11 +43,11 @@ def judgment_lines(
     yield Text(" " * LABEL_CELLS + _cells(headings, is_wide), quiet)
     yield _cumulative(report, header, paint, is_wide)
     worst = []
-    for name in OWN_JUDGMENTS:
-        judgment = judgment_of(report, name)
+    for name in telling.OWN_JUDGMENTS:
+        judgment = telling.judgment_of(report, name)
         line = _label(name, judgment_mark(judgment), report, paint)
         if judgment is None:
-            yield line.append(f" {absence(report, name, header)}", quiet)
+            yield line.append(f" {telling.absence(report, name, header)}", quiet)
             continue
         line.append_text(_figures(judgment, paint, is_wide)).append_text(_blame(report, name))
         if width >= WIDEST_CELLS:
@@ -72,7 +60,7 @@ def judgment_lines(
         line.no_wrap = True
         yield line
     yield from worst
-    yield from map(paint.line, span_lines(report))
+    yield from map(paint.line, telling.span_lines(report))
 
 
 def parity_lines(
@@ -95,7 +83,7 @@ def parity_lines(
     if found is None:
         line.append(f" {mark.word}", ink)
     else:
-        cosine, relative_l2 = figures_of(found)
+        cosine, relative_l2 = telling.figures_of(found)
         figures = [format_ratio(relative_l2), format_ratio(parity.bound), _cosine(cosine, is_wide)]
         line.append(_cells(figures, is_wide), ink)
         if is_wide:
@@ -110,9 +98,9 @@ def parity_lines(
         line.no_wrap = True
         yield line
     if found is not None and found.max_index >= 0 and parity.layout is not None:
-        position = format_position(parity.layout.axes, parity.layout.position(found.max_index))
-        said = f"max|diff| {format_ratio(found.max_abs_diff)} at {position}"
-        yield Text(f"  {said}", quiet)
+        layout = parity.layout
+        position = telling.format_position(layout.axes, layout.position(found.max_index))
+        yield Text(f"  max|diff| {format_ratio(found.max_abs_diff)} at {position}", quiet)
     times = (f"{1e3 * side.elapsed_s:.2f} ms" for side in (parity.tested, parity.trusted))
     yield Text("  " + ", ".join(f"{n} {t}" for n, t in zip(names, times)), quiet)
 
@@ -122,19 +110,19 @@ def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: b
     found = report.comparison
     if found is None:
         line = _label("cumulative", UNJUDGED, report, paint)
-        return line.append(f" {absence(report, 'cumulative', header)}", paint("ink-quiet"))
+        return line.append(f" {telling.absence(report, 'cumulative', header)}", paint("ink-quiet"))
     # Where neither other judgment was made, the bound allows for the weights and is in the reason.
-    has_none = header.judged and is_alone(report)
+    has_none = header.judged and telling.is_alone(report)
     # Figures leave out values that are not finite, and are not within anything if there are any.
     is_finite = not (found.nonfinite_a or found.nonfinite_b)
     is_within = is_finite and found.relative_l2 <= header.bound
     mark = mark_of(report) if has_none or not is_within else MARKS["PASS"]
     line = _label("cumulative", mark, report, paint)
     ink = "" if mark.word == "PASS" else paint(mark.ink)
-    bound = UNJUDGED_GLYPH if has_none else format_ratio(header.bound)
+    bound = telling.UNJUDGED_GLYPH if has_none else format_ratio(header.bound)
     if mark.word in NOT_HELD and not has_none:
         bound = f"({format_compact(header.bound).replace('.0e', 'e')})"
-    cosine, relative_l2 = figures_of(found)
+    cosine, relative_l2 = telling.figures_of(found)
     line.append(_cells([format_ratio(relative_l2), bound, _cosine(cosine, is_wide)], is_wide), ink)
     if is_wide:
         line.append(" " * 9 + f"  {mark.word if mark.word != 'PASS' else 'pass'}", ink)
@@ -149,7 +137,7 @@ def _figures(judgment: Judgment, paint: Paint, is_wide: bool) -> Text:
     figures = [format_ratio(judgment.relative_l2), format_ratio(judgment.bound)]
     figures.append(_cosine(judgment.cosine, is_wide))
     if is_wide:
-        figures.append(format_times(judgment.assessment.ratio))
+        figures.append(telling.format_times(judgment.assessment.ratio))
     text = Text(_cells(figures, is_wide), style)
     return text.append(f"  {WORDS[mark.word]}", style) if is_wide else text
 
@@ -169,14 +157,14 @@ def _blame(report: StageReport, name: str) -> Text:
 
 def _worst(judgment: Judgment, paint: Paint) -> Text:
     """The part that stands out most, and what it may: "worst row 812: 31x, at most 8.50x"."""
-    name, ratio, most = worst_part(judgment)
+    name, ratio, most = telling.worst_part(judgment)
     style = "" if judgment.passed else paint("verdict-fail", bold=True)
     quiet = paint("ink-quiet")
     return Text.assemble(("worst ", quiet), name, (ratio, style), (most, quiet))
 
 
 def _cosine(cosine: float, is_wide: bool) -> str:
-    return format_cosine(cosine, 7 if is_wide else 4)
+    return telling.format_cosine(cosine, 7 if is_wide else 4)
 
 
 def _cells(figures: list[str], is_wide: bool) -> str:

@@ -14,19 +14,7 @@ from rich.text import Text
 from aprcore.causes.records import CauseTried
 from aprcore.network.graph import BY_NAME, StageKey
 from aprcore.records import telling
-from aprcore.records.telling import (
-    OWN_JUDGMENTS,
-    REASON_LIMIT,
-    Line,
-    finding_of,
-    format_position,
-    format_ratio,
-    format_times,
-    judgment_of,
-    plural,
-    sentence_of,
-    visible,
-)
+from aprcore.records.telling import Line, format_ratio, visible
 from aprtui.lineage import Lineage, trace_upstream
 from aprtui.run_state import RunState
 from aprtui.theme import Paint, mark_of
@@ -90,11 +78,11 @@ def explain_run(state: RunState, layer: int | None, paint: Paint) -> RenderableT
     table.add_column()
     for key in faults[:FAULTS_LISTED]:
         mark = mark_of(state.reports[key])
-        said = Text.assemble((str(key), "bold"), f"  {finding_of(state.reports[key])}")
+        said = Text.assemble((str(key), "bold"), f"  {telling.finding_of(state.reports[key])}")
         table.add_row(Text(mark.glyph, paint(mark.ink, bold=True)), said)
     if len(faults) > FAULTS_LISTED:
         table.add_row("", Text(f"and {len(faults) - FAULTS_LISTED} more", paint("ink-quiet")))
-    count = plural(len(faults), "stage")
+    count = telling.plural(len(faults), "stage")
     verb = "is" if len(faults) == 1 else "are"
     return Group(Text(f"{count} {verb} to blame; each was judged on its own inputs:"), table)
 
@@ -132,7 +120,7 @@ def _inheritance(report: StageReport, state: RunState) -> Iterator[Part]:
     yield ("Not to blame: its own operation is right, its input was not.",)
     yield from _origin(trace_upstream(state, report.key), state)
     if report.reason and not report.reason.startswith("its own operation"):
-        yield (sentence_of(report.reason),)
+        yield (telling.sentence_of(report.reason),)
 
 
 def _origin(lineage: Lineage | None, state: RunState) -> Iterator[Line]:
@@ -145,7 +133,7 @@ def _origin(lineage: Lineage | None, state: RunState) -> Iterator[Line]:
     if lineage.faults:
         is_sure = not telling.is_alone(state.reports[lineage.path[0]])
         start = "Inherited from " if is_sure else "It may be inherited from "
-        yield start, name, f"  {finding_of(origin)}"
+        yield start, name, f"  {telling.finding_of(origin)}"
     elif origin.accepted:
         yield "Inherited from ", name, ", whose error is within your budget."
     else:
@@ -177,7 +165,7 @@ def _names(keys: tuple[StageKey, ...]) -> Iterator[str]:
 
 def _noise(report: StageReport, state: RunState) -> Iterator[Part]:
     if report.accepted:
-        yield (f"Accepted: {visible(report.reason, REASON_LIMIT)}.",)
+        yield (f"Accepted: {visible(report.reason, telling.REASON_LIMIT)}.",)
         if report.explanation is not None:
             yield from telling.explanation_parts(report.explanation)
             yield telling.others_table(report.explanation)
@@ -213,13 +201,13 @@ def _finding(report: StageReport) -> Iterator[Line]:
             yield (f"The stage is {expected} (T tokens, H heads, K kv heads, D head dim,"
                    " E hidden, F ffn, V vocab): look at what one side leaves out.",)  # fmt: skip
         case "LAYOUT":
-            yield (f"Not to blame: {visible(report.reason, REASON_LIMIT)}. The values are"
+            yield (f"Not to blame: {visible(report.reason, telling.REASON_LIMIT)}. The values are"
                    " right, they are written in another order.",)  # fmt: skip
         case "NONFINITE":
             yield (f"NaN or infinity appears here first: {report.reason}.",)
             found, layout = report.comparison, report.layout
             if found is not None and found.first_nonfinite >= 0 and layout is not None:
-                place = format_position(layout.axes, layout.position(found.first_nonfinite))
+                place = telling.format_position(layout.axes, layout.position(found.first_nonfinite))
                 yield ("the first at  ", "quiet"), place
             yield ("Look for an overflow (half precision above 65504, an exponential without its"
                    " maximum), a division by zero, or memory that was never written.",)  # fmt: skip
@@ -230,15 +218,15 @@ def _own_errors(report: StageReport, paint: Paint) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column()
-    for name in OWN_JUDGMENTS:
-        judgment = judgment_of(report, name)
+    for name in telling.OWN_JUDGMENTS:
+        judgment = telling.judgment_of(report, name)
         if judgment is None:
             continue
         side = "the oracle's" if name == "model" else "the trace's own"
         said = (
             f"on {side} inputs off by {format_ratio(judgment.relative_l2)}, where rounding"
             f" explains {format_ratio(judgment.bound)}:"
-            f" {format_times(judgment.assessment.ratio)} the predicted noise"
+            f" {telling.format_times(judgment.assessment.ratio)} the predicted noise"
         )
         table.add_row(Text(name, paint("ink-quiet")), Text(said))
     return table
