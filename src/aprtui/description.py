@@ -12,8 +12,8 @@ from rich.text import Text
 
 from aprcore.network.graph import BY_NAME
 from aprcore.records import telling
-from aprcore.records.telling import format_ratio, visible
-from aprtui.formatting import format_figure, format_short
+from aprcore.records.telling import format_ratio, format_value, visible
+from aprtui.formatting import format_short
 from aprtui.judgments import judgment_lines, parity_lines
 from aprtui.rows import summarise_layer
 from aprtui.run_state import RunState
@@ -180,8 +180,8 @@ def _comparison(
         said = f"over {found.finite_count:,} of {found.count:,} finite"
         facts.append(("figures", Text(said, paint("verdict-nonfinite"))))
     facts += [
-        ("NMSE", Text(format_figure(found.nmse))),
-        ("max|diff|", Text(format_figure(found.max_abs_diff))),
+        ("NMSE", Text(format_value(found.nmse))),
+        ("max|diff|", Text(format_value(found.max_abs_diff))),
     ]
     if found.max_index >= 0 and layout is not None and found.max_abs_diff > 0:
         facts.append(("  at", _position(found.max_index, layout, header, paint)))
@@ -223,7 +223,7 @@ def _statistics(report: StageReport, paint: Paint) -> Table:
     table = _columns(("", *(name for name, _ in sides)), paint)
     for name, attribute in STATISTICS.items():
         figures = [getattr(side, attribute) for _, side in sides]
-        texts = [f"{x:,}" if isinstance(x, int) else format_figure(x) for x in figures]
+        texts = [f"{x:,}" if isinstance(x, int) else format_value(x) for x in figures]
         table.add_row(_label(name, paint), *map(Text, texts))
     return table
 

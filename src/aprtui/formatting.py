@@ -14,11 +14,6 @@ def format_compact(figure: float, cells: int = 6) -> str:
     return text if len(text) <= cells else _short_exponent(f"{figure:.0e}")
 
 
-def format_figure(figure: float) -> str:
-    """A figure for reading closely: "8.312e-01"; an exact zero is "0"."""
-    return without_mantissa(figure) or f"{figure:.3e}"
-
-
 def format_short(value: float) -> str:
     """A tensor's value in nine cells at most: "-3.31e-01"."""
     return without_mantissa(value) or f"{value:.2e}"

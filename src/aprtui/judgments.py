@@ -13,6 +13,7 @@ from aprtui.formatting import format_compact
 from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
+    from aprcore.judging.compare import Comparison
     from aprcore.judging.verdict import Judgment
     from aprcore.records.parity import StageParity
     from aprcore.records.report import RunHeader, StageReport
@@ -79,15 +80,10 @@ def parity_lines(
     mark = mark_of_verdict(parity.verdict)
     line = Text.assemble((f"{mark.glyph} ", paint(mark.ink, bold=True)))
     line.append(f"{names[1]} vs {names[0]}".ljust(LABEL_CELLS - 2), quiet)
-    ink = "" if mark.word == "PASS" else paint(mark.ink)
     if found is None:
-        line.append(f" {mark.word}", ink)
+        line.append(f" {mark.word}", "" if mark.word == "PASS" else paint(mark.ink))
     else:
-        cosine, relative_l2 = telling.figures_of(found)
-        figures = [format_ratio(relative_l2), format_ratio(parity.bound), _cosine(cosine, is_wide)]
-        line.append(_cells(figures, is_wide), ink)
-        if is_wide:
-            line.append(f"{'':>9}  {'pass' if mark.word == 'PASS' else mark.word}", ink)
+        line.append_text(_compared(found, format_ratio(parity.bound), mark, paint, is_wide))
     line.no_wrap = True
     yield line
     kernel = parity.tested.kernel
@@ -118,17 +114,23 @@ def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: b
     is_within = is_finite and found.relative_l2 <= header.bound
     mark = mark_of(report) if has_none or not is_within else MARKS["PASS"]
     line = _label("cumulative", mark, report, paint)
-    ink = "" if mark.word == "PASS" else paint(mark.ink)
     bound = telling.UNJUDGED_GLYPH if has_none else format_ratio(header.bound)
     if mark.word in NOT_HELD and not has_none:
         bound = f"({format_compact(header.bound).replace('.0e', 'e')})"
-    cosine, relative_l2 = telling.figures_of(found)
-    line.append(_cells([format_ratio(relative_l2), bound, _cosine(cosine, is_wide)], is_wide), ink)
-    if is_wide:
-        line.append(" " * 9 + f"  {mark.word if mark.word != 'PASS' else 'pass'}", ink)
+    line.append_text(_compared(found, bound, mark, paint, is_wide))
     line.append_text(_blame(report, "cumulative"))
     line.no_wrap = True
     return line
+
+
+def _compared(found: Comparison, bound: str, mark: Mark, paint: Paint, is_wide: bool) -> Text:
+    cosine, relative_l2 = telling.figures_of(found)
+    ink = "" if mark.word == "PASS" else paint(mark.ink)
+    figures = [format_ratio(relative_l2), bound, _cosine(cosine, is_wide)]
+    text = Text.assemble((_cells(figures, is_wide), ink))
+    if is_wide:
+        text.append(" " * 9 + f"  {'pass' if mark.word == 'PASS' else mark.word}", ink)
+    return text
 
 
 def _figures(judgment: Judgment, paint: Paint, is_wide: bool) -> Text:

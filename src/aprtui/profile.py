@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aprcore.network.graph import StageKey
 from aprcore.records.telling import JUDGMENTS, SEVERITY, error_of
-from aprtui.measures import Measure
+from aprtui.measures import BASIS, Measure
 from aprtui.run_state import RunState
 from aprtui.theme import mark_of
 
@@ -31,13 +31,8 @@ class Curve(Enum):
     NOISE = "predicted noise"
 
 
-CURVE_OF = {
-    Measure.CUMULATIVE: Curve.CUMULATIVE,
-    Measure.MODEL: Curve.MODEL,
-    Measure.KERNEL: Curve.KERNEL,
-    Measure.PARITY: Curve.CUMULATIVE,
-    Measure.TESTED: Curve.KERNEL,
-}
+# The curve that has a measure's figures.
+CURVE_OF = {measure: Curve(BASIS.get(measure, measure).value) for measure in Measure}
 
 # Rounding of float32 shows from about 1e-8 relative to a tensor; 10 is nonsense. Both are decades.
 LEAST, MOST = -8, 1

@@ -64,7 +64,10 @@ class SortOrder(Enum):
     @property
     def measure(self) -> Measure | None:
         """The judgment whose figures it goes by."""
-        return _MEASURES[self]
+        if self is SortOrder.COMPUTATION:
+            return None
+        # An order by a judgment has its name; the others go by the comparison with the oracle.
+        return Measure.__members__.get(self.name, Measure.CUMULATIVE)
 
     def following(self, measures: Sequence[Measure]) -> SortOrder:
         """The next one in the cycle, of those that a run with these judgments has."""
@@ -75,17 +78,6 @@ class SortOrder(Enum):
     def by(cls, measure: Measure) -> SortOrder:
         """The first order that goes by a judgment."""
         return next(order for order in cls if order.measure is measure)
-
-
-_MEASURES = {
-    SortOrder.COMPUTATION: None,
-    SortOrder.COSINE: Measure.CUMULATIVE,
-    SortOrder.RELATIVE_L2: Measure.CUMULATIVE,
-    SortOrder.MODEL: Measure.MODEL,
-    SortOrder.KERNEL: Measure.KERNEL,
-    SortOrder.PARITY: Measure.PARITY,
-    SortOrder.TESTED: Measure.TESTED,
-}
 
 
 @dataclass(frozen=True, slots=True)
