@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,41 +11,26 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.network.graph import BY_NAME
-from aprcore.records.wording import (
-    REASON_LIMIT,
-    figures_of,
-    finding_of,
-    format_cosine,
-    format_position,
-    format_ratio,
-    format_shape,
-    format_tolerance,
-    quoted,
-    token_name,
-)
-from aprtui.formatting import format_figure, format_short
+from aprcore.records import telling
+from aprcore.records.telling import format_ratio, format_value, visible
+from aprtui.formatting import format_short
 from aprtui.judgments import judgment_lines, parity_lines
-from aprtui.measures import JUDGMENTS, judgment_of
 from aprtui.rows import summarise_layer
 from aprtui.run_state import RunState
-from aprtui.text import visible
-from aprtui.theme import (
-    MARKS,
-    PENDING,
-    Mark,
-    Paint,
-    judgment_mark,
-    mark_of,
-    mark_of_verdict,
-)
+from aprtui.theme import MARKS, PENDING, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
-    from aprcore.judging.compare import Comparison, Statistics
+    from aprcore.judging.compare import Comparison
     from aprcore.judging.layouts import Layout
-    from aprcore.records.report import LogitsReport, RunHeader, Side, StageReport
+    from aprcore.records.report import LogitsReport, RunHeader, StageReport
 
-# Symbols of FORMATS.md beside a shape; more than a line of tokens is cut.
-TOKENS_SHOWN = 200
+# Facts that are about one side, and the ink of that.
+SIDES = {"trace": "ink-trace", "oracle": "ink-oracle", "against": "ink-oracle"}
+# What a tensor's statistics are called.
+STATISTICS = {
+    "values": "count", "mean": "mean", "std": "std", "min": "minimum", "max": "maximum",
+    "RMS": "rms", "zeros": "zeros", "NaN": "nans", "Inf": "infinities",
+}  # fmt: skip
 Fact = tuple[str, Text]
 
 
@@ -54,20 +39,14 @@ def describe_run(state: RunState, paint: Paint) -> RenderableType:
     header = state.header
     if header is None:
         return Text("")
-    facts: list[Fact] = [("model", Text(visible(header.model)))] if header.model else []
-    if header.architecture:
-        facts.append(("architecture", Text(visible(header.architecture))))
-    facts.append(("layers", Text(str(header.num_layers))))
-    facts.append(("trace", _side(header.trace, "ink-trace", paint)))
-    if header.oracle is not None:
-        facts.append(("oracle", _side(header.oracle, "ink-oracle", paint)))
-        facts.append(("bound", Text(f"relative L2 {header.bound:g}")))
-    if header.backend:
-        facts.append(("backend", Text(visible(header.backend))))
+    known = telling.run_facts(header)
+    facts = [_fact(fact, paint) for fact in known if fact.text != telling.NO_ORACLE]
     facts += _second_side(state, paint)
-    if header.prompt is not None:
-        facts.append(("prompt", Text(quoted(header.prompt))))
-    facts.append(("tokens", _tokens(header, paint)))
+    # The ids and their texts are told apart by ink, and no text is broken over two lines.
+    facts += [
+        (fact.name, _tokens(header, paint) if fact.name == "tokens" else Text(fact.text))
+        for fact in telling.prompt_facts(header)
+    ]
     parts: list[RenderableType] = [_facts(facts, paint)]
     if state.counts:
         parts.append(Padding(_counts(state, paint), (1, 0, 0, 0)))
@@ -84,7 +63,7 @@ def _second_side(state: RunState, paint: Paint) -> list[Fact]:
         return []
     facts: list[Fact] = []
     if header.backend is None:
-        facts.append(("against", _side(header.trusted, "ink-oracle", paint)))
+        facts.append(_fact(telling.side_fact("against", header.trusted), paint))
     else:
         label = "opening…" if state.is_running else "not opened"
         if state.device is not None:
@@ -92,13 +71,13 @@ def _second_side(state: RunState, paint: Paint) -> list[Fact]:
         if state.rejected is not None:
             label = "rejected"
             if not state.parity_faults:  # else those say why
-                label += f": {visible(state.rejected.line_reason, REASON_LIMIT)}"
+                label += f": {visible(state.rejected.line_reason, telling.REASON_LIMIT)}"
         facts.append(("gpu", Text(label)))
     if state.report is not None and state.parity:
         _, _, found = state.report.parity_summary().partition(": ")
         mark = MARKS["FAIL" if state.parity_faults else "PASS"]
         said = Text(f"{mark.glyph} ", paint(mark.ink, bold=True))
-        facts.append(("parity", said.append(visible(found, REASON_LIMIT), "not bold")))
+        facts.append(("parity", said.append(visible(found, telling.REASON_LIMIT), "not bold")))
     return facts
 
 
@@ -110,18 +89,17 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
         facts.append(("worst", _mark(mark_of_verdict(summary.worst), paint)))
     lowest = summary.lowest
     if lowest is not None and lowest.comparison is not None:
-        cosine, _ = figures_of(lowest.comparison)
-        shown = (format_cosine(cosine), paint.cosine(cosine))
+        cosine, _ = telling.figures_of(lowest.comparison)
+        shown = (telling.format_cosine(cosine), paint.cosine(cosine))
         text = Text.assemble(shown, (f"  {lowest.key.stage}", paint("ink-quiet")))
         facts.append(("lowest cosine", text))
-    for measure in JUDGMENTS:
-        worst = summary.worst_by[measure]
-        judgment = None if worst is None else judgment_of(worst, measure)
+    for name, worst in summary.worst_by.items():
+        judgment = None if worst is None else telling.judgment_of(worst, name)
         if worst is not None and judgment is not None:
             mark = judgment_mark(judgment)
             text = Text(f"{mark.glyph} {format_ratio(judgment.relative_l2)}", paint(mark.ink))
             text.append(f"  {worst.key.stage}", paint("ink-quiet"))
-            facts.append((f"worst {measure.value}", text))
+            facts.append((f"worst {name}", text))
     diverging = [key for key in state.divergences if key.layer == layer]
     if diverging:
         facts.append(("diverging", Text(", ".join(key.stage for key in diverging))))
@@ -137,11 +115,12 @@ def describe_verdict(report: StageReport, paint: Paint) -> RenderableType:
     """A stage: what it is, its verdict and why in a sentence."""
     mark = mark_of(report)
     verdict = (f"{mark.glyph} ", paint(mark.ink, bold=True))
-    passes = "" if report.passes_at is None else f"; passes at {format_tolerance(report.passes_at)}"
-    said = f"{visible(report.reason, REASON_LIMIT)}{passes}"
+    tolerance = report.passes_at
+    passes = "" if tolerance is None else f"; passes at {telling.format_tolerance(tolerance)}"
+    said = f"{visible(report.reason, telling.REASON_LIMIT)}{passes}"
     if report.explanation is not None and report.blamed is not None:
         # Its figures stand in the table below, and the Why tab has the whole of it.
-        said = f"{finding_of(report)}{passes}"
+        said = f"{telling.finding_of(report)}{passes}"
     elif mark.word == "PASS" and report.comparison is None:
         said = "PASS by the kernel judgment"  # its reason repeats the table
     elif mark.word:
@@ -153,7 +132,7 @@ def describe_shortly(report: StageReport, paint: Paint) -> RenderableType:
     """A stage and its verdict in one line, where there is no room for more."""
     mark = mark_of(report)
     line = Text.assemble((f"{mark.glyph} {report.key}", paint(mark.ink, bold=True)))
-    line.append(f"  {finding_of(report).partition(':')[0]}")
+    line.append(f"  {telling.finding_of(report).partition(':')[0]}")
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
 
@@ -187,7 +166,7 @@ def _heading(report: StageReport, paint: Paint) -> Text:
     row = BY_NAME[report.key.stage]
     text = Text(row.title)
     if report.layout is not None:
-        text.append(f"  {format_shape(report.layout.shape)}", "bold")
+        text.append(f"  {telling.format_shape(report.layout.shape)}", "bold")
         if report.layout.axes != ("index",):
             text.append(f" = {row.shape}", paint("ink-quiet"))
     return text
@@ -201,8 +180,8 @@ def _comparison(
         said = f"over {found.finite_count:,} of {found.count:,} finite"
         facts.append(("figures", Text(said, paint("verdict-nonfinite"))))
     facts += [
-        ("NMSE", Text(format_figure(found.nmse))),
-        ("max|diff|", Text(format_figure(found.max_abs_diff))),
+        ("NMSE", Text(format_value(found.nmse))),
+        ("max|diff|", Text(format_value(found.max_abs_diff))),
     ]
     if found.max_index >= 0 and layout is not None and found.max_abs_diff > 0:
         facts.append(("  at", _position(found.max_index, layout, header, paint)))
@@ -214,7 +193,7 @@ def _comparison(
 def _position(index: int, layout: Layout, header: RunHeader, paint: Paint) -> Text:
     """A position in words, with the token's text where an axis counts tokens."""
     position = layout.position(index)
-    text = Text(format_position(layout.axes, position))
+    text = Text(telling.format_position(layout.axes, position))
     texts = header.token_texts
     if texts is None or "token" not in layout.axes:
         return text
@@ -242,50 +221,38 @@ def _statistics(report: StageReport, paint: Paint) -> Table:
     """The statistics of a side that stands alone, or of both when their sizes differ."""
     sides = [(name, x) for name, x in (("trace", report.trace), ("oracle", report.oracle)) if x]
     table = _columns(("", *(name for name, _ in sides)), paint)
-    for name, texts in _statistic_rows([statistics for _, statistics in sides]):
-        table.add_row(_label(name, paint), *texts)
+    for name, attribute in STATISTICS.items():
+        figures = [getattr(side, attribute) for _, side in sides]
+        texts = [f"{x:,}" if isinstance(x, int) else format_value(x) for x in figures]
+        table.add_row(_label(name, paint), *map(Text, texts))
     return table
-
-
-def _statistic_rows(sides: Sequence[Statistics]) -> Iterator[tuple[str, list[Text]]]:
-    yield "values", [Text(f"{side.count:,}") for side in sides]
-    for name, attribute in (
-        ("mean", "mean"), ("std", "std"), ("min", "minimum"), ("max", "maximum"), ("RMS", "rms"),
-    ):  # fmt: skip
-        yield name, [Text(format_figure(getattr(side, attribute))) for side in sides]
-    for name, attribute in (("zeros", "zeros"), ("NaN", "nans"), ("Inf", "infinities")):
-        yield name, [Text(f"{getattr(side, attribute):,}") for side in sides]
 
 
 def _logits(logits: LogitsReport, paint: Paint) -> Group:
     """The next token on both sides, and the five best of each."""
-    found = logits.comparison
-    said = "same token"
-    if not found.agree:
-        said = "near-tie" if found.near_tie else "not a near-tie"
-    gap = Text.assemble(f"{format_ratio(found.gap)}, ", (said, "" if found.agree else "bold"))
-    figures = _facts([("KL", Text(f"{format_ratio(found.kl)} nats")), ("gap", gap)], paint)
+    facts = []
+    for fact in telling.logits_facts(logits):
+        text = Text(", ".join((fact.text, *fact.details)))
+        if not logits.comparison.agree:
+            text.stylize("bold", len(f"{fact.text}, "))
+        facts.append((fact.name, text))
     table = Table.grid(padding=(0, 2))
     for number in range(5):
         table.add_column(justify="right" if number % 2 == 0 else "left", no_wrap=True)
     table.add_row("", Text("trace", paint("ink-trace")), "", Text("oracle", paint("ink-oracle")))
-    pairs = zip(found.top_a, found.values_a, found.top_b, found.values_b)
-    for rank, (a, value_a, b, value_b) in enumerate(pairs, 1):
-        style = "" if a == b else "bold"
-        table.add_row(
-            Text(str(rank), paint("ink-quiet")),
-            Text(token_name(logits, a), style), Text(f"{value_a:.3f}"),
-            Text(token_name(logits, b), style), Text(f"{value_b:.3f}"),
-        )  # fmt: skip
-    return Group(figures, table)
+    for rank, ours, value, theirs, other in telling.logits_table(logits).rows:
+        style = "" if ours == theirs else "bold"
+        table.add_row(Text(rank, paint("ink-quiet")), Text(ours, style), Text(value),
+                      Text(theirs, style), Text(other))  # fmt: skip
+    return Group(_facts(facts, paint), table)
 
 
-def _side(side: Side, ink: str, paint: Paint) -> Text:
-    text = Text.assemble((visible(side.path), paint(ink, bold=True)))
-    for said in (side.label, side.dtype):
-        if said and said not in text.plain:
-            text.append(f"  {visible(said)}", paint("ink-quiet"))
-    return text
+def _fact(fact: telling.Fact, paint: Paint) -> Fact:
+    ink = SIDES.get(fact.name)
+    text = Text.assemble((visible(fact.text), "" if ink is None else paint(ink, bold=True)))
+    for said in fact.details:
+        text.append(f"  {visible(said)}", paint("ink-quiet"))
+    return fact.name, text
 
 
 def _tokens(header: RunHeader, paint: Paint) -> Text:
@@ -293,12 +260,12 @@ def _tokens(header: RunHeader, paint: Paint) -> Text:
         return Text("not recorded on either side", paint("ink-quiet"))
     text = Text(f"{len(header.tokens)}: ")
     texts = header.token_texts or ()
-    for number, token in enumerate(header.tokens[:TOKENS_SHOWN]):
+    for number, token in enumerate(header.tokens[: telling.TOKENS_SHOWN]):
         text.append(f"{token}", paint("ink-quiet"))
         if number < len(texts):
             text.append(f"\N{NO-BREAK SPACE}{_unbroken(texts[number])}")
         text.append("  ")
-    if len(header.tokens) > TOKENS_SHOWN:
+    if len(header.tokens) > telling.TOKENS_SHOWN:
         text.append("…")
     return text
 
@@ -339,7 +306,7 @@ def _columns(names: Sequence[str], paint: Paint) -> Table:
 
 def _unbroken(text: str) -> str:
     """A token's text in quotes that no line break comes into."""
-    return quoted(text).replace(" ", "\N{NO-BREAK SPACE}")
+    return telling.quoted(text).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _label(name: str, paint: Paint) -> Text:

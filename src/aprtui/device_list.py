@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from aprtui.listing import field_table
 from aprtui.text import byte_count, visible
 
 if TYPE_CHECKING:
@@ -35,9 +35,4 @@ def device_fields(device: DeviceInfo) -> RenderableType:
     }
     if device.obstacle:
         fields["unusable"] = device.obstacle
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in fields.items():
-        table.add_row(Text(name), Text(visible(value)))
-    return Padding(table, (0, 0, 0, 3))
+    return Padding(field_table(fields), (0, 0, 0, 3))

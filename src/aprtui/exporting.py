@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aprcore.records.wording import figures_of, finding_of, format_cosine, format_ratio
-from aprtui.measures import JUDGMENTS, judgment_of
+from aprcore.records.telling import figures_of, finding_of, format_cosine, judgment_table
 from aprtui.rows import Row
 from aprtui.run_state import RunState
 from aprtui.theme import mark_of
 
 if TYPE_CHECKING:
-    from aprcore.records.report import Report, StageReport
+    from aprcore.records.report import Report, RunHeader, StageReport
     from aprcore.records.tensor_source import TensorSource
 
 KINDS = (".html", ".md", ".json", ".svg", ".aprx")
@@ -86,7 +85,8 @@ def export(
 def describe_row(state: RunState, row: Row) -> str:
     """A row in a few lines of plain text."""
     if row.key is not None and (report := state.reports.get(row.key)) is not None:
-        return "\n".join(_stage_lines(report))
+        assert state.header is not None
+        return "\n".join(_stage_lines(report, state.header))
     if row.layer is not None:
         keys = state.keys_by_layer.get(row.layer, ())
         reports = [state.reports[key] for key in keys if key in state.reports]
@@ -99,24 +99,14 @@ def describe_row(state: RunState, row: Row) -> str:
 
 
 def _line(report: StageReport) -> str:
-    cosine = "" if report.comparison is None else f"  cosine {_cosine(report)}"
+    found = report.comparison
+    cosine = "" if found is None else f"  cosine {format_cosine(figures_of(found)[0])}"
     return f"{report.key.stage}  {mark_of(report).word}{cosine}"
 
 
-def _cosine(report: StageReport) -> str:
-    assert report.comparison is not None
-    return format_cosine(figures_of(report.comparison)[0])
-
-
-def _stage_lines(report: StageReport) -> list[str]:
+def _stage_lines(report: StageReport, header: RunHeader) -> list[str]:
     lines = [f"{report.key}  {mark_of(report).word}".rstrip(), finding_of(report)]
-    if report.comparison is not None:
-        error = format_ratio(figures_of(report.comparison)[1])
-        lines.append(f"cumulative: relative L2 {error}, cosine {_cosine(report)}")
-    for measure in JUDGMENTS:
-        judgment = judgment_of(report, measure)
-        if judgment is not None:
-            word = "pass" if judgment.passed else "FAIL"
-            error, bound = format_ratio(judgment.relative_l2), format_ratio(judgment.bound)
-            lines.append(f"{measure.value}: relative L2 {error}, bound {bound}: {word}")
+    for name, error, bound, cosine, *_, finding in judgment_table(report, header).rows:
+        own = f", bound {bound}: {finding}" if finding else f", cosine {cosine}"
+        lines.append(f"{name}: relative L2 {error}{own}")
     return [line for line in lines if line]

@@ -1,8 +1,8 @@
-"""Figures as text for columns of few cells; reports have theirs in `aprcore.records.wording`."""
+"""Figures as text for columns of few cells; reports have theirs in `aprcore.records.telling`."""
 
 from __future__ import annotations
 
-from aprcore.records.wording import without_mantissa
+from aprcore.records.telling import without_mantissa
 
 # For narrow columns; the places of `format_cosine` tell rounding from equality.
 NARROW_COSINE_PLACES = 4
@@ -12,11 +12,6 @@ def format_compact(figure: float, cells: int = 6) -> str:
     """An error figure in few cells: "3.2e-7", "1.1e0", and without its decimal where that helps."""
     text = without_mantissa(figure) or _short_exponent(f"{figure:.1e}")
     return text if len(text) <= cells else _short_exponent(f"{figure:.0e}")
-
-
-def format_figure(figure: float) -> str:
-    """A figure for reading closely: "8.312e-01"; an exact zero is "0"."""
-    return without_mantissa(figure) or f"{figure:.3e}"
 
 
 def format_short(value: float) -> str:

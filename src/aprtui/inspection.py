@@ -6,7 +6,6 @@ looked at too; whether it can be run is one of the things to show.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from aprcore.ground.errors import AprError
 from aprcore.models.convert import describe_config
 from aprcore.models.model import open_model
 from aprcore.network.config import ModelConfig
+from aprcore.records.report_json import json_ready, picked
 
 SCHEMA = "apr-inspect-v1"
 
@@ -68,28 +68,12 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain JSON values; non-finite numbers are strings."""
-        record = {
-            "schema": SCHEMA,
-            "path": self.path,
-            "format": self.format,
-            "size_bytes": self.size_bytes,
-            "header": self.header,
-            "metadata": self.metadata,
-            "tokenizer": self.tokenizer,
-            "config": self.config,
-            "cannot_run": self.cannot_run,
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "offset_bytes": tensor.offset_bytes,
-                    "size_bytes": tensor.size_bytes,
-                }
-                for tensor in self.tensors
-            ],
-        }
-        plain: dict[str, Any] = _plain(record)
+        names = ("path", "format", "size_bytes", "header", "metadata", "tokenizer", "config",
+                 "cannot_run")  # fmt: skip
+        of_tensors = ("name", "dtype", "shape", "offset_bytes", "size_bytes")
+        tensors = [picked(tensor, *of_tensors) for tensor in self.tensors]
+        record = {"schema": SCHEMA, **picked(self, *names), "tensors": tensors}
+        plain: dict[str, Any] = json_ready(record)
         return plain
 
 
@@ -179,17 +163,3 @@ def _short(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and len(value) > LIST_LIMIT:
         return f"{len(value)} items"
     return value
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: non-finite numbers are strings, as everywhere in this project."""
-    match value:
-        case float() if not math.isfinite(value):
-            return str(value)
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case str() | int() | float() | None:
-            return value
-    return str(value)

@@ -7,26 +7,13 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprcore.records.wording import (
-    figures_of,
-    format_cosine,
-    format_position,
-    format_ratio,
-    format_times,
-)
+from aprcore.records import telling
+from aprcore.records.telling import format_ratio
 from aprtui.formatting import format_compact
-from aprtui.measures import JUDGMENTS, Measure, absence, judgment_of
-from aprtui.theme import (
-    MARKS,
-    UNJUDGED,
-    Mark,
-    Paint,
-    judgment_mark,
-    mark_of,
-    mark_of_verdict,
-)
+from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
+    from aprcore.judging.compare import Comparison
     from aprcore.judging.verdict import Judgment
     from aprcore.records.parity import StageParity
     from aprcore.records.report import RunHeader, StageReport
@@ -56,26 +43,25 @@ def judgment_lines(
     headings = ["rel. L2", "bound", "cosine", *(["noise"] if is_wide else [])]
     yield Text(" " * LABEL_CELLS + _cells(headings, is_wide), quiet)
     yield _cumulative(report, header, paint, is_wide)
-    for measure in JUDGMENTS:
-        judgment = judgment_of(report, measure)
-        line = _label(measure, judgment_mark(judgment), report, paint)
+    worst = []
+    for name in telling.OWN_JUDGMENTS:
+        judgment = telling.judgment_of(report, name)
+        line = _label(name, judgment_mark(judgment), report, paint)
         if judgment is None:
-            yield line.append(f" {absence(report, measure, header)}", quiet)
+            yield line.append(f" {telling.absence(report, name, header)}", quiet)
             continue
-        line.append_text(_figures(judgment, paint, is_wide)).append_text(_blame(report, measure))
+        line.append_text(_figures(judgment, paint, is_wide)).append_text(_blame(report, name))
         if width >= WIDEST_CELLS:
-            line.append("  " + " " * (7 - len(_blame(report, measure)))).append_text(
+            line.append("  " + " " * (7 - len(_blame(report, name)))).append_text(
                 _worst(judgment, paint)
             )
+        elif is_wide or not judgment.passed:
+            # Narrow panes are short of lines, too: there only what failed.
+            worst.append(Text.assemble((f"  {name} ", quiet), _worst(judgment, paint)))
         line.no_wrap = True
         yield line
-    for measure in JUDGMENTS:
-        judgment = judgment_of(report, measure)
-        # Narrow panes are short of lines, too: there only what failed.
-        is_told = judgment is not None and (is_wide or not judgment.passed)
-        if judgment is not None and is_told and width < WIDEST_CELLS:
-            yield Text.assemble((f"  {measure.value} ", quiet), _worst(judgment, paint))
-    yield from _spans(report, paint)
+    yield from worst
+    yield from map(paint.line, telling.span_lines(report))
 
 
 def parity_lines(
@@ -94,15 +80,10 @@ def parity_lines(
     mark = mark_of_verdict(parity.verdict)
     line = Text.assemble((f"{mark.glyph} ", paint(mark.ink, bold=True)))
     line.append(f"{names[1]} vs {names[0]}".ljust(LABEL_CELLS - 2), quiet)
-    ink = "" if mark.word == "PASS" else paint(mark.ink)
     if found is None:
-        line.append(f" {mark.word}", ink)
+        line.append(f" {mark.word}", "" if mark.word == "PASS" else paint(mark.ink))
     else:
-        cosine, relative_l2 = figures_of(found)
-        figures = [format_ratio(relative_l2), format_ratio(parity.bound), _cosine(cosine, is_wide)]
-        line.append(_cells(figures, is_wide), ink)
-        if is_wide:
-            line.append(f"{'':>9}  {'pass' if mark.word == 'PASS' else mark.word}", ink)
+        line.append_text(_compared(found, format_ratio(parity.bound), mark, paint, is_wide))
     line.no_wrap = True
     yield line
     kernel = parity.tested.kernel
@@ -113,9 +94,9 @@ def parity_lines(
         line.no_wrap = True
         yield line
     if found is not None and found.max_index >= 0 and parity.layout is not None:
-        position = format_position(parity.layout.axes, parity.layout.position(found.max_index))
-        said = f"max|diff| {format_ratio(found.max_abs_diff)} at {position}"
-        yield Text(f"  {said}", quiet)
+        layout = parity.layout
+        position = telling.format_position(layout.axes, layout.position(found.max_index))
+        yield Text(f"  max|diff| {format_ratio(found.max_abs_diff)} at {position}", quiet)
     times = (f"{1e3 * side.elapsed_s:.2f} ms" for side in (parity.tested, parity.trusted))
     yield Text("  " + ", ".join(f"{n} {t}" for n, t in zip(names, times)), quiet)
 
@@ -124,26 +105,32 @@ def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: b
     """The line of the cumulative comparison; beyond its bound it need not be a fault."""
     found = report.comparison
     if found is None:
-        line = _label(Measure.CUMULATIVE, UNJUDGED, report, paint)
-        return line.append(f" {absence(report, Measure.CUMULATIVE, header)}", paint("ink-quiet"))
+        line = _label("cumulative", UNJUDGED, report, paint)
+        return line.append(f" {telling.absence(report, 'cumulative', header)}", paint("ink-quiet"))
     # Where neither other judgment was made, the bound allows for the weights and is in the reason.
-    is_alone = header.judged and report.kernel is None and report.model is None
+    has_none = header.judged and telling.is_alone(report)
     # Figures leave out values that are not finite, and are not within anything if there are any.
     is_finite = not (found.nonfinite_a or found.nonfinite_b)
     is_within = is_finite and found.relative_l2 <= header.bound
-    mark = mark_of(report) if is_alone or not is_within else MARKS["PASS"]
-    line = _label(Measure.CUMULATIVE, mark, report, paint)
-    ink = "" if mark.word == "PASS" else paint(mark.ink)
-    bound = "–" if is_alone else format_ratio(header.bound)
-    if mark.word in NOT_HELD and not is_alone:
+    mark = mark_of(report) if has_none or not is_within else MARKS["PASS"]
+    line = _label("cumulative", mark, report, paint)
+    bound = telling.UNJUDGED_GLYPH if has_none else format_ratio(header.bound)
+    if mark.word in NOT_HELD and not has_none:
         bound = f"({format_compact(header.bound).replace('.0e', 'e')})"
-    cosine, relative_l2 = figures_of(found)
-    line.append(_cells([format_ratio(relative_l2), bound, _cosine(cosine, is_wide)], is_wide), ink)
-    if is_wide:
-        line.append(" " * 9 + f"  {mark.word if mark.word != 'PASS' else 'pass'}", ink)
-    line.append_text(_blame(report, Measure.CUMULATIVE))
+    line.append_text(_compared(found, bound, mark, paint, is_wide))
+    line.append_text(_blame(report, "cumulative"))
     line.no_wrap = True
     return line
+
+
+def _compared(found: Comparison, bound: str, mark: Mark, paint: Paint, is_wide: bool) -> Text:
+    cosine, relative_l2 = telling.figures_of(found)
+    ink = "" if mark.word == "PASS" else paint(mark.ink)
+    figures = [format_ratio(relative_l2), bound, _cosine(cosine, is_wide)]
+    text = Text.assemble((_cells(figures, is_wide), ink))
+    if is_wide:
+        text.append(" " * 9 + f"  {'pass' if mark.word == 'PASS' else mark.word}", ink)
+    return text
 
 
 def _figures(judgment: Judgment, paint: Paint, is_wide: bool) -> Text:
@@ -152,50 +139,34 @@ def _figures(judgment: Judgment, paint: Paint, is_wide: bool) -> Text:
     figures = [format_ratio(judgment.relative_l2), format_ratio(judgment.bound)]
     figures.append(_cosine(judgment.cosine, is_wide))
     if is_wide:
-        figures.append(format_times(judgment.assessment.ratio))
+        figures.append(telling.format_times(judgment.assessment.ratio))
     text = Text(_cells(figures, is_wide), style)
     return text.append(f"  {WORDS[mark.word]}", style) if is_wide else text
 
 
-def _label(measure: Measure, mark: Mark, report: StageReport, paint: Paint) -> Text:
-    is_blamed = report.blamed == measure.value
+def _label(name: str, mark: Mark, report: StageReport, paint: Paint) -> Text:
+    is_blamed = report.blamed == name
     label = Text.assemble((f"{mark.glyph} ", paint(mark.ink, bold=True)))
-    label.append(measure.value, "bold" if is_blamed else paint("ink-quiet"))
+    label.append(name, "bold" if is_blamed else paint("ink-quiet"))
     label.append(" " * (LABEL_CELLS - label.cell_len))
     return label
 
 
-def _blame(report: StageReport, measure: Measure) -> Text:
+def _blame(report: StageReport, name: str) -> Text:
     """Marks the judgment that a FAIL rests on."""
-    return Text(" ◀", "bold") if report.blamed == measure.value else Text()
+    return Text(" ◀", "bold") if report.blamed == name else Text()
 
 
 def _worst(judgment: Judgment, paint: Paint) -> Text:
     """The part that stands out most, and what it may: "worst row 812: 31x, at most 8.50x"."""
-    part = judgment.assessment.worst
+    name, ratio, most = telling.worst_part(judgment)
     style = "" if judgment.passed else paint("verdict-fail", bold=True)
-    return Text.assemble(
-        ("worst ", paint("ink-quiet")), f"{part.name}: ", (format_times(part.ratio), style),
-        (f", at most {format_times(part.factor)}", paint("ink-quiet")),
-    )  # fmt: skip
-
-
-def _spans(report: StageReport, paint: Paint) -> Iterator[Text]:
-    """Where a judgment covers more than its stage: from what, and what to dump to narrow it."""
-    for measure in JUDGMENTS:
-        judgment = judgment_of(report, measure)
-        if judgment is None or not judgment.span:
-            continue
-        starts = ", ".join(map(str, judgment.span))
-        missing = ", ".join(key.stage for key in judgment.recomputed)
-        yield Text.assemble(
-            (f"  {measure.value} ", paint("ink-quiet")), ("judged from ", ""), (starts, "bold"),
-            (f"; dump {missing} to narrow it", ""),
-        )  # fmt: skip
+    quiet = paint("ink-quiet")
+    return Text.assemble(("worst ", quiet), name, (ratio, style), (most, quiet))
 
 
 def _cosine(cosine: float, is_wide: bool) -> str:
-    return format_cosine(cosine, 7 if is_wide else 4)
+    return telling.format_cosine(cosine, 7 if is_wide else 4)
 
 
 def _cells(figures: list[str], is_wide: bool) -> str:

@@ -109,4 +109,4 @@ def _word(state: RunState, key: StageKey) -> str | None:
 
 def _diverges(state: RunState, key: StageKey) -> bool:
     report = state.reports.get(key)
-    return report is not None and report.verdict is not None and report.verdict.is_divergence
+    return report is not None and report.is_divergence

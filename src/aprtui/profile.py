@@ -13,10 +13,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import figures_of
-from aprtui.measures import Measure
+from aprcore.records.telling import JUDGMENTS, SEVERITY, error_of
+from aprtui.measures import BASIS, Measure
 from aprtui.run_state import RunState
-from aprtui.theme import SEVERITY, mark_of
+from aprtui.theme import mark_of
 
 if TYPE_CHECKING:
     from aprcore.records.report import StageReport
@@ -31,13 +31,8 @@ class Curve(Enum):
     NOISE = "predicted noise"
 
 
-CURVE_OF = {
-    Measure.CUMULATIVE: Curve.CUMULATIVE,
-    Measure.MODEL: Curve.MODEL,
-    Measure.KERNEL: Curve.KERNEL,
-    Measure.PARITY: Curve.CUMULATIVE,
-    Measure.TESTED: Curve.KERNEL,
-}
+# The curve that has a measure's figures.
+CURVE_OF = {measure: Curve(BASIS.get(measure, measure).value) for measure in Measure}
 
 # Rounding of float32 shows from about 1e-8 relative to a tensor; 10 is nonsense. Both are decades.
 LEAST, MOST = -8, 1
@@ -72,12 +67,8 @@ def errors_of(report: StageReport | None) -> dict[Curve, float]:
     """Relative L2 of a stage by curve; NaN counts as infinite, as what it is is no small error."""
     if report is None:
         return {}
-    found: dict[Curve, float] = {}
-    if report.comparison is not None:
-        found[Curve.CUMULATIVE] = figures_of(report.comparison)[1]
-    for curve, judgment in ((Curve.MODEL, report.model), (Curve.KERNEL, report.kernel)):
-        if judgment is not None:
-            found[curve] = judgment.relative_l2
+    errors = {Curve(name): error_of(report, name) for name in JUDGMENTS}
+    found = {curve: error for curve, error in errors.items() if error is not None}
     judged = report.model or report.kernel
     if judged is not None:
         found[Curve.NOISE] = judged.assessment.floor

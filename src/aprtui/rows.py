@@ -6,18 +6,17 @@ a millisecond, and nothing can then be out of step with the run.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import figures_of
-from aprtui.measures import JUDGMENTS, Measure, error_of, worst_by
+from aprcore.records.telling import Layer, cosine_rank, rank_of
+from aprtui.measures import BASIS, JUDGMENTS, Measure
 from aprtui.run_state import RunState
-from aprtui.theme import SEVERITY, mark_of
+from aprtui.theme import mark_of
 
 if TYPE_CHECKING:
     from aprcore.judging.verdict import Verdict
@@ -65,7 +64,10 @@ class SortOrder(Enum):
     @property
     def measure(self) -> Measure | None:
         """The judgment whose figures it goes by."""
-        return _MEASURES[self]
+        if self is SortOrder.COMPUTATION:
+            return None
+        # An order by a judgment has its name; the others go by the comparison with the oracle.
+        return Measure.__members__.get(self.name, Measure.CUMULATIVE)
 
     def following(self, measures: Sequence[Measure]) -> SortOrder:
         """The next one in the cycle, of those that a run with these judgments has."""
@@ -76,17 +78,6 @@ class SortOrder(Enum):
     def by(cls, measure: Measure) -> SortOrder:
         """The first order that goes by a judgment."""
         return next(order for order in cls if order.measure is measure)
-
-
-_MEASURES = {
-    SortOrder.COMPUTATION: None,
-    SortOrder.COSINE: Measure.CUMULATIVE,
-    SortOrder.RELATIVE_L2: Measure.CUMULATIVE,
-    SortOrder.MODEL: Measure.MODEL,
-    SortOrder.KERNEL: Measure.KERNEL,
-    SortOrder.PARITY: Measure.PARITY,
-    SortOrder.TESTED: Measure.TESTED,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +137,16 @@ def summarise_layer(
 ) -> LayerSummary:
     """What the row of a layer says when the tree shows a measure."""
     keys, known = state.keys_by_layer.get(layer, ()), state.reports_of(measure)
-    reports = [known[key] for key in keys if key in known]
-    verdicts = [report.verdict for report in reports if report.verdict is not None]
-    compared = [report for report in reports if report.comparison is not None]
+    judged = Layer(layer, tuple(known[key] for key in keys if key in known))
+    traced = (report.trace for report in judged.stages)
     return LayerSummary(
-        done=len(reports),
+        done=len(judged.stages),
         total=len(keys),
-        worst=worst_of(verdicts),
-        lowest=min(compared, key=cosine_of, default=None),
-        worst_by={measure: worst_by(reports, measure) for measure in JUDGMENTS},
-        nonfinite=sum(report.trace.nonfinite for report in reports if report.trace is not None),
+        worst=judged.worst,
+        lowest=judged.lowest,
+        worst_by={measure: judged.worst_by(measure) for measure in JUDGMENTS},
+        nonfinite=sum(trace.nonfinite for trace in traced if trace is not None),
     )
-
-
-def worst_of(verdicts: Iterable[Verdict]) -> Verdict | None:
-    """The gravest of some verdicts."""
-    return max(verdicts, key=lambda verdict: SEVERITY.index(verdict.value), default=None)
 
 
 def arrange(
@@ -191,10 +176,11 @@ def matching_keys(state: RunState, filter: Filter, order: SortOrder) -> list[Sta
     measure = order.measure
     reports = state.reports_of(measure)
     if order is SortOrder.COSINE:
-        keys.sort(key=lambda key: cosine_of(state.reports.get(key)))
+        keys.sort(key=lambda key: cosine_rank(state.reports.get(key)))
     elif measure is not None:
         # Equal ones stay in the order of computation, also when reversed.
-        keys.sort(key=lambda key: error_of(reports.get(key), measure), reverse=True)
+        name = BASIS.get(measure, measure)
+        keys.sort(key=lambda key: rank_of(reports.get(key), name), reverse=True)
     return keys
 
 
@@ -205,11 +191,3 @@ def place_among(keys: list[StageKey], row: Row) -> int:
     if row.layer is None:
         return -1
     return next((i for i, key in enumerate(keys) if key.layer == row.layer), 0) - 1
-
-
-def cosine_of(report: StageReport | None) -> float:
-    """For sorting: NaN comes before all other cosines, a stage without one after them."""
-    if report is None or report.comparison is None:
-        return math.inf
-    cosine, _ = figures_of(report.comparison)
-    return -math.inf if math.isnan(cosine) else cosine

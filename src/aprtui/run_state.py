@@ -97,7 +97,7 @@ class RunState:
     def add(self, report: StageReport) -> None:
         """A stage has been judged."""
         self.reports[report.key] = report
-        if report.verdict is not None and report.verdict.is_divergence:
+        if report.is_divergence:
             self.divergences.append(report.key)
 
     def add_parity(self, parity: StageParity) -> None:

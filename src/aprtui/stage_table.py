@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from aprcore.judging.compare import Comparison
 from aprcore.judging.verdict import Judgment, Verdict
-from aprcore.network.graph import StageKey
+from aprcore.records import telling
 from aprcore.records.parity import StageParity
 from aprcore.records.report import Report, RunEvent, RunHeader, StageReport
-from aprcore.records.wording import figures_of, format_tolerance
 from aprtui.text import visible
-from aprtui.theme import VARIABLES, judgment_mark, mark_of_verdict
+from aprtui.theme import VARIABLES, mark_of_verdict
 
 # Wide enough for "layer-127/post_attn_residual"; shapes and figures follow in fixed columns.
 PATH_WIDTH = 28
@@ -106,7 +106,7 @@ class StageTable:
         """Print the finding."""
         self._flush_missing()
         self._line("")
-        logits = next((s.logits for s in report.stages if s.logits is not None), None)
+        logits = telling.logits_of(report)
         if logits is not None:
             found = logits.comparison
             ours, theirs = (
@@ -122,11 +122,8 @@ class StageTable:
     def _print_row(self, stage: StageReport, parity: StageParity | None = None) -> None:
         shape = "-" if stage.layout is None else "x".join(map(str, stage.layout.shape))
         lone = stage.trace or stage.oracle
-        figures = ["-", "-"] if self._judged else ["-", "-", "-"]
-        if stage.comparison is not None:
-            cosine, relative_l2 = figures_of(stage.comparison)
-            figures = [f"{cosine:.7f}", f"{relative_l2:.3e}"]
-        elif lone is not None and not self._judged:
+        figures = _pair(stage.comparison) if self._judged else ["-"] * 3
+        if stage.comparison is None and lone is not None and not self._judged:
             figures = [f"{x:.4g}" for x in (lone.rms, lone.minimum, lone.maximum)]
         made = [stage.model, stage.kernel] if self._judged else [stage.kernel]
         judgments = [_judgment(judgment) for judgment in made] if self._replayed else []
@@ -140,7 +137,7 @@ class StageTable:
             if stage.verdict is not Verdict.PASS:
                 line.append(f"  {visible(stage.reason)}")
             if stage.passes_at is not None:
-                line.append(f"; passes at {format_tolerance(stage.passes_at)}")
+                line.append(f"; passes at {telling.format_tolerance(stage.passes_at)}")
         if parity is not None and parity.verdict is not Verdict.PASS:
             line.append("; GPU " if self._on_device else "; pair ")
             line.append_text(_verdict(parity.verdict))
@@ -149,14 +146,11 @@ class StageTable:
 
     def _second(self, parity: StageParity | None) -> list[str]:
         """The columns of the second side: a pair's figures, and the side's own kernel."""
-        cells = ["-", "-", "-"]
-        if parity is not None:
-            if parity.comparison is not None:
-                cosine, relative_l2 = figures_of(parity.comparison)
-                cells[:2] = [f"{cosine:.7f}", f"{relative_l2:.3e}"]
-            side = parity.tested if self._on_device else parity.trusted
-            cells[2] = _judgment(side.kernel)
-        return cells if self._replayed else cells[:2]
+        if parity is None:
+            return ["-"] * (3 if self._replayed else 2)
+        side = parity.tested if self._on_device else parity.trusted
+        own = [_judgment(side.kernel)] if self._replayed else []
+        return [*_pair(parity.comparison), *own]
 
     def _flush_missing(self) -> None:
         rows, self._missing = self._missing, []
@@ -165,17 +159,13 @@ class StageTable:
                 self._print_row(row)
             return
         first, last = rows[0].key, rows[-1].key
-        line = Text(f"{_span(first, last):<{PATH_WIDTH}} {len(rows)} stages  ")
+        line = Text(f"{f'{first.path} … {last.path}':<{PATH_WIDTH}} {len(rows)} stages  ")
         line.append_text(_verdict(Verdict.MISSING))
         line.append(f"  {rows[0].reason}")
         self._console.print(line, soft_wrap=True)
 
     def _line(self, text: str) -> None:
         self._console.print(Text(visible(text, limit=4000)), soft_wrap=True)
-
-
-def _span(first: StageKey, last: StageKey) -> str:
-    return f"{first.path} … {last.path}"
 
 
 def _row(
@@ -190,14 +180,16 @@ def _row(
 
 
 def _judgment(judgment: Judgment | None) -> str:
-    """Whether it passed, its relative L2 and its bound: "✓1.2e-07/3.0e-07".
+    """As reports have it, without the spaces: "✓1.2e-07/3.0e-07"."""
+    return "-" if judgment is None else telling.judgment_text(judgment).replace(" ", "")
 
-    A part of the output can fail within the bound of the whole, or pass beyond it: no sign of
-    order stands between the two.
-    """
-    if judgment is None:
-        return "-"
-    return f"{judgment_mark(judgment).glyph}{judgment.relative_l2:.1e}/{judgment.bound:.1e}"
+
+def _pair(found: Comparison | None) -> list[str]:
+    """The figures of two sides: cosine and relative L2."""
+    if found is None:
+        return ["-", "-"]
+    cosine, relative_l2 = telling.figures_of(found)
+    return [f"{cosine:.7f}", f"{relative_l2:.3e}"]
 
 
 def _tokens(header: RunHeader) -> str:

@@ -14,14 +14,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.style import Style
+from rich.text import Text
 from textual.color import Color
 from textual.theme import Theme
 
+from aprcore.records.telling import GLYPHS, UNJUDGED_GLYPH
 from aprtui.settings import DEFAULT_THEME
 
 if TYPE_CHECKING:
     from aprcore.judging.verdict import Judgment, Verdict
     from aprcore.records.report import StageReport
+    from aprcore.records.telling import Line
 
 
 class Mark(NamedTuple):
@@ -42,23 +45,20 @@ class Mark(NamedTuple):
 
 # By the verdict's word, so that the engine need not be imported to paint the first screen.
 MARKS: Mapping[str, Mark] = {
-    mark.word: mark
-    for mark in (
-        Mark("✓", "PASS", "verdict-pass", "within its bound"),
-        Mark("≈", "NOISE", "verdict-noise", "explained by the rounding of the weights"),
-        Mark("↳", "INHERITED", "verdict-inherited", "its own operation is right, its input is not"),
-        Mark("⇄", "LAYOUT", "verdict-layout", "equal after a named permutation"),
-        Mark("∅", "MISSING", "verdict-missing", "one side lacks it"),
-        Mark("✗", "FAIL", "verdict-fail", "beyond its bound"),
-        Mark("∞", "NONFINITE", "verdict-nonfinite", "NaN or infinity appears here first"),
-        Mark("≠", "SHAPE", "verdict-shape", "the sides have different sizes"),
+    word: Mark(GLYPHS[word], word, f"verdict-{word.lower()}", meaning)
+    for word, meaning in (
+        ("PASS", "within its bound"),
+        ("NOISE", "explained by the rounding of the weights"),
+        ("INHERITED", "its own operation is right, its input is not"),
+        ("LAYOUT", "equal after a named permutation"),
+        ("MISSING", "one side lacks it"),
+        ("FAIL", "beyond its bound"),
+        ("NONFINITE", "NaN or infinity appears here first"),
+        ("SHAPE", "the sides have different sizes"),
     )
 }
 PENDING = Mark("·", "pending", "verdict-pending", "not judged yet")
-UNJUDGED = Mark("–", "", "verdict-pending", "nothing to judge it against")
-
-# Worst last: a layer shows the last of these that it contains.
-SEVERITY = ("PASS", "NOISE", "INHERITED", "LAYOUT", "MISSING", "SHAPE", "NONFINITE", "FAIL")
+UNJUDGED = Mark(UNJUDGED_GLYPH, "", "verdict-pending", "nothing to judge it against")
 
 
 class Palette(NamedTuple):
@@ -252,6 +252,19 @@ class Paint:
     def shape(self, ink: str, *, bold: bool = False) -> Style:
         """The colour alone, for bars and blocks: reversed, they would show what they are not."""
         return _style(self._variables.get(ink) or VARIABLES[ink], "", bold)
+
+    def line(self, line: Line) -> Text:
+        """A line of `aprcore.records.telling`, each piece in the style of what it is."""
+        text = Text()
+        for piece in line:
+            said, role = (piece, "") if isinstance(piece, str) else piece
+            if role in MARKS:
+                text.append(said, self(MARKS[role].ink, bold=True))
+            elif role in ("", "strong"):
+                text.append(said, "bold" if role else "")
+            else:
+                text.append(said, self(f"ink-{role}", bold=role != "quiet"))
+        return text
 
     def cosine(self, cosine: float) -> Style:
         """The style of a cosine, by the user's thresholds if there are any."""

@@ -20,14 +20,21 @@ import aprtui
 from aprcore.judging.verdict import Verdict
 from aprcore.network.graph import StageKey
 from aprcore.records.report import RunHeader, StageReport
-from aprcore.records.wording import figures_of, format_cosine, format_ratio, quoted
+from aprcore.records.telling import (
+    SEVERITY,
+    figures_of,
+    format_cosine,
+    format_ratio,
+    format_value,
+    quoted,
+)
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
-from aprtui.formatting import format_figure, format_short
+from aprtui.formatting import format_short
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange, matching_keys, summarise_layer
 from aprtui.run_state import RunState
 from aprtui.stage_table import PATH_WIDTH, StageTable
-from aprtui.theme import COSINE_INKS, MARKS, SEVERITY, VARIABLES, cosine_ink
+from aprtui.theme import COSINE_INKS, MARKS, VARIABLES, cosine_ink
 
 
 @pytest.fixture
@@ -153,7 +160,7 @@ class TestLooks:
     def test_figures(self) -> None:
         assert format_cosine(0.8312) == "0.8312000"
         assert format_ratio(3.21e-7) == "3.2e-07"
-        assert [format_figure(x) for x in (0.0, math.nan, -math.inf)] == ["0", "NaN", "-Inf"]
+        assert [format_value(x) for x in (0.0, math.nan, -math.inf)] == ["0", "NaN", "-Inf"]
 
     @given(st.floats())
     def test_short_figures_are_short(self, x: float) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from textual.pilot import Pilot
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import format_times
+from aprcore.records.telling import finding_of, format_times
 from aprcore.runs.budget import Budget, Budgets
 from aprtui.app import ExplorerApp
 from aprtui.formatting import format_compact
@@ -23,7 +23,7 @@ from aprtui.measures import Measure
 from aprtui.rows import Filter, SortOrder, matching_keys
 from aprtui.run_state import RunState
 from aprtui.theme import VARIABLES, Paint
-from aprtui.why import explain_run, explain_stage, finding_of
+from aprtui.why import explain_run, explain_stage
 from aprtui.widgets.stage_columns import MARKS_COLUMN, columns_for
 from aprtui.widgets.tabs import DetailTab, TabStrip
 

@@ -17,7 +17,7 @@ from aprcore.judging.noise import Assessment, Part
 from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.network.graph import BY_NAME, Scope, StageKey
 from aprcore.records.report import RunHeader, Side, StageReport
-from aprcore.records.wording import format_tolerance
+from aprcore.records.telling import format_tolerance
 from aprcore.runs.budget import MODULES, Budgets, own_error, parse_budgets, run_dtype, settle
 
 KEY = StageKey(3, "ffn_out")

@@ -12,7 +12,7 @@ from aprcore.judging.logits import NEAR_TIE_GAP
 from aprcore.judging.verdict import FLOAT32_BOUND
 from aprcore.network.graph import StageKey
 from aprcore.records.parity import StageFault, StageParity
-from aprcore.records.report_json import json_ready
+from aprcore.records.report_json import figures_to_json, json_ready, picked
 
 GATE = "apr-cpu-vs-gpu-output-parity-v1"
 
@@ -162,9 +162,7 @@ def to_json(report: ParityReport) -> dict[str, Any]:
     header = report.header
     cleaned: dict[str, Any] = json_ready({
         "schema": GATE,
-        "model": header.model,
-        "prompt": header.prompt,
-        "tokens": header.tokens,
+        **picked(header, "model", "prompt", "tokens"),
         "cpu": _engine(header.cpu),
         "gpu": _engine(header.tested),
         "bounds": {
@@ -176,15 +174,12 @@ def to_json(report: ParityReport) -> dict[str, Any]:
             for step in report.steps
         ],
         "prefill_vs_decode": [
-            {"side": c.side, "num_tokens": c.num_tokens, "relative_l2": c.relative_l2,
-             "fault": c.fault, "passed": c.passed}
-            for c in report.caches
+            picked(cache, "side", "num_tokens", "relative_l2", "fault", "passed")
+            for cache in report.caches
         ],
         "stages": [_stage(stage) for stage in report.stages],
         "first_difference": None if report.first is None else _fault(report.first),
-        "diverges": report.diverges,
-        "reason": report.reason,
-        "elapsed_s": report.elapsed_s,
+        **picked(report, "diverges", "reason", "elapsed_s"),
     })  # fmt: skip
     return cleaned
 
@@ -195,7 +190,7 @@ def _engine(engine: Engine) -> dict[str, Any]:
 
 def _fault(fault: StageFault) -> dict[str, Any]:
     found = _figures(fault.step, fault.key, fault.comparison, fault.layout)
-    return found | {"kernel": fault.kernel, "reason": fault.reason}
+    return found | picked(fault, "kernel", "reason")
 
 
 def _stage(stage: StageParity) -> dict[str, Any]:
@@ -205,26 +200,12 @@ def _stage(stage: StageParity) -> dict[str, Any]:
         "kernel_relative_l2": None if kernel is None else kernel.relative_l2,
         "kernel_explained": None if kernel is None else kernel.passed,
         "verdict": stage.verdict.value,
-        "reason": stage.reason,
-        "fault": stage.fault,
+        **picked(stage, "reason", "fault"),
         "cpu_s": stage.trusted.elapsed_s,
         "gpu_s": stage.tested.elapsed_s,
     }
 
 
 def _figures(step: int, key: StageKey, found: Comparison, layout: Layout) -> dict[str, Any]:
-    position = None
-    if found.max_index >= 0:
-        position = dict(zip(layout.axes, layout.position(found.max_index)))
-    return {
-        "step": step,
-        "layer": key.layer,
-        "stage": key.stage,
-        "path": key.path,
-        "count": found.count,
-        "finite_count": found.finite_count,
-        "cosine": found.cosine,
-        "relative_l2": found.relative_l2,
-        "max_abs_diff": found.max_abs_diff,
-        "max_abs_diff_position": position,
-    }
+    key_fields = picked(key, "layer", "stage", "path")
+    return {"step": step, **key_fields, **figures_to_json(found, layout)}

@@ -154,6 +154,11 @@ class StageReport:
     permuted: str = ""
 
     @property
+    def is_divergence(self) -> bool:
+        """Whether it makes the run end with exit code 1."""
+        return self.verdict is not None and self.verdict.is_divergence
+
+    @property
     def blamed(self) -> str | None:
         """The judgment that a FAIL rests on: "kernel", "model", else "cumulative"."""
         if self.verdict is not Verdict.FAIL:
@@ -190,7 +195,7 @@ class Report:
     @property
     def first_divergence(self) -> StageReport | None:
         """The first diverging stage in the order of computation."""
-        return next((s for s in self.stages if s.verdict and s.verdict.is_divergence), None)
+        return next((stage for stage in self.stages if stage.is_divergence), None)
 
     @property
     def first_parity_fault(self) -> StageParity | None:

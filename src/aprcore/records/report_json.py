@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from aprcore.judging.compare import Comparison, Statistics
@@ -27,15 +26,10 @@ def to_json(report: Report, *, top_k: int = 10, strict: bool = False) -> dict[st
         "diverges": report.diverges(strict=strict),
         "first_divergence": None if first is None else first.key.path,
         "counts": {verdict.value: n for verdict, n in report.counts.items()},
-        "model": header.model,
-        "architecture": header.architecture,
-        "trace": _side(header.trace),
-        "oracle": None if header.oracle is None else _side(header.oracle),
-        "backend": header.backend,
-        "prompt": header.prompt,
-        "tokens": header.tokens,
-        "token_texts": header.token_texts,
-        "num_layers": header.num_layers,
+        **picked(header, "model", "architecture"),
+        "trace": dataclasses.asdict(header.trace),
+        "oracle": None if header.oracle is None else dataclasses.asdict(header.oracle),
+        **picked(header, "backend", "prompt", "tokens", "token_texts", "num_layers"),
         "bound_relative_l2": header.bound,
         "notes": header.notes,
         "elapsed_s": report.elapsed_s,
@@ -55,29 +49,23 @@ def stage_to_json(
 ) -> dict[str, Any]:
     """One stage as JSON-ready values, with what holding two sides against each other shows."""
     data: dict[str, Any] = {
-        "path": stage.key.path,
-        "layer": stage.key.layer,
-        "stage": stage.key.stage,
+        **picked(stage.key, "path", "layer", "stage"),
         "shape": None if stage.layout is None else stage.layout.shape,
         "verdict": None if stage.verdict is None else stage.verdict.value,
-        "reason": stage.reason,
-        "blamed": stage.blamed,
+        **picked(stage, "reason", "blamed"),
         "budget_relative_l2": stage.budget,
         "passes_at_relative_l2": stage.passes_at,
-        "accepted": stage.accepted,
-        "elapsed_s": stage.elapsed_s,
+        **picked(stage, "accepted", "elapsed_s"),
     }
     if stage.comparison is not None and stage.layout is not None:
         data["cumulative"] = _comparison(stage.comparison, stage.layout, top_k)
     for name, judgment in (("kernel", stage.kernel), ("model", stage.model)):
         data[name] = None if judgment is None else _judgment(judgment)
     if stage.quantisation is not None:
-        data["quantisation"] = {
-            "true_relative_l2": stage.quantisation.true_relative_l2,
-            "predicted_relative_l2": stage.quantisation.predicted_relative_l2,
-            "ratio": stage.quantisation.ratio,
-            "remaining_relative_l2": stage.quantisation.remaining_relative_l2,
-        }
+        data["quantisation"] = picked(
+            stage.quantisation, "true_relative_l2", "predicted_relative_l2", "ratio",
+            "remaining_relative_l2",
+        )  # fmt: skip
     for name, statistics in (("trace", stage.trace), ("oracle", stage.oracle)):
         if statistics is not None:
             data[name] = _statistics(statistics)
@@ -103,16 +91,24 @@ def json_ready(value: Any) -> Any:
     return value
 
 
-def _side(side: Side) -> dict[str, Any]:
-    return {"path": side.path, "label": side.label, "dtype": side.dtype}
+def picked(record: Any, *names: str) -> dict[str, Any]:
+    """Some attributes of a record, by their names."""
+    return {name: getattr(record, name) for name in names}
+
+
+def figures_to_json(found: Comparison, layout: Layout, *more: str) -> dict[str, Any]:
+    """What every comparison says of itself, and `more` of its attributes."""
+    names = ("count", "finite_count", "cosine", "relative_l2", *more, "max_abs_diff")
+    position = _position(layout, found.max_index)
+    return picked(found, *names) | {"max_abs_diff_position": position}
 
 
 def _parity_of_run(report: Report, tested: Side, trusted: Side) -> dict[str, Any]:
     first, rejected, device = report.first_parity_fault, report.rejected, report.device
     return {
         "summary": report.parity_summary(),
-        "tested": _side(tested),
-        "trusted": _side(trusted),
+        "tested": dataclasses.asdict(tested),
+        "trusted": dataclasses.asdict(trusted),
         "device": None if device is None else dataclasses.asdict(device),
         "first_fault": None if first is None else first.key.path,
         "rejected": None
@@ -132,8 +128,7 @@ def _parity(stage: StageParity, top_k: int) -> dict[str, Any]:
         found["unequal_nonfinite"] = stage.comparison.unequal_nonfinite
     return {
         "verdict": stage.verdict.value,
-        "reason": stage.reason,
-        "differs": stage.differs,
+        **picked(stage, "reason", "differs"),
         "bound_relative_l2": stage.bound,
         "comparison": found,
         "tested": _side_judgment(stage.tested),
@@ -142,9 +137,7 @@ def _parity(stage: StageParity, top_k: int) -> dict[str, Any]:
 
 
 def _side_judgment(side: SideJudgment) -> dict[str, Any]:
-    oracle = None
-    if side.oracle is not None:
-        oracle = {"cosine": side.oracle.cosine, "relative_l2": side.oracle.relative_l2}
+    oracle = None if side.oracle is None else picked(side.oracle, "cosine", "relative_l2")
     return {
         "kernel": None if side.kernel is None else _judgment(side.kernel),
         "fault": side.fault,
@@ -159,38 +152,25 @@ def _comparison(
 ) -> dict[str, Any]:  # fmt: skip
     a, b = sides
     return {
-        "count": comparison.count,
-        "finite_count": comparison.finite_count,
-        "cosine": comparison.cosine,
-        "relative_l2": comparison.relative_l2,
-        "nmse": comparison.nmse,
-        "max_abs_diff": comparison.max_abs_diff,
+        **figures_to_json(comparison, layout, "nmse"),
         "max_abs_diff_index": comparison.max_index,
-        "max_abs_diff_position": _position(layout, comparison.max_index),
         f"rms_{a}": comparison.rms_a,
         f"rms_{b}": comparison.rms_b,
         "rms_diff": comparison.rms_diff,
         f"nonfinite_{a}": comparison.nonfinite_a,
         f"nonfinite_{b}": comparison.nonfinite_b,
         "top_diffs": [
-            {
-                "index": d.index,
-                "position": _position(layout, d.index),
-                a: d.a,
-                b: d.b,
-                "abs_diff": d.abs_diff,
-            }
-            for d in _first(comparison.top, top_k)
+            {"index": d.index, "position": _position(layout, d.index), a: d.a, b: d.b,
+             "abs_diff": d.abs_diff}
+            for _, d in zip(range(top_k), comparison.top)
         ],
-    }
+    }  # fmt: skip
 
 
 def _judgment(judgment: Judgment) -> dict[str, Any]:
     worst = judgment.assessment.worst
     return {
-        "passed": judgment.passed,
-        "relative_l2": judgment.relative_l2,
-        "cosine": judgment.cosine,
+        **picked(judgment, "passed", "relative_l2", "cosine"),
         "bound_relative_l2": judgment.bound,
         "noise_ratio": judgment.assessment.ratio,
         "predicted_relative_l2": judgment.assessment.floor,
@@ -200,26 +180,14 @@ def _judgment(judgment: Judgment) -> dict[str, Any]:
     }
 
 
-def _first(items: Iterable[Any], count: int) -> list[Any]:
-    return [item for _, item in zip(range(count), items)]
-
-
 def _position(layout: Layout, index: int) -> dict[str, int] | None:
     return None if index < 0 else dict(zip(layout.axes, layout.position(index)))
 
 
 def _statistics(statistics: Statistics) -> dict[str, Any]:
-    return {
-        "count": statistics.count,
-        "mean": statistics.mean,
-        "std": statistics.std,
-        "min": statistics.minimum,
-        "max": statistics.maximum,
-        "rms": statistics.rms,
-        "zeros": statistics.zeros,
-        "nan": statistics.nans,
-        "inf": statistics.infinities,
-    }
+    names = {"minimum": "min", "maximum": "max", "nans": "nan", "infinities": "inf"}
+    figures = dataclasses.asdict(statistics)
+    return {names.get(name, name): figure for name, figure in figures.items()}
 
 
 def _logits(logits: LogitsReport) -> dict[str, Any]:
@@ -235,6 +203,5 @@ def _logits(logits: LogitsReport) -> dict[str, Any]:
         "top_trace": tokens(found.top_a, found.values_a),
         "top_oracle": tokens(found.top_b, found.values_b),
         "kl_oracle_trace": found.kl,
-        "gap": found.gap,
-        "near_tie": found.near_tie,
+        **picked(found, "gap", "near_tie"),
     }

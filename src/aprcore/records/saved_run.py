@@ -92,7 +92,7 @@ def _tensors_of(report: Report, tensors: TensorSource) -> Iterator[tuple[str, ND
     """The tensors to save, by their names in the archive."""
     left = MOST_SAVED_VALUES
     for stage in report.stages:
-        if stage.verdict is None or not stage.verdict.is_divergence:
+        if not stage.is_divergence:
             continue
         try:
             pair = tensors.open(stage)

@@ -25,7 +25,7 @@ def collect_maps(
     for stage in report.stages:
         if len(maps) >= limit:
             break
-        if stage.verdict is None or not stage.verdict.is_divergence or stage.comparison is None:
+        if not stage.is_divergence or stage.comparison is None:
             continue
         try:
             pair = store.open(stage)

@@ -10,7 +10,7 @@ from aprcore.ground.errors import AprError
 from aprcore.ground.whole_file import check_writable, write_whole
 from aprcore.records.environment import Environment, format_command, read_environment
 from aprcore.records.report import Report
-from aprcore.records.report_json import json_ready, to_json
+from aprcore.records.report_json import json_ready, picked, to_json
 from aprcore.records.sharing import shareable
 from aprcore.reports.maps import StageMap
 from aprcore.reports.markdown import render_markdown
@@ -72,8 +72,7 @@ def render_json(report: Report, command: Sequence[str], environment: Environment
     data = to_json(report)
     data["command"] = format_command(command) or None
     data["environment"] = {
-        "python": environment.python,
-        "platform": environment.platform,
+        **picked(environment, "python", "platform"),
         "cpu": environment.cpu or None,
         "processors": environment.processors,
         "versions": dict(environment.versions),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from aprcore.network.graph import StageKey
 from aprcore.pictures import Grid
-from aprcore.records.wording import format_ratio, plural, quoted
+from aprcore.records.telling import format_ratio, plural, quoted
 
 Bytes = NDArray[np.uint8]
 

@@ -7,16 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from aprcore.causes.records import CauseTried
 from aprcore.judging.verdict import Verdict
+from aprcore.records import telling
 from aprcore.records.environment import Environment, format_command
 from aprcore.records.report import Report, RunHeader, StageReport
-from aprcore.records.wording import (
-    figures_of,
-    format_cosine,
-    plural,
-    visible,
-)
-from aprcore.reports import contents
-from aprcore.reports.contents import Fact, Table
+from aprcore.records.telling import Fact, Table, plain, plural, visible
 
 # GitHub refuses a comment of more than 65,536 characters; some room is for the writer's own words.
 MOST_CHARACTERS = 60_000
@@ -52,35 +46,40 @@ def paragraph(text: str) -> str:
     return _LINE_START.sub(r"\1\\\2", escape(text))
 
 
-def code(text: str) -> str:
+def code(text: str, limit: int = TEXT_LIMIT) -> str:
     """Text in a code span, whatever backticks it holds."""
-    shown = visible(text, TEXT_LIMIT)
-    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
-    fence = "`" * (longest + 1)
+    shown = visible(text, limit)
+    fence = "`" * (_longest_run(shown) + 1)
     # A space on either side is dropped again, and keeps backticks apart from the fence.
     pad = " " if shown[:1] in ("`", " ", "") or shown[-1:] in ("`", " ") else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
 
 
+def table(content: Table) -> str:
+    """A table, its figures to the right."""
+    rule = [":--" if i not in content.numbers else "--:" for i in range(len(content.headings))]
+    headings, *rows = [map(escape, cells) for cells in (content.headings, *content.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 def _front(report: Report, command: Sequence[str]) -> Iterator[str]:
-    verdict, said = contents.headline(report)
-    yield f"## {contents.glyph_of(verdict)} {escape(said)}"
-    advice = contents.first_advice(report)
-    if advice is not None:
-        yield f"Look at: {escape(advice)}"
-    logits = contents.logits_of(report)
-    if logits is not None:
-        yield paragraph(contents.next_token(logits))
+    word, said = telling.headline(report)
+    yield f"## {telling.glyph_of(word)} {escape(said)}"
+    yield from map(paragraph, telling.opening_lines(report))
     if report.counts:
-        yield paragraph(contents.counts_text(report))
+        yield paragraph(telling.counts_text(report))
     if command:
         line = visible(format_command(command), TEXT_LIMIT)
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", line)), default=0))
+        fence = "`" * max(3, 1 + _longest_run(line))
         yield f"{fence}sh\n{line}\n{fence}"
-    yield _facts(contents.run_facts(report.header))
+    yield _facts([*telling.run_facts(report.header), *telling.prompt_facts(report.header)])
     for note in report.header.notes:
         yield f"**note** {escape(note)}"
-    faults = contents.faults_of(report)
+    faults = telling.faults_of(report)
     if faults:
         yield f"### {plural(len(faults), 'stage')} to blame"
     for fault in faults[:FAULTS_TOLD]:
@@ -90,44 +89,37 @@ def _front(report: Report, command: Sequence[str]) -> Iterator[str]:
 
 
 def _fault(stage: StageReport, header: RunHeader) -> Iterator[str]:
-    yield f"#### {contents.verdict_text(stage.verdict)} {escape(str(stage.key))}"
-    yield from map(paragraph, contents.fault_sentences(stage, header))
-    if stage.explanation is not None:
-        yield from map(_cause, stage.explanation.named)
-    judgments = contents.judgment_table(stage, header)
-    if judgments.rows:
-        yield _table(judgments)
-    yield from map(paragraph, contents.spans_of(stage))
-    place = contents.place_of_largest(stage)
+    yield f"#### {telling.verdict_text(telling.word_of(stage.verdict))} {escape(str(stage.key))}"
+    for part in telling.fault_finding(stage, header):
+        if isinstance(part, Table):
+            yield table(part)
+        elif isinstance(part, CauseTried):
+            proof = "; ".join(escape(plain(line)) for line in [*telling.cause_lines(part)][1:])
+            yield f"- **{escape(part.name)}** {proof}"
+        else:
+            yield paragraph(plain(part))
+    place = telling.place_of_largest(stage)
     if place:
         yield f"The largest difference is at {escape(place)}."
-    top = contents.top_table(stage, header)
-    if top is not None:
-        yield _folded("Largest differences", _table(top))
-    others = None if stage.explanation is None else contents.others_table(stage.explanation)
-    if others is not None:
-        yield _folded("Other causes tried", _table(others))
-
-
-def _cause(cause: CauseTried) -> str:
-    tried = contents.trial_text(cause)
-    told = f" {tried};" if tried else ""
-    return f"- **{escape(cause.name)}**{told} look at: {escape(cause.advice)}"
+    for details in (telling.top_table(stage, header), telling.others_table(stage.explanation)):
+        if details is not None:
+            yield _folded(details.title, table(details))
 
 
 def _tables(report: Report, room: int) -> Iterator[str]:
     """One line per layer, then the stages that are not PASS, as far as there is room."""
-    parts = [_folded(plural(len(contents.layers_of(report)), "layer"), _table(_layers(report)))]
-    parity = contents.parity_table(report)
+    tables = [_layers(report)]
     found = [stage for stage in report.stages if stage.verdict is not Verdict.PASS]
     if found:
-        table = contents.stage_table(found, report.header, full=True)
-        parts.append(_folded(f"{plural(len(found), 'stage')} not PASS", _table(table)))
-    title = contents.parity_title(report.header)
-    if report.header.tested is not None:
-        parts.insert(0, f"### {title}\n\n{_facts(contents.parity_facts(report))}")
+        title = f"{plural(len(found), 'stage')} not PASS"
+        tables.append(telling.stage_table(found, report.header, title, full=True))
+    parity = telling.parity_table(report)
     if parity is not None:
-        parts.append(_folded(f"{title}, stage by stage", _table(parity)))
+        tables.append(parity._replace(title=f"{parity.title}, stage by stage"))
+    parts = [_folded(each.title, table(each)) for each in tables]
+    if report.header.tested is not None:
+        title = telling.parity_title(report.header)
+        parts.insert(0, f"### {title}\n\n{_facts(telling.parity_facts(report))}")
     for part in parts:
         fitting = _cut(part, room)
         room -= len(fitting) + 2
@@ -136,46 +128,34 @@ def _tables(report: Report, room: int) -> Iterator[str]:
 
 
 def _layers(report: Report) -> Table:
-    rows = []
-    for layer in contents.layers_of(report):
+    layers, rows = telling.layers_of(report), []
+    for layer in layers:
+        row = [layer.title, telling.verdict_text(telling.word_of(layer.worst))]
         lowest = layer.lowest
-        cosine = "" if lowest is None or lowest.comparison is None else (
-            f"{format_cosine(figures_of(lowest.comparison)[0])} {lowest.key.stage}"
-        )  # fmt: skip
-        worst = []
-        for name in ("model", "kernel"):
-            made = [(stage, getattr(stage, name)) for stage in layer.stages]
-            judged = [(stage, judgment) for stage, judgment in made if judgment is not None]
-            stage, judgment = max(
-                judged, key=lambda pair: (not pair[1].passed, pair[1].relative_l2),
-                default=(None, None),
-            )  # fmt: skip
-            text = contents.judgment_text(judgment)
-            worst.append("" if stage is None else f"{text} {stage.key.stage}")
-        rows.append((layer.title, contents.verdict_text(layer.worst), cosine, *worst))
+        if lowest is None or lowest.comparison is None:
+            row.append("")
+        else:
+            cosine = telling.format_cosine(telling.figures_of(lowest.comparison)[0])
+            row.append(f"{cosine} {lowest.key.stage}")
+        for name in telling.OWN_JUDGMENTS:
+            worst = layer.worst_by(name)
+            text = "" if worst is None else telling.judgment_text(telling.judgment_of(worst, name))
+            row.append("" if worst is None else f"{text} {worst.key.stage}")
+        rows.append(tuple(row))
     headings = ("layer", "worst", "lowest cosine", "worst model / bound", "worst kernel / bound")
-    return Table(headings, tuple(rows))
+    return Table(plural(len(layers), "layer"), headings, tuple(rows))
 
 
 def _back(report: Report, environment: Environment) -> Iterator[str]:
-    logits = contents.logits_of(report)
+    logits = telling.logits_of(report)
     if logits is not None:
-        yield _folded("Best next tokens", _table(contents.logits_table(logits)))
-    yield _folded("Environment", _facts(contents.environment_facts(environment, report.elapsed_s)))
+        best = telling.logits_table(logits)
+        yield _folded(best.title, table(best))
+    yield _folded("Environment", _facts(telling.environment_facts(environment, report.elapsed_s)))
 
 
 def _facts(facts: Iterable[Fact]) -> str:
-    return "\n".join(f"- {name}: {code(text)}" for name, text in facts)
-
-
-def _table(table: Table) -> str:
-    rule = [":--" if i not in table.numbers else "--:" for i in range(len(table.headings))]
-    lines = [table.headings, tuple(rule), *table.rows]
-    texts = [
-        cells if number == 1 else tuple(escape(cell) for cell in cells)
-        for number, cells in enumerate(lines)
-    ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in texts)
+    return "\n".join(f"- {fact.name}: {code(fact.said)}" for fact in facts)
 
 
 def _folded(summary: str, body: str) -> str:

@@ -7,32 +7,18 @@ past the escaping, it could run nothing and fetch nothing.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 
 from aprcore.causes.records import CauseTried
 from aprcore.judging.verdict import Verdict
 from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.records import telling
 from aprcore.records.environment import Environment, format_command
 from aprcore.records.report import Report, StageReport
-from aprcore.records.wording import (
-    figures_of,
-    format_cosine,
-    format_ratio,
-    format_shape,
-    plural,
-)
-from aprcore.reports import contents
-from aprcore.reports.contents import Fact, Layer, Table
-from aprcore.reports.maps import (
-    DECADES,
-    StageMap,
-    cell_text,
-    describe_map,
-    encode_png,
-    lost_text,
-    row_labels,
-)
+from aprcore.records.telling import Fact, Layer, Table, plain, verdict_text, word_of
+from aprcore.reports import maps
+from aprcore.reports.maps import StageMap
 from aprcore.reports.markup import Markup, element, join
 from aprcore.reports.profile import draw_profile, legend_note
 
@@ -40,17 +26,20 @@ STYLE = "page.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 # Height of a map, and of a row in it; names of rows need as much each.
 MAP_HEIGHT_PX, LEAST_ROW_PX, MOST_ROW_PX, NAMED_ROW_PX = 400, 4, 18, 14
+# Failing stages that are told in full: the first is the one to look at. Two dumps without a model
+# differ at every stage after it.
+FAULTS_TOLD = 24
 THEMES = (("system", "as the system"), ("light", "light"), ("dark", "dark"))
 
 
 def render_page(
-    report: Report, maps: Sequence[StageMap], command: Sequence[str], environment: Environment
+    report: Report, shown: Sequence[StageMap], command: Sequence[str], environment: Environment
 ) -> str:
     """The page of a finished run.
 
     Args:
         report: The run.
-        maps: Pictures of failing stages.
+        shown: Pictures of failing stages.
         command: The command line that made it; empty if there was none.
         environment: Where it was made.
     """
@@ -68,7 +57,7 @@ def render_page(
         _opening(report, command),
         _profile(report),
         _stages(report),
-        *_faults(report, {shown.key: shown for shown in maps}),
+        *_faults(report, {stage_map.key: stage_map for stage_map in shown}),
         *_parity(report),
         *_logits(report),
         _environment(report, environment),
@@ -91,20 +80,16 @@ def _banner() -> Markup:
 
 
 def _opening(report: Report, command: Sequence[str]) -> Markup:
-    verdict, said = contents.headline(report)
+    word, said = telling.headline(report)
     parts = [
-        element("h1", element("span", contents.glyph_of(verdict), class_="glyph"), f" {said}",
-                class_=f"finding {_ink(verdict)}"),
+        element("h1", element("span", telling.glyph_of(word), class_="glyph"), f" {said}",
+                class_=f"finding {_ink(word)}"),
     ]  # fmt: skip
-    advice = contents.first_advice(report)
-    if advice is not None:
-        parts.append(element("p", f"Look at: {advice}"))
-    logits = contents.logits_of(report)
-    if logits is not None:
-        parts.append(element("p", contents.next_token(logits)))
-    parts.append(element("p", contents.counts_text(report), class_="counts"))
+    parts.extend(element("p", line) for line in telling.opening_lines(report))
+    parts.append(element("p", telling.counts_text(report), class_="counts"))
     parts.extend(element("p", element("strong", "note "), note) for note in report.header.notes)
-    parts.append(_facts(contents.run_facts(report.header)))
+    header = report.header
+    parts.append(_facts([*telling.run_facts(header), *telling.prompt_facts(header)]))
     if command:
         line = element("pre", element("code", format_command(command)), tabindex="0")
         parts += [element("h2", "To reproduce"), line]
@@ -123,91 +108,74 @@ def _profile(report: Report) -> Markup:
 
 def _stages(report: Report) -> Markup:
     only = element("input", type="checkbox", id="findings-only")
-    groups = [_layer(layer, report) for layer in contents.layers_of(report)]
+    told = {stage.key for stage in telling.faults_of(report)[:FAULTS_TOLD]}
     return element(
         "section",
         element("h2", "Stages"),
         element("p", element("label", only, " only what is not PASS"), class_="filter"),
-        *groups,
+        *(_layer(layer, report, told) for layer in telling.layers_of(report)),
     )
 
 
-def _layer(layer: Layer, report: Report) -> Markup:
+def _layer(layer: Layer, report: Report, told: Collection[StageKey]) -> Markup:
     worst, lowest = layer.worst, layer.lowest
-    said = [f" · {plural(len(layer.stages), 'stage')}"]
+    said = [f" · {telling.plural(len(layer.stages), 'stage')}"]
     if lowest is not None and lowest.comparison is not None:
-        cosine = format_cosine(figures_of(lowest.comparison)[0], 4)
+        cosine = telling.format_cosine(telling.figures_of(lowest.comparison)[0], 4)
         said.append(f" · lowest cosine {cosine}, {lowest.key.stage}")
-    summary = element(
-        "summary",
-        element("strong", layer.title),
-        " ",
-        element("span", contents.verdict_text(worst), class_=_ink(worst)),
-        *said,
-    )
-    table = contents.stage_table(layer.stages, report.header, full=False)
-    inks = [_ink(stage.verdict) for stage in layer.stages]
-    told = {stage.key for stage in contents.faults_of(report)[: contents.FAULTS_TOLD]}
-    links = [contents.key_anchor(s.key) if s.key in told else "" for s in layer.stages]
-    body = _table(table, f"Stages of {layer.title}", inks=inks, links=links)
+    title, mark = element("strong", layer.title), _verdict(worst)
+    title_of_table = f"Stages of {layer.title}"
+    table = telling.stage_table(layer.stages, report.header, title_of_table, full=False)
+    inks = [_ink(word_of(stage.verdict)) for stage in layer.stages]
+    links = [_anchor(stage.key) if stage.key in told else "" for stage in layer.stages]
+    body = _table(table, inks=inks, links=links)
     diverges = worst is not None and worst.is_divergence
     sound = "sound" if all(stage.verdict is Verdict.PASS for stage in layer.stages) else ""
+    summary = element("summary", title, " ", mark, *said)
     return element("details", summary, body, open=diverges, class_=sound)
 
 
-def _faults(report: Report, maps: Mapping[StageKey, StageMap]) -> Iterator[Markup]:
-    faults = contents.faults_of(report)
+def _faults(report: Report, shown: Mapping[StageKey, StageMap]) -> Iterator[Markup]:
+    faults = telling.faults_of(report)
     if not faults:
         return
-    told = [_fault(stage, report, maps.get(stage.key)) for stage in faults[: contents.FAULTS_TOLD]]
-    parts = [element("h2", f"{plural(len(faults), 'stage')} to blame"), *told]
-    if len(faults) > contents.FAULTS_TOLD:
-        more = len(faults) - contents.FAULTS_TOLD
+    parts = [element("h2", f"{telling.plural(len(faults), 'stage')} to blame")]
+    parts += [_fault(stage, report, shown.get(stage.key)) for stage in faults[:FAULTS_TOLD]]
+    if len(faults) > FAULTS_TOLD:
+        more = len(faults) - FAULTS_TOLD
         parts.append(element("p", f"and {more} more: see the stages above"))
     yield element("section", *parts)
 
 
 def _fault(stage: StageReport, report: Report, shown: StageMap | None) -> Markup:
-    header = report.header
-    shape = "" if stage.layout is None else f" {format_shape(stage.layout.shape)}"
-    verdict = element("span", contents.verdict_text(stage.verdict), class_=_ink(stage.verdict))
-    parts: list[Markup] = [
-        element("h3", verdict, f" {stage.key}"),
+    shape = "" if stage.layout is None else f" {telling.format_shape(stage.layout.shape)}"
+    parts = [
+        element("h3", _verdict(stage.verdict), f" {stage.key}"),
         element("p", f"{BY_NAME[stage.key.stage].title}{shape}", class_="quiet"),
-        *(element("p", sentence) for sentence in contents.fault_sentences(stage, header)),
     ]
-    if stage.explanation is not None:
-        parts += [_cause(cause) for cause in stage.explanation.named]
-    judgments = contents.judgment_table(stage, header)
-    if judgments.rows:
-        parts.append(_table(judgments, f"Judgments of {stage.key}", marked=stage.blamed))
-    parts += [element("p", span) for span in contents.spans_of(stage)]
-    if stage.quantisation is not None:
-        measured = f"Measured with the reference weights: {stage.quantisation.describe()}."
-        parts.append(element("p", measured))
+    for part in telling.fault_finding(stage, report.header):
+        if isinstance(part, Table):
+            parts.append(_table(part, of=f" of {stage.key}", marked=stage.blamed))
+        elif isinstance(part, CauseTried):
+            parts.append(_cause(part))
+        else:
+            parts.append(element("p", plain(part)))
     if shown is not None:
-        parts.append(_map(shown, contents.place_of_largest(stage)))
-    top = contents.top_table(stage, header)
+        parts.append(_map(shown, telling.place_of_largest(stage)))
+    top = telling.top_table(stage, report.header)
     if top is not None:
-        parts += [element("h4", "Largest differences")]
-        parts += [_table(top, f"Largest differences of {stage.key}")]
-    others = None if stage.explanation is None else contents.others_table(stage.explanation)
+        parts += [element("h4", top.title), _table(top, of=f" of {stage.key}")]
+    others = telling.others_table(stage.explanation)
     if others is not None:
-        table = _table(others, f"Other causes tried at {stage.key}")
-        parts.append(element("details", element("summary", "Other causes tried"), table))
-    return element("article", *parts, id=contents.key_anchor(stage.key))
+        table = _table(others, of=f" at {stage.key}")
+        parts.append(element("details", element("summary", others.title), table))
+    return element("article", *parts, id=_anchor(stage.key))
 
 
 def _cause(cause: CauseTried) -> Markup:
-    tried = contents.trial_text(cause)
-    return element(
-        "p",
-        element("strong", f"⇒ {cause.name}"),
-        element("br"),
-        *([tried, element("br")] if tried else []),
-        f"look at: {cause.advice}",
-        class_="cause",
-    )
+    name, *lines = map(plain, telling.cause_lines(cause))
+    below = [join(element("br"), line) for line in lines]
+    return element("p", element("strong", name), *below, class_="cause")
 
 
 def _map(shown: StageMap, place: str) -> Markup:
@@ -215,10 +183,10 @@ def _map(shown: StageMap, place: str) -> Markup:
     grid = shown.grid
     rows, columns = grid.values.shape
     row_px = min(max(MAP_HEIGHT_PX // rows, LEAST_ROW_PX), MOST_ROW_PX)
-    labels = row_labels(shown)
-    png = Markup("data:image/png;base64," + b64encode(encode_png(grid)).decode())
+    labels = maps.row_labels(shown)
+    png = Markup("data:image/png;base64," + b64encode(maps.encode_png(grid)).decode())
     image = element(
-        "img", src=png, alt=describe_map(shown), width=columns, height=rows,
+        "img", src=png, alt=maps.describe_map(shown), width=columns, height=rows,
         style=f"height:{rows * row_px}px",
     )  # fmt: skip
     if labels and row_px * labels[0][1] < NAMED_ROW_PX:
@@ -232,14 +200,14 @@ def _map(shown: StageMap, place: str) -> Markup:
     )
     scale = element(
         "span",
-        f"≤ {format_ratio(grid.largest / 10**DECADES)} ",
+        f"≤ {telling.format_ratio(grid.largest / 10**maps.DECADES)} ",
         element("span", class_="ramp"),
-        f" {format_ratio(grid.largest)} (logarithmic)",
+        f" {telling.format_ratio(grid.largest)} (logarithmic)",
         class_="scale",
     )
     if grid.fold:
         across = f"{grid.columns}, {grid.fold} a line,"
-    lost = lost_text(grid)
+    lost = maps.lost_text(grid)
     swatch = [element("span", class_="lost"), f" {lost}; "]
     largest = f"; the largest at {place}" if place else ""
     return element(
@@ -247,7 +215,7 @@ def _map(shown: StageMap, place: str) -> Markup:
         element("div", element("div", *names, class_="rows", aria_hidden="true"), image,
                 class_="map"),
         element("figcaption", f"{grid.kind.value} ", scale, element("br"),
-                *(swatch if lost else []), *down, f"{across} rightwards; {cell_text(grid)}",
+                *(swatch if lost else []), *down, f"{across} rightwards; {maps.cell_text(grid)}",
                 largest),
     )  # fmt: skip
 
@@ -255,43 +223,42 @@ def _map(shown: StageMap, place: str) -> Markup:
 def _parity(report: Report) -> Iterator[Markup]:
     if report.header.tested is None:
         return
-    title, table = contents.parity_title(report.header), contents.parity_table(report)
-    parts = [element("h2", title), _facts(contents.parity_facts(report))]
+    title, table = telling.parity_title(report.header), telling.parity_table(report)
+    parts = [element("h2", title), _facts(telling.parity_facts(report))]
     if table is not None:
-        body = _table(table, title, inks=[_ink(stage.verdict) for stage in report.parity])
-        summary = element("summary", plural(len(table.rows), "stage"))
+        body = _table(table, inks=[_ink(stage.verdict.value) for stage in report.parity])
+        summary = element("summary", telling.plural(len(table.rows), "stage"))
         is_open = report.first_parity_fault is not None
         parts.append(element("details", summary, body, open=is_open))
     yield element("section", *parts)
 
 
 def _logits(report: Report) -> Iterator[Markup]:
-    logits = contents.logits_of(report)
-    if logits is None:
-        return
-    yield element(
-        "section",
-        element("h2", "What the model says next"),
-        element("p", contents.next_token(logits)),
-        _facts(contents.logits_facts(logits)),
-        _table(contents.logits_table(logits), "Best next tokens of both sides"),
-    )
+    logits = telling.logits_of(report)
+    if logits is not None:
+        yield element(
+            "section",
+            element("h2", "What the model says next"),
+            element("p", plain(telling.next_token(logits))),
+            _facts(telling.logits_facts(logits)),
+            _table(telling.logits_table(logits), of=" of both sides"),
+        )
 
 
 def _environment(report: Report, environment: Environment) -> Markup:
-    facts = _facts(contents.environment_facts(environment, report.elapsed_s))
+    facts = _facts(telling.environment_facts(environment, report.elapsed_s))
     return element("section", element("h2", "Environment"), facts)
 
 
 def _facts(facts: Iterable[Fact]) -> Markup:
-    pairs = [join(element("dt", name), element("dd", text)) for name, text in facts]
+    pairs = (join(element("dt", fact.name), element("dd", fact.said)) for fact in facts)
     return element("dl", *pairs)
 
 
 def _table(
     table: Table,
-    caption: str,
     *,
+    of: str = "",
     inks: Sequence[str] = (),
     links: Sequence[str] = (),
     marked: str | None = None,
@@ -300,7 +267,7 @@ def _table(
 
     Args:
         table: Its text.
-        caption: Its name for those who do not see it.
+        of: What the table is of; with its title, a name for those who do not see it.
         inks: The class of each row, for the column of verdicts.
         links: The section that each row's first cell leads to, if any.
         marked: The first cell of a row to stress.
@@ -324,23 +291,30 @@ def _table(
         names = " ".join(filter(None, ["sound" if is_sound else "", "marked" if is_marked else ""]))
         rows.append(element("tr", first, *others, class_=names))
     body = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
-    return _scrolled(body, caption)
+    return _scrolled(body, f"{table.title}{of}")
 
 
 def _cell_class(cell: str, is_number: bool, ink: str) -> str:
     """Figures to the right; a verdict, or a judgment that failed, in its ink."""
     if is_number:
-        return "number fail" if cell.startswith(contents.glyph_of(Verdict.FAIL)) else "number"
-    return ink if cell[:1] in _GLYPHS else ""
+        return "number fail" if cell.startswith(telling.GLYPHS["FAIL"]) else "number"
+    return ink if cell[:1] in telling.GLYPHS.values() else ""
 
 
 def _scrolled(content: Markup, label: str) -> Markup:
     return element("div", content, class_="scrolled", role="region", tabindex="0", aria_label=label)
 
 
-def _ink(verdict: Verdict | None) -> str:
+def _verdict(verdict: Verdict | None) -> Markup:
+    word = word_of(verdict)
+    return element("span", verdict_text(word), class_=_ink(word))
+
+
+def _ink(word: str) -> str:
     """The class of the style sheet that colours a verdict."""
-    return "unjudged" if verdict is None else verdict.value.lower()
+    return word.lower() or "unjudged"
 
 
-_GLYPHS = frozenset(map(contents.glyph_of, Verdict))
+def _anchor(key: StageKey) -> str:
+    """The id of a stage's section."""
+    return f"fault-{key.path.replace('/', '-')}"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from aprcore.records.report import Report, StageReport
-from aprcore.records.wording import figures_of, format_ratio, plural
-from aprcore.reports.contents import faults_of, glyph_of, layers_of
+from aprcore.records.telling import (
+    JUDGMENTS,
+    error_of,
+    faults_of,
+    format_ratio,
+    glyph_of,
+    layers_of,
+    plural,
+    word_of,
+)
 from aprcore.reports.markup import Markup, element, join
 
 WIDTH, HEIGHT = 1000, 320
@@ -35,12 +43,8 @@ class Curve(NamedTuple):
 
 def curves_of(report: Report) -> list[Curve]:
     """Those of the judgments that the run made."""
-    sources: tuple[tuple[str, Callable[[StageReport], float | None]], ...] = (
-        ("cumulative", _cumulative),
-        ("model", lambda stage: None if stage.model is None else stage.model.relative_l2),
-        ("kernel", lambda stage: None if stage.kernel is None else stage.kernel.relative_l2),
-    )
-    curves = [Curve(name, tuple(map(error_of, report.stages))) for name, error_of in sources]
+    stages = report.stages
+    curves = [Curve(name, tuple(error_of(stage, name) for stage in stages)) for name in JUDGMENTS]
     return [curve for curve in curves if any(error is not None for error in curve.errors)]
 
 
@@ -78,10 +82,6 @@ def describe_profile(report: Report, curves: Sequence[Curve]) -> str:
     if faults:
         said.append(f"{plural(len(faults), 'stage')} to blame, the first {faults[0].key}")
     return "; ".join(said) + "."
-
-
-def _cumulative(stage: StageReport) -> float | None:
-    return None if stage.comparison is None else figures_of(stage.comparison)[1]
 
 
 def _x(index: float, count: int) -> float:
@@ -156,10 +156,10 @@ def _marks(report: Report, faults: Sequence[StageReport]) -> Iterator[Markup]:
             yield element("line", class_="fault", x1=_number(x), x2=_number(x), y1=TOP - 4,
                           y2=HEIGHT - BOTTOM)  # fmt: skip
             anchor = "end" if x > WIDTH * 0.7 else "start"
-            yield element("text", f"{glyph_of(fault.verdict)} {fault.key}", class_="fault",
+            yield element("text", f"{glyph_of(word_of(fault.verdict))} {fault.key}", class_="fault",
                           x=_number(x), y=TOP - 10, text_anchor=anchor)  # fmt: skip
         elif x - drawn >= MARK_STEP:
-            yield element("text", glyph_of(fault.verdict), class_="fault", x=_number(x),
+            yield element("text", glyph_of(word_of(fault.verdict)), class_="fault", x=_number(x),
                           y=TOP + 8, text_anchor="middle")  # fmt: skip
             drawn = x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from aprcore.records.environment import without_home
-from aprcore.records.report_json import json_ready
-from aprcore.sweep.cases import AXES, Case, Source
+from aprcore.records.report_json import json_ready, picked
+from aprcore.records.telling import Table, format_ratio, plural
+from aprcore.reports import markdown
+from aprcore.sweep.cases import ABSENT, AXES, Case, Source
 from aprcore.sweep.plan import Sweep
 from aprcore.sweep.results import CaseResult, Fault
 from aprcore.sweep.run import SweepFinished
@@ -179,17 +182,11 @@ def _case(case: Case, result: CaseResult) -> dict[str, Any]:
         "backend": case.backend,
         "layers": case.layers,
         "command": case.command(),
-        "verdict": result.verdict,
-        "diverges": result.diverges,
-        "summary": result.summary,
+        **picked(result, "verdict", "diverges", "summary"),
         "first_divergence": None if result.first is None else result.first.path,
         "cause": None if result.first is None else result.first.cause,
         "faults": [asdict(fault) for fault in result.faults],
-        "counts": result.counts,
-        "worst_relative_l2": result.worst_relative_l2,
-        "worst_path": result.worst_path,
-        "elapsed_s": result.elapsed_s,
-        "notes": result.notes,
+        **picked(result, "counts", "worst_relative_l2", "worst_path", "elapsed_s", "notes"),
     }
 
 
@@ -199,89 +196,75 @@ def _source(source: Source | None) -> dict[str, Any] | None:
 
 def _finding(finding: Finding) -> dict[str, Any]:
     return {
-        "path": finding.path,
-        "verdict": finding.verdict,
-        "blamed": finding.blamed,
-        "cause": finding.cause,
-        "clause": finding.clause,
+        **picked(finding, "path", "verdict", "blamed", "cause", "clause"),
         "cases": [case.id for case in finding.cases],
         "spread": {
-            spread.axis: {
-                "matters": spread.matters,
-                "always": spread.always,
-                "sometimes": spread.sometimes,
-                "never": spread.never,
-            }
+            spread.axis: picked(spread, "matters", "always", "sometimes", "never")
             for spread in finding.spreads
         },
     }
 
 
+def shared_values(results: Finished) -> dict[str, str]:
+    """What is the same in every case, by the axis that it is on."""
+    varying = varying_axes([case for case, _ in results])
+    same = results[0][0].axes if results else {}
+    return {axis: value for axis, value in same.items() if axis not in varying and value != ABSENT}
+
+
+def cases_table(results: Finished) -> Table:
+    """A row per case, in text as it came from its files: its values, its verdict and the cause."""
+    axes = varying_axes([case for case, _ in results])
+    rows = []
+    for case, result in results:
+        first, worst = result.first, result.worst_relative_l2
+        error = ABSENT if worst is None else format_ratio(float(worst))
+        rows.append((
+            case.short_id, *(case.axes[axis] for axis in axes), result.verdict,
+            ABSENT if first is None else first.path, error, f"{result.elapsed_s:.2f}",
+            result.clause,
+        ))  # fmt: skip
+    headings = ("id", *axes, "verdict", "first divergence", "worst L2", "seconds", "cause")
+    return Table("Cases", headings, tuple(rows), frozenset({len(axes) + 3, len(axes) + 4}))
+
+
+def counts_text(results: Finished) -> str:
+    """How many cases got each verdict: "4 cases: 2 PASS, 2 FAIL"."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(results).items())
+    return f"{len(results)} cases: {counts}"
+
+
 def to_markdown(sweep: Sweep, finished: SweepFinished) -> str:
     """A finished sweep for an issue or a wiki; its paths are as `without_homes` has them."""
     results = finished.results
-    axes = varying_axes([case for case, _ in results])
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(results).items())
-    lines = [
-        f"# Sweep of {_cell(Path(sweep.path).name)}",
-        "",
-        f"{len(results)} cases: {counts}.",
+    table = cases_table(results)
+    shared = table._replace(rows=tuple(tuple(map(without_home, row)) for row in table.rows))
+    same = ", ".join(f"{axis} {_shared(value)}" for axis, value in shared_values(results).items())
+    findings = [line for found in find_differences(results) for line in _finding_lines(found)]
+    again = [
+        # Whole, however long: it is there to be run.
+        f"- {case.short_id}: {markdown.code(case.command(), limit=sys.maxsize)}"
+        for case, result in results
+        if result.diverges or result.is_error
     ]
-    fixed = [axis for axis in AXES if axis not in axes and results]
-    if fixed:
-        same = results[0][0].axes
-        named = [f"{axis} {_cell(same[axis])}" for axis in fixed if same[axis] != "-"]
-        lines += ["", f"In every case: {', '.join(named)}."]
-    lines += ["", "## Where they differ", ""]
-    lines += [line for finding in find_differences(results) for line in _finding_lines(finding)] \
-        or ["No case diverges.", ""]  # fmt: skip
-    heads = ("id", *axes, "verdict", "first divergence", "cause", "worst relative L2", "s")
-    lines += ["## Cases", "", _row(heads), _row(["---"] * len(heads))]
-    for case, result in results:
-        first = result.first
-        lines.append(_row([
-            case.short_id, *(_cell(case.axes[axis]) for axis in axes), result.verdict,
-            "" if first is None else _cell(first.path),
-            _cell(result.clause),
-            _worst(result), f"{result.elapsed_s:.2f}",
-        ]))  # fmt: skip
-    lines += ["", "## Again, one by one", ""]
-    lines += [
-        f"- {case.short_id}: {_code(case.command())}"
-        for case, result in results if result.diverges or result.is_error
-    ] or ["Nothing to look at."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    parts = [
+        f"# Sweep of {_shared(Path(sweep.path).name)}",
+        f"{counts_text(results)}.",
+        f"In every case: {same}." if same else "",
+        "## Where they differ",
+        "\n".join(findings) or "No case diverges.",
+        f"## {table.title}",
+        markdown.table(shared),
+        "## Again, one by one",
+        "\n".join(again) or "Nothing to look at.",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _finding_lines(finding: Finding) -> list[str]:
-    count = len(finding.cases)
-    lines = [f"- **{_cell(finding.describe())}**, {count} case{'s' if count > 1 else ''}"]
-    lines += [f"  - {spread.axis}: {spread.describe(_cell)}" for spread in finding.spreads]
-    return [*lines, ""]
+    spreads = [f"  - {spread.axis}: {spread.describe(_shared)}" for spread in finding.spreads]
+    return [f"- **{_shared(finding.describe())}**, {plural(len(finding.cases), 'case')}", *spreads]
 
 
-def _worst(result: CaseResult) -> str:
-    worst = result.worst_relative_l2
-    return "" if worst is None else worst if isinstance(worst, str) else f"{worst:.1e}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(text: str) -> str:
-    """Text from anywhere, on one line, with nothing that Markdown or HTML would read."""
-    line = _on_one_line(without_home(text))
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#!~&$" else c for c in line)
-
-
-def _code(text: str) -> str:
-    """Text as a code span, which holds any run of backticks shorter than its own."""
-    line = _on_one_line(text)
-    longest = max(map(len, "".join(c if c == "`" else " " for c in line).split()), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {line} {fence}" if longest else f"`{line}`"
-
-
-def _on_one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _shared(text: str) -> str:
+    return markdown.escape(without_home(text))

@@ -23,6 +23,7 @@ from aprcore.network.graph import StageKey, computation_order
 from aprcore.records.parity import StageParity
 from aprcore.records.report import Report, StageReport
 from aprcore.records.report_json import json_ready
+from aprcore.records.telling import figures_of
 from aprcore.sweep.cases import CASE_SCHEMA
 
 # In place of a verdict: the case could not be judged.
@@ -135,7 +136,7 @@ def error_result(case_id: str, message: str, *, elapsed_s: float = 0.0) -> CaseR
 
 def _faults(report: Report) -> tuple[Fault, ...]:
     """Every diverging stage in the order of computation; the CPU's before the device's."""
-    found = [(s.key, _fault(s)) for s in report.stages if s.verdict and s.verdict.is_divergence]
+    found = [(s.key, _fault(s)) for s in report.stages if s.is_divergence]
     of_device = [(s.key, _device_fault(s)) for s in report.parity if s.verdict.is_divergence]
     rejected = report.rejected
     if rejected is not None and not of_device:  # both sides' logits differ, by no single stage
@@ -179,10 +180,7 @@ def _errors(report: Report) -> list[tuple[str, float | str]]:
 
 def _error(found: Comparison | None) -> float | str | None:
     """A cumulative error; "nan" where a value is not finite."""
-    if found is None:
-        return None
-    is_finite = not (found.nonfinite_a or found.nonfinite_b)
-    error: float | str = json_ready(found.relative_l2 if is_finite else math.nan)
+    error: float | str | None = None if found is None else json_ready(figures_of(found)[1])
     return error
 
 

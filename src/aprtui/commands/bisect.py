@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from aprcore.records.report import Report
     from aprcore.runs.request import Request
     from aprcore.runs.tensors import LayerInputs
-    from aprtui.stage_table import StageTable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,10 +68,11 @@ def print_run(
     from aprcore.runs.bisect import bisect
     from aprcore.runs.tensors import LayerInputs
     from aprtui.exporting import check_export_path
+    from aprtui.stage_table import StageTable
 
     for path in files:
         check_export_path(path)
-    table = None if as_json else _open_table()
+    table = None if as_json else StageTable()
     kept = LayerInputs() if files else None
     for event in bisect(request, kept):
         if table is not None:
@@ -100,9 +100,3 @@ def _write_files(
         for path in files:
             export(path, report, tensors, sys.argv, picture=None)
             print(f"wrote {visible(str(path))}", file=sys.stderr)
-
-
-def _open_table() -> StageTable:
-    from aprtui.stage_table import StageTable
-
-    return StageTable()

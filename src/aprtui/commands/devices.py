@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import RenderableType
-
     from aprcore.engines.opencl.device import Choice, DeviceInfo
 
 
@@ -61,22 +59,11 @@ def _record(devices: Sequence[DeviceInfo], choice: Choice) -> dict[str, Any]:
 
 
 def _print(devices: Sequence[DeviceInfo], choice: Choice) -> None:
-    from rich.console import Console, Group
     from rich.text import Text
 
     from aprtui.device_list import device_fields, device_name
+    from aprtui.listing import print_parts
     from aprtui.text import visible
 
-    parts: list[RenderableType] = []
-    for device in devices:
-        parts += [device_name(device), device_fields(device)]
-    parts.append(Text(f"\nwould use {choice.device.index}: {visible(choice.reason)}"))
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(Group(*parts))
-        return
-    # A pipe has no width: lines are neither folded nor padded, for grep and diff.
-    wide = Console(highlight=False, width=10_000)
-    with wide.capture() as captured:
-        wide.print(Group(*parts))
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    parts = [part for device in devices for part in (device_name(device), device_fields(device))]
+    print_parts(*parts, Text(f"\nwould use {choice.device.index}: {visible(choice.reason)}"))

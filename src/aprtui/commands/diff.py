@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aprtui.commands.run_options import whole_number
+
 if TYPE_CHECKING:
     from aprcore.runs.diff import Diff, DiffRow
 
@@ -25,7 +27,10 @@ def add_parser(subparsers: Any) -> None:
         "--tolerance", type=_tolerance, default=0.0, metavar="X",
         help="largest relative L2 that still counts as equal (default: 0, equal values)",
     )  # fmt: skip
-    parser.add_argument("--top", type=_count, default=10, metavar="K", help="differences to list")
+    parser.add_argument(
+        "--top", type=whole_number("a number of rows"), default=10, metavar="K",
+        help="differences to list",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON (apr-stage-diff-v1)")
     parser.add_argument(
         "--strict", action="store_true", help="count a tensor that one side lacks as a difference"
@@ -92,9 +97,3 @@ def _tolerance(text: str) -> float:
     if not (value >= 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative number")
     return value
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
-    return int(text)

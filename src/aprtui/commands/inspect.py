@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         record = inspection.as_json()
         if verified is not None:
             record["verified"] = verified
-        print(json.dumps(record, indent=1, allow_nan=False))
+        print(json.dumps(record, indent=1, allow_nan=False, default=str))
     elif verified is not None:
         from aprtui.text import byte_count, visible
 
@@ -75,38 +75,16 @@ def _verify(path: Path) -> str:
 
 
 def _print(inspection: Inspection) -> None:
-    from rich.console import Console, Group
     from rich.text import Text
 
+    from aprtui.listing import field_table, print_parts
     from aprtui.text import visible
 
     parts: list[RenderableType] = [Text(visible(inspection.path), style="bold")]
     for title, fields in inspection.sections():
-        parts += [Text(f"\n{title}", style="bold"), _fields_table(fields)]
-    parts += [Text("\nTensors", style="bold"), _tensor_table(inspection)]
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(Group(*parts))
-        return
-    # A pipe has no width: lines are neither folded nor padded, for grep and diff.
-    wide = Console(highlight=False, width=10_000)
-    with wide.capture() as captured:
-        wide.print(Group(*parts))
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _fields_table(fields: dict[str, Any]) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    from aprtui.text import visible
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in fields.items():
-        table.add_row(Text(visible(name)), Text(visible(_shown(value))))
-    return table
+        shown = {name: _shown(value) for name, value in fields.items()}
+        parts += [Text(f"\n{title}", style="bold"), field_table(shown)]
+    print_parts(*parts, Text("\nTensors", style="bold"), _tensor_table(inspection))
 
 
 def _tensor_table(inspection: Inspection) -> RenderableType:

@@ -7,7 +7,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aprtui.commands.run_options import add_device_option, add_thread_option, add_token_options
+from aprtui.commands.run_options import (
+    add_device_option,
+    add_thread_option,
+    add_token_options,
+    whole_number,
+)
 from aprtui.rejection import announce
 
 if TYPE_CHECKING:
@@ -40,7 +45,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model, as for the explorer")
     add_token_options(parser)
     parser.add_argument(
-        "--steps", type=_steps, default=DEFAULT_STEPS, metavar="N",
+        "--steps", type=whole_number(f"a number from 1 to {MOST_STEPS}", 1, MOST_STEPS),
+        default=DEFAULT_STEPS, metavar="N",
         help=f"decoding steps after the prompt, 1 to {MOST_STEPS} (default: {DEFAULT_STEPS})",
     )  # fmt: skip
     parser.add_argument(
@@ -155,7 +161,7 @@ def _print_header(header: ParityHeader) -> None:
 
 def _print_stage(stage: StageParity) -> None:
     from aprcore.judging.verdict import Verdict
-    from aprcore.records.wording import figures_of, format_cosine, format_ratio
+    from aprcore.records.telling import figures_of, format_cosine, format_ratio
     from aprtui.text import visible
 
     found, kernel = stage.comparison, stage.tested.kernel
@@ -175,7 +181,7 @@ def _print_stage(stage: StageParity) -> None:
 
 
 def _print_step(step: StepParity) -> None:
-    from aprcore.records.wording import format_cosine, format_ratio
+    from aprcore.records.telling import format_cosine, format_ratio
 
     name = "prompt" if step.step == 0 else str(step.step)
     word = "PASS" if step.passed else "FAIL"
@@ -197,7 +203,7 @@ def _print_step(step: StepParity) -> None:
 
 
 def _print_cache(cache: CacheParity) -> None:
-    from aprcore.records.wording import format_ratio
+    from aprcore.records.telling import format_ratio
 
     word = "PASS" if cache.passed else "FAIL"
     print(
@@ -213,9 +219,3 @@ def _print_verdict(report: ParityReport) -> None:
         print(f"\nsame: {len(report.steps)} steps agree, and so do decoding and the full pass")
         return
     print(f"\ndifferent: {visible(report.reason, limit=2000)}")
-
-
-def _steps(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= MOST_STEPS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_STEPS}")
-    return int(text)

@@ -12,6 +12,7 @@ from aprtui.commands.run_options import (
     add_thread_option,
     add_token_options,
     uses_gpu,
+    whole_number,
 )
 from aprtui.rejection import announce
 
@@ -34,13 +35,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model, as for the explorer")
     add_token_options(parser)
     parser.add_argument(
-        "--max-tokens", type=_count, default=DEFAULT_MAX_TOKENS, metavar="N",
+        "--max-tokens", type=whole_number("a number of tokens"), default=DEFAULT_MAX_TOKENS,
+        metavar="N",
         help=f"tokens to make at most (default: {DEFAULT_MAX_TOKENS})",
     )  # fmt: skip
     add_gpu_options(parser)
     add_thread_option(parser)
     parser.add_argument(
-        "--trace-step", type=_count, metavar="S",
+        "--trace-step", type=whole_number("a number of tokens"), metavar="S",
         help="also write the stages of decoding step S: 0 runs the prompt, S the S-th made token",
     )  # fmt: skip
     parser.add_argument(
@@ -151,9 +153,3 @@ def _refuse(reason: str) -> None:
     from aprcore.runs.fallback import RejectedError
 
     raise RejectedError(f"opencl path rejected: {reason}")
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens")
-    return int(text)

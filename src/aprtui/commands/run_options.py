@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aprcore.runs.request import Request
+
+
+# Of a number that is typed; more digits take Python ever longer to read.
+MOST_NUMBER = 10**9
+
+
+def whole_number(what: str, least: int = 0, most: int = MOST_NUMBER) -> Callable[[str], int]:
+    """What reads a whole number from `least` to `most`; of another text it says it is no `what`."""
+
+    def read(text: str) -> int:
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MOST_NUMBER))
+        if not (is_number and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
+
+    return read
 
 
 def add_token_options(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +38,9 @@ def add_token_options(parser: argparse.ArgumentParser) -> None:
 def add_thread_option(parser: argparse.ArgumentParser) -> None:
     """`--threads`."""
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads (default: one per processor)"
-    )
+        "--threads", type=whole_number("a positive number", least=1), metavar="N",
+        help="threads (default: one per processor)",
+    )  # fmt: skip
 
 
 def add_gpu_options(parser: argparse.ArgumentParser) -> None:
@@ -188,9 +206,3 @@ def _saved(request: Request) -> Request:
             hint="leave them out, or name the model",
         )
     return alone
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aprtui.commands.explore import add_explorer_options, choose_settings, request_under
+from aprtui.commands.run_options import whole_number
 
 if TYPE_CHECKING:
     from aprcore.runs.request import Request
@@ -36,7 +37,8 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         "--host", default=DEFAULT_HOST, help=f"address to listen on (default: {DEFAULT_HOST})"
     )
     parser.add_argument(
-        "--port", type=_port, default=DEFAULT_PORT, metavar="N",
+        "--port", type=whole_number("a port, which is 0 to 65535", most=65535),
+        default=DEFAULT_PORT, metavar="N",
         help=f"port to listen on, 0 for any that is free (default: {DEFAULT_PORT})",
     )  # fmt: skip
     parser.add_argument(
@@ -113,9 +115,3 @@ def _check(args: argparse.Namespace) -> Request:
         pass  # what can be opened now can be opened for a page
     ExplorerApp(request, settings=settings)
     return request
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) < 1 << 16):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, which is 0 to 65535")
-    return int(text)

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aprtui.commands.run_options import add_thread_option
+from aprtui.commands.run_options import add_thread_option, whole_number
 
 if TYPE_CHECKING:
     from aprcore.sweep.cases import Case
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     group.add_argument("--fresh", action="store_true", help="forget the results that are there")
     parser.add_argument(
-        "--jobs", type=_count, metavar="N",
+        "--jobs", type=whole_number("a positive number", least=1), metavar="N",
         help=f"cases at a time (default: one per processor, at most {MOST_DEFAULT_JOBS})",
     )  # fmt: skip
     add_thread_option(parser)
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(json.dumps(to_json(sweep, finished), indent=1, allow_nan=False))
     else:
-        _print_table(sweep, finished)
+        _print_table(finished)
     found = [result for _, result in finished.results]
     if any(result.diverges for result in found):
         return 1
@@ -162,7 +162,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
 def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
     """Run what is left, with a bar on stderr where that is a terminal."""
-    from aprcore.records.wording import plural
+    from aprcore.records.telling import plural
     from aprcore.sweep.run import CaseFinished, pending_cases, run_sweep
 
     total = len(sweep.cases)
@@ -235,12 +235,6 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text[:6]) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text[:6])
-
-
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -251,55 +245,39 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _print_table(sweep: Sweep, finished: SweepFinished) -> None:
+def _print_table(finished: SweepFinished) -> None:
     """A row per case, then where they differ."""
-    from aprcore.sweep.cases import ABSENT, AXES
-    from aprcore.sweep.report import count_verdicts, varying_axes
+    from aprcore.sweep.report import cases_table, counts_text, shared_values
 
     results = finished.results
-    cases = [case for case, _ in results]
-    axes = varying_axes(cases)
-    same = {axis: cases[0].axes[axis] for axis in AXES if axis not in axes}
-    named = [f"{axis} {_short(value)}" for axis, value in same.items() if value != ABSENT]
+    named = [f"{axis} {_short(value)}" for axis, value in shared_values(results).items()]
     if named:
         print(f"in every case: {', '.join(named)}\n")
-    heads = ("id", *axes, "verdict", "first divergence", "worst L2", "seconds", "cause")
-    rows = [_cells(case, result, axes) for case, result in results]
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    right = {len(heads) - 3, len(heads) - 2}
-    for row in (heads, *rows):
-        cells = (
-            cell.rjust(width) if i in right else cell.ljust(width)
+    table = cases_table(results)
+    rows = [table.headings]
+    for (_, result), (*cells, cause) in zip(results, table.rows):
+        # An error's reason is what the user has to act on, and is not cut.
+        limit = LINE_LIMIT if result.is_error else CAUSE_CELLS
+        rows.append((*map(_short, cells), _short(cause, limit)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in table.numbers else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths))
-        )
+        ]
         print("  ".join(cells).rstrip())
     _print_differences(finished)
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in count_verdicts(results).items())
-    print(f"\n{len(results)} cases: {counts}")
+    print(f"\n{counts_text(results)}")
 
 
-def _cells(case: Case, result: CaseResult, axes: Sequence[str]) -> tuple[str, ...]:
-    from aprcore.records.wording import format_ratio
+def _short(text: str, limit: int = NAME_CELLS) -> str:
     from aprtui.text import visible
 
-    first, worst = result.first, result.worst_relative_l2
-    error = "-" if worst is None else format_ratio(float(worst))
-    return (
-        case.short_id, *(_short(case.axes[axis]) for axis in axes), result.verdict,
-        "-" if first is None else visible(first.path), error, f"{result.elapsed_s:.2f}",
-        # An error's reason is what the user has to act on, and is not cut.
-        visible(result.clause, limit=LINE_LIMIT if result.is_error else CAUSE_CELLS),
-    )  # fmt: skip
-
-
-def _short(name: str) -> str:
-    from aprtui.text import visible
-
-    return visible(name, limit=NAME_CELLS)
+    return visible(text, limit=limit)
 
 
 def _print_differences(finished: SweepFinished) -> None:
-    from aprcore.records.wording import plural
+    from aprcore.records.telling import plural
     from aprcore.sweep.report import find_differences
     from aprtui.text import visible
 

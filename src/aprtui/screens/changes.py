@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import figures_of, format_ratio
+from aprcore.records.telling import figures_of, format_ratio
 from aprtui.theme import MARKS, Paint, mark_of
 
 if TYPE_CHECKING:

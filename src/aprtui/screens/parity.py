@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Footer, Static
 
 from aprcore.network.graph import StageKey
-from aprcore.records.wording import (
+from aprcore.records.telling import (
     COSINE_PLACES,
     figures_of,
     format_cosine,

@@ -15,7 +15,7 @@ from textual.widget import Widget
 from textual.widgets import Footer, Static
 
 from aprcore.network.graph import STAGES, StageKey
-from aprcore.records.wording import format_ratio
+from aprcore.records.telling import format_ratio
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState
 from aprtui.screens.navigation import following

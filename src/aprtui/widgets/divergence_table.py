@@ -12,7 +12,7 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprcore.records.wording import format_ratio, format_value, quoted
+from aprcore.records.telling import format_ratio, format_value, quoted
 from aprtui.formatting import format_short
 from aprtui.theme import Paint
 from aprtui.widgets.lines import strip_of

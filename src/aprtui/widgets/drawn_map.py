@@ -8,7 +8,7 @@ from rich.segment import Segment
 from rich.text import Text
 from textual.strip import Strip
 
-from aprcore.records.wording import format_position, format_ratio, format_value
+from aprcore.records.telling import format_position, format_ratio, format_value
 from aprtui.formatting import format_compact
 from aprtui.map_blocks import MapBlocks
 from aprtui.map_pictures import GridAsk, Shades, gutter_of, is_head

@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.text import Text
 from textual.strip import Strip
 
-from aprcore.records.wording import format_ratio
+from aprcore.records.telling import format_ratio
 from aprtui.pictures import Ask, OpenTensor
 from aprtui.ramp import NONFINITE
 from aprtui.widgets.bars import bar

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from textual.widget import Widget
 
-from aprcore.records.wording import plural
+from aprcore.records.telling import plural
 from aprtui.run_state import RunState
 from aprtui.text import visible
 from aprtui.theme import Paint

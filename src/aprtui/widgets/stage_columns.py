@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.text import Text
 
-from aprcore.records.wording import (
+from aprcore.records.telling import (
     COSINE_PLACES,
     figures_of,
     format_cosine,
     format_ratio,
     format_times,
+    judgment_of,
 )
 from aprtui.formatting import NARROW_COSINE_PLACES, format_compact, format_short
-from aprtui.measures import BASIS, JUDGMENTS, Measure, judgment_of
+from aprtui.measures import BASIS, JUDGMENTS, Measure
 from aprtui.theme import Paint, judgment_mark
 
 if TYPE_CHECKING:

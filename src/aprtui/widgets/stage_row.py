@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from aprcore.network.graph import StageKey
+from aprcore.records.telling import worst_of
 from aprtui.measures import JUDGMENTS, Measure
-from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer, worst_of
+from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer
 from aprtui.run_state import RunState
 from aprtui.theme import PENDING, UNJUDGED, Mark, Paint, mark_of, mark_of_verdict
 from aprtui.widgets.stage_columns import MARKS_COLUMN, Column, FigurePainter, columns_for

@@ -14,7 +14,7 @@ from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
 
-from aprcore.records.wording import format_cosine, format_ratio, quoted
+from aprcore.records.telling import format_cosine, format_ratio, quoted
 from aprtui.bindings import cursor_keys
 from aprtui.pictures import Ask, OpenTensor
 from aprtui.ramp import NONFINITE, level_of

@@ -13,7 +13,7 @@ from rich.text import Text
 from textual import events
 from textual.binding import Binding, BindingType
 
-from aprcore.records.wording import format_position, format_ratio, format_value
+from aprcore.records.telling import format_position, format_ratio, format_value
 from aprtui.bindings import cursor_keys
 from aprtui.formatting import format_compact, format_short
 from aprtui.pictures import Ask, OpenTensor

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from textual.widget import Widget
 
-from aprcore.records.wording import finding_of, token_name
+from aprcore.records.telling import SEVERITY, finding_of, token_name
 from aprtui.bindings import shown_key
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
 from aprtui.text import visible
-from aprtui.theme import MARKS, SEVERITY, Paint, mark_of, mark_of_verdict
+from aprtui.theme import MARKS, Paint, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
     from aprcore.records.report import LogitsReport
