@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aprcore import saved_run
 from aprcore.ground.errors import AprError, FormatError
 from aprcore.judging.layouts import Layout
 from aprcore.network.graph import StageKey
+from aprcore.records import saved_run
 from aprcore.records.report import Report, Side
 from aprcore.records.report_json import to_json
 from aprcore.records.saved_run import ABOUT, REPORT, SCHEMA, SavedRun, save_run
