@@ -16,7 +16,8 @@ from textual.dom import DOMNode
 from textual.keys import Keys, format_key
 from textual.screen import ModalScreen, Screen
 
-from aprtui.settings import Settings, SettingsError, nearest
+from aprcore.ground.errors import nearest
+from aprtui.settings import Settings, SettingsError
 
 MODIFIERS = {"ctrl", "shift", "alt", "super", "hyper", "meta"}
 _NAMED_KEYS = {key.value for key in Keys}
