@@ -175,7 +175,7 @@ def convert(
         value: As read.
         schema: What it should be: a `msgspec.Struct`, a dataclass or any other annotation.
         where: The file, for errors.
-        prefix: Put before each key in errors ("thresholds.").
+        prefix: Put before each key in errors: "thresholds.", or "matrix 1: " for a table of many.
         error: What is raised.
         hint: What the user can do about it; for an unknown key that is said here.
 
@@ -187,8 +187,9 @@ def convert(
     except msgspec.ValidationError as fault:
         what = _describe(str(fault), value, prefix)
         if unknown := re.fullmatch("Object contains unknown field `(.*)`", str(fault)):
-            known = [f"{prefix}{name}" for name in schema.__struct_fields__]  # type: ignore[attr-defined]
-            slip = nearest(f"{prefix}{unknown[1]}", known)
+            within = prefix.rpartition(": ")[2]
+            known = [f"{within}{name}" for name in schema.__struct_fields__]  # type: ignore[attr-defined]
+            slip = nearest(f"{within}{unknown[1]}", known)
             hint = f"did you mean {slip}? There are {', '.join(known)}"
         raise error(what, where=where, hint=hint) from fault
 
@@ -198,11 +199,14 @@ def _describe(fault: str, value: Any, prefix: str) -> str:
     what, _, path = fault.partition(" - at `")
     path = path.rstrip("`").partition("$")[2].removeprefix(".")
     if found := re.fullmatch("Object (contains unknown|missing required) field `(.*)`", what):
-        key = f"{prefix}{path}{'.' if path else ''}{found[2]}"
-        return f"unknown key {key!r}" if "unknown" in found[1] else f"{key} is missing"
+        table, _, within = prefix.rpartition(": ")
+        key = f"{within}{path}{'.' if path else ''}{found[2]}"
+        fact = f"unknown key {key!r}" if "unknown" in found[1] else f"{key} is missing"
+        return f"{table}: {fact}" if table else fact
     if found := re.fullmatch("Expected `([^`]*)`(,? .*)?", what):
         names = [_WORDS.get(name, name) for name in found[1].split(" | ") if name != "null"]
         what = f"not {' or '.join(names)}{(found[2] or '').partition(', got')[0]}"
+    what = what.replace("Number out", "out")
     named, inside, _ = path.partition("[...]")
     key = f"{prefix}{named}".rstrip(".: ") or "the whole"
     if inside:
