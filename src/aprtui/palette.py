@@ -29,7 +29,7 @@ MOST_OFFERED = 50
 FAULTS_FIRST = 5
 
 
-class Command(NamedTuple):
+class Offer(NamedTuple):
     """Something that a key does.
 
     Attributes:
@@ -74,7 +74,7 @@ class ScreenCommands(Provider):
                 shown = matcher.highlight(command.name)
                 yield Hit(score, shown, command.run, help=command.tooltip)
 
-    def commands(self) -> Iterator[Command]:
+    def commands(self) -> Iterator[Offer]:
         """Every action that works now, once: of the screen, the program, then the focus."""
         inside = [] if self.focused is None else list(self.focused.ancestors_with_self)
         nodes = [self.screen, self.app, *(n for n in inside if n not in (self.screen, self.app))]
@@ -88,8 +88,8 @@ class ScreenCommands(Provider):
                 if owner.check_action(action, parameters):
                     seen.add((owner, action, parameters))
                     run = partial(self.app.run_action, binding.action, node)
-                    yield Command(binding.description, escape(binding.tooltip), run)
-        yield Command("theme", "Change the colours", partial(self.app.run_action, "change_theme"))
+                    yield Offer(binding.description, escape(binding.tooltip), run)
+        yield Offer("theme", "Change the colours", partial(self.app.run_action, "change_theme"))
 
 
 class ExplorerCommands(ScreenCommands):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aprcore.ground.errors import AprError, PlanError
 from aprcore.judging.compare import compare
-from aprcore.judging.noise import Assessment, Part
+from aprcore.judging.noise import Assessment, TensorPart
 from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.network.graph import BY_NAME, Scope, StageKey
 from aprcore.records.report import RunHeader, Side, StageReport
@@ -24,7 +24,7 @@ KEY = StageKey(3, "ffn_out")
 
 
 def judgment(error: float, *, passed: bool = True) -> Judgment:
-    part = Part("whole tensor", 1.0 if passed else 99.0, 2.0)
+    part = TensorPart("whole tensor", 1.0 if passed else 99.0, 2.0)
     return Judgment(error, 0.9, 0.1, Assessment(1.0, 0.05, part))
 
 

@@ -13,7 +13,7 @@ from aprcore.sweep.report import Spread, find_differences, to_json, to_markdown
 from aprcore.sweep.results import (
     error_result,
 )
-from aprcore.sweep.run import Estimate
+from aprcore.sweep.run import TimeEstimate
 from aprtui.cli import main
 from aprtui.commands.sweep import format_duration
 from sweep_cases import make_case, make_result, write
@@ -120,7 +120,7 @@ class TestReport:
 class TestEstimate:
     def test_the_rest_costs_what_its_like_cost(self) -> None:
         small, large, other = make_case("small"), make_case("large"), make_case("other")
-        estimate = Estimate([small, small, large, large, large, other])
+        estimate = TimeEstimate([small, small, large, large, large, other])
         assert estimate.left_s(1.0) is None
         estimate.add(small, replace(make_result(small), elapsed_s=1.0))
         estimate.add(large, replace(make_result(large), elapsed_s=9.0))
@@ -134,7 +134,7 @@ class TestEstimate:
     def test_errors_and_earlier_runs(self) -> None:
         case = make_case()
         earlier = [(case, replace(make_result(case), elapsed_s=4.0))]
-        estimate = Estimate([case] * 3, earlier)
+        estimate = TimeEstimate([case] * 3, earlier)
         assert estimate.left_s(1.0) is None  # how fast this machine is, is not known
         estimate.add(case, error_result(case.id, "x"))
         assert estimate.left_s(1.0) is None

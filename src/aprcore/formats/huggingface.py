@@ -34,7 +34,7 @@ class _Index(msgspec.Struct):
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
 
 
-class _Entry(msgspec.Struct):
+class _HeaderEntry(msgspec.Struct):
     """A tensor's record in the header of a safetensors file."""
 
     dtype: str
@@ -175,7 +175,7 @@ def read_entry(file: DataFile, data_bytes: int, name: str, entry: Any) -> Stored
     Raises:
         FormatError: It is malformed.
     """
-    record = convert(entry, _Entry, file.path, prefix=f"tensor {name!r}: ")
+    record = convert(entry, _HeaderEntry, file.path, prefix=f"tensor {name!r}: ")
     begin, end = record.data_offsets
     if begin > end:
         raise FormatError(f"tensor {name!r} has data_offsets {[begin, end]}", where=file.path)

@@ -82,7 +82,7 @@ def run_sweep(
         (case, held) for case in sweep.cases
         if case.id not in pending and (held := results.get(case.id)) is not None
     )  # fmt: skip
-    estimate = Estimate(pending.values(), earlier)
+    estimate = TimeEstimate(pending.values(), earlier)
     started = time.perf_counter()
     if pending:
         with closing(runner(tuple(pending.values()))) as stream:
@@ -99,7 +99,7 @@ def run_sweep(
     yield SweepFinished(finished, kept, time.perf_counter() - started)
 
 
-class Estimate:
+class TimeEstimate:
     """How long the rest will take, from what has been run.
 
     A case is taken to cost what others of its model and backend did, else what cases cost on

@@ -123,7 +123,7 @@ class TokenizerData:
         Raises:
             TokenizerError: A value is malformed.
         """
-        held = _read_stored(_Stored, metadata, "tokenizer.", where)
+        held = _read_stored(_TokenizerKeys, metadata, "tokenizer.", where)
         architecture = str(metadata.get("architecture") or metadata.get("model_type")).lower()
         if held is not None and held.pre_type is None and architecture.startswith(_QWEN):
             held.pre_type = "qwen2"
@@ -136,7 +136,7 @@ class TokenizerData:
         Raises:
             TokenizerError: A value is malformed.
         """
-        held = _read_stored(_StoredInGguf, metadata, "tokenizer.ggml.", where)
+        held = _read_stored(_GgufKeys, metadata, "tokenizer.ggml.", where)
         template = metadata.get("tokenizer.chat_template")
         return None if held is None else held.to_data(template, where)
 
@@ -174,7 +174,7 @@ def bpe_pattern(pre_type: str | None, where: Where = None) -> str:
     return name
 
 
-class _Stored(msgspec.Struct):
+class _TokenizerKeys(msgspec.Struct):
     """The keys of a `.apr` file, below "tokenizer."."""
 
     vocabulary: list[str] = []
@@ -209,8 +209,8 @@ class _Stored(msgspec.Struct):
         )
 
 
-class _StoredInGguf(
-    _Stored, rename={"vocabulary": "tokens", "model_type": "model", "pre_type": "pre"}
+class _GgufKeys(
+    _TokenizerKeys, rename={"vocabulary": "tokens", "model_type": "model", "pre_type": "pre"}
 ):
     """The keys of a GGUF file, below "tokenizer.ggml."."""
 
@@ -221,8 +221,8 @@ class _StoredInGguf(
 
 
 def _read_stored(
-    schema: type[_Stored], metadata: Mapping[str, Any], prefix: str, where: Where
-) -> _Stored | None:
+    schema: type[_TokenizerKeys], metadata: Mapping[str, Any], prefix: str, where: Where
+) -> _TokenizerKeys | None:
     """A tokenizer's keys, null counting as absent; None if there is no vocabulary.
 
     Raises:
