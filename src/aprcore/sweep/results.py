@@ -269,8 +269,13 @@ class ResultsFile:
         """
         if not self._keep(result):
             return False
-        line = json.dumps(result_to_json(result), allow_nan=False) + "\n"
-        self._append(line.encode())
+        line = (json.dumps(result_to_json(result), allow_nan=False) + "\n").encode()
+        try:
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(None, "the disk is full")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return True
 
     def _keep(self, result: CaseResult) -> bool:
@@ -321,15 +326,6 @@ class ResultsFile:
             raise FormatError("is no file of a sweep's results", where=self.path,
                               hint=OTHER_FILE)  # fmt: skip
         return whole
-
-    def _append(self, line: bytes) -> None:
-        try:
-            written = os.write(self._descriptor, line)
-            if written < len(line):  # the disk is full
-                raise OSError(None, "the disk is full")
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> TraceError:
         return TraceError(f"cannot be written ({error.strerror})", where=self.path,

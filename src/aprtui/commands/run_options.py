@@ -21,7 +21,7 @@ def add_token_options(parser: argparse.ArgumentParser) -> None:
 def add_thread_option(parser: argparse.ArgumentParser) -> None:
     """`--threads`."""
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads (default: one per processor)"
+        "--threads", type=positive_count, metavar="N", help="threads (default: one per processor)"
     )
 
 
@@ -190,7 +190,8 @@ def _saved(request: Request) -> Request:
     return alone
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+def positive_count(text: str) -> int:
+    """An argument that counts something, at least one."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)

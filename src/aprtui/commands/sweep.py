@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aprtui.commands.run_options import add_thread_option
+from aprtui.commands.run_options import add_thread_option, positive_count
 
 if TYPE_CHECKING:
     from aprcore.sweep.cases import Case
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     group.add_argument("--fresh", action="store_true", help="forget the results that are there")
     parser.add_argument(
-        "--jobs", type=_count, metavar="N",
+        "--jobs", type=positive_count, metavar="N",
         help=f"cases at a time (default: one per processor, at most {MOST_DEFAULT_JOBS})",
     )  # fmt: skip
     add_thread_option(parser)
@@ -233,12 +233,6 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text[:6]) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text[:6])
 
 
 def _seconds(text: str) -> float:
