@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,11 +68,16 @@ def test_of_a_json_key_that_is_there_twice_the_last_counts() -> None:
     assert parse_object(b'{"a": 1, "a": 2}', "f", "it") == {"a": 2}
 
 
+def test_what_python_writes_for_infinity_is_read() -> None:
+    assert parse_object(b'{"a": -Infinity}', "f", "it") == {"a": -math.inf}
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         (b"[]", "it is not a JSON object"),
-        (b'{"a": Infinity}', "it is not JSON"),
+        (b'{"a": }', "it is not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "it is not JSON"),
         (b'{"\xff": 1}', "it is not UTF-8"),
         (b"[" * 100_000, "it nests too deeply"),
     ],
