@@ -14,8 +14,9 @@ from textual.dom import DOMNode
 from textual.keys import Keys, format_key
 from textual.screen import ModalScreen, Screen
 
+from aprcore.ground.errors import nearest
 from aprtui.bindings import Command, loaded_commands, split_keys
-from aprtui.settings import SettingsError, nearest
+from aprtui.settings import SettingsError
 from aprtui.widgets.tabs import DetailTab
 
 MODIFIERS = {"ctrl", "shift", "alt", "super", "hyper", "meta"}

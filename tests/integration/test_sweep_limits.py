@@ -52,7 +52,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     log.touch()
     (folder / "sitecustomize.py").write_text(STOPPER)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.setenv("STOPPED", str(log))
     return log
 
@@ -176,7 +176,7 @@ class TestLocal:
 
     @pytest.mark.parametrize("end", ["kill", "terminate"])
     def test_a_sweep_that_is_killed_takes_its_hanging_case_along(
-        self, root: Path, tmp_path: Path, end: str
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
     ) -> None:
         """Who waits for a pipe that nobody writes to is no better than who is stopped."""
         folder, log = tmp_path / "waiter", tmp_path / "waiting"
@@ -185,9 +185,10 @@ class TestLocal:
         (folder / "sitecustomize.py").write_text(waiter)
         log.touch()
         cases = write_cases(tmp_path, root, "stuck.apr")
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        monkeypatch.setenv("STOPPED", str(log))
         process = subprocess.Popen(
             [sys.executable, "-m", "aprtui", "sweep", str(cases), "--jobs", "1"],
-            env={**os.environ, "PYTHONPATH": str(folder), "STOPPED": str(log)},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         wait_for(lambda: log.read_text().endswith("\n"))

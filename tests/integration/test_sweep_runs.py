@@ -129,7 +129,7 @@ def killer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder, log = tmp_path / "killer", tmp_path / "kills"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(KILLER)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.setenv("KILL_LOG", str(log))
     monkeypatch.setenv("KILLS", "1")
     yield log
@@ -141,7 +141,7 @@ def let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder, file = tmp_path / "holder", tmp_path / "let-go"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOLDER)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     monkeypatch.setenv("LET_GO", str(file))
     yield file
     file.touch()

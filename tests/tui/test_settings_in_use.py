@@ -18,7 +18,8 @@ from aprtui import app as app_module
 from aprtui.app import HINT_S, HINTED, ExplorerApp, run_explorer
 from aprtui.commands.explore import add_explorer_options, open_explorer, request_under
 from aprtui.keymap import check_keys, commands
-from aprtui.settings import THEMES, Settings, SettingsError, is_first_use, read_settings
+from aprtui.settings import THEMES, Settings, SettingsError, is_first_use
+from aprtui.settings_file import read_settings
 from aprtui.theme import Paint
 from conftest import FAULT
 

@@ -52,7 +52,7 @@ HOSTILE = {
     "index_offset_past_end": "index at byte 9223372036854775808",
     "lz4_flag": "LZ4",
     "metadata_4gb": "4294967295 bytes of metadata",
-    "metadata_a_list": "JSON list",
+    "metadata_a_list": "not a JSON object",
     "metadata_bad_utf8": "not UTF-8",
     "metadata_not_json": "not JSON",
     "metadata_offset_past_end": "metadata needs 2 bytes",
@@ -170,7 +170,7 @@ class TestReading:
         nested = b'{"k": ' + b"[" * depth
         content[64 : 64 + len(nested)] = nested
         path.write_bytes(content)
-        with pytest.raises(FormatError, match="not JSON: nested too deeply"):
+        with pytest.raises(FormatError, match="nests too deeply"):
             read_apr(path)
 
     def test_both_layout_flags_mean_column_major(self, tmp_path: Path) -> None:

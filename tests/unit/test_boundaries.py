@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 TERMINAL = {"textual", "rich", "aprtui"}
-ON_DEMAND = {"torch", "transformers", "pyopencl"}  # imported inside the functions that need them
+ON_DEMAND = {
+    "torch",
+    "transformers",
+    "pyopencl",
+    "ml_dtypes",
+}  # imported inside the functions that need them
 
 
 def modules_of(package: str) -> list[str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aprcore.ground.errors import AprError, PlanError
 from aprcore.judging.compare import compare
-from aprcore.judging.noise import Assessment, Part
+from aprcore.judging.noise import Assessment, TensorPart
 from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.network.graph import BY_NAME, Scope, StageKey
 from aprcore.records.report import RunHeader, Side, StageReport
@@ -24,7 +24,7 @@ KEY = StageKey(3, "ffn_out")
 
 
 def judgment(error: float, *, passed: bool = True) -> Judgment:
-    part = Part("whole tensor", 1.0 if passed else 99.0, 2.0)
+    part = TensorPart("whole tensor", 1.0 if passed else 99.0, 2.0)
     return Judgment(error, 0.9, 0.1, Assessment(1.0, 0.05, part))
 
 
@@ -152,16 +152,16 @@ class TestToleranceFile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("[other]", "has 'other'; expected"),
-            ("default = 3", "default is no table"),
-            ("stage = 3", "'stage' is no table"),
-            ("[stage]\nffn_out = 3", "stage.ffn_out is no table"),
+            ("[other]", r"unknown key 'other'; did you mean \w+\? There are default, stage"),
+            ("default = 3", "default is 3, not a table"),
+            ("stage = 3", "stage is 3, not a table"),
+            ("[stage]\nffn_out = 3", "stage.ffn_out is 3, not a table"),
             ("[stage.nose]\nany = 1", "unknown stage 'nose'"),
-            ("[default]\nint8 = 1", "default has 'int8'; expected bfloat16, float16, float32 or"),
-            ("[default]\nany = 'x'", "default.any is 'x', not a tolerance"),
-            ("[default]\nany = true", "not a tolerance"),
-            ("[default]\nany = -1", "not a tolerance"),
-            ("[default]\nany = inf", "not a tolerance"),
+            ("[default]\nint8 = 1", "'default.int8'"),
+            ("[default]\nany = 'x'", "default.any is 'x', not a number"),
+            ("[default]\nany = true", "default.any is True, not a number"),
+            ("[default]\nany = -1", "not a number >= 0"),
+            ("[default]\nany = inf", "default.any is inf, not a number <= 1.79"),
             ("[default", "is not TOML"),
         ],
     )

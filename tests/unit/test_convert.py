@@ -348,7 +348,7 @@ class TestRefusals:
             raise TokenizerError("it is broken", where="tokenizer.json")
 
         with open_model(huggingface) as model:
-            monkeypatch.setattr("aprcore.models.model.TokenizerData.from_huggingface", fail)
+            monkeypatch.setattr("aprcore.models.model.read_tokenizer_json", fail)
             plan = plan_import(model)
         assert plan.notes == ("the tokenizer is left out: tokenizer.json: it is broken",)
         assert not any(key.startswith("tokenizer.") for key in plan.metadata)

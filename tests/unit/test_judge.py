@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aprcore.judging.compare import compare
-from aprcore.judging.noise import Assessment, Part
+from aprcore.judging.noise import Assessment, TensorPart
 from aprcore.judging.verdict import (
     FLOAT32_BOUND,
     HALF_BOUND,
@@ -26,8 +26,8 @@ NAN = np.array([3, np.nan, 0, 12], np.float32)
 INFINITE = np.array([3, 4, -np.inf, 12], np.float32)
 BOUND = 1e-2
 
-SOUND = Judgment(1e-7, 1.0, 3e-7, Assessment(0.9, 2e-7, Part("whole tensor", 0.9, 2.0)))
-WRONG = Judgment(0.5, 0.8, 3e-7, Assessment(1e12, 2e-7, Part("row 812", 1e12, 46.0)))
+SOUND = Judgment(1e-7, 1.0, 3e-7, Assessment(0.9, 2e-7, TensorPart("whole tensor", 0.9, 2.0)))
+WRONG = Judgment(0.5, 0.8, 3e-7, Assessment(1e12, 2e-7, TensorPart("row 812", 1e12, 46.0)))
 
 
 @pytest.mark.parametrize(

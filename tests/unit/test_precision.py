@@ -42,6 +42,15 @@ def test_bfloat16_is_a_short_float32() -> None:
     assert BFLOAT16.roundoff == 2.0**-8
 
 
+def test_rounding_goes_to_the_nearest_and_to_even_between_two() -> None:
+    x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-7, 3.39e38, 1e300, np.nan])
+    np.testing.assert_array_equal(
+        BFLOAT16.round(x), [1.0, 1 + 2.0**-6, 1 + 2.0**-7, 255 / 128 * 2.0**127, np.inf, np.nan]
+    )
+    np.testing.assert_array_equal(FLOAT16.round(np.array([70000.0, 1 + 2.0**-11])), [np.inf, 1.0])
+    assert FLOAT64.round(x) is not x
+
+
 def test_rounding_variance_is_that_of_real_rounding() -> None:
     x = np.random.default_rng(0).standard_normal(200_000)
     error = x.astype(np.float16).astype(np.float64) - x

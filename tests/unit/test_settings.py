@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from aprcore.ground.errors import AprError
+from aprcore.ground.errors import AprError, nearest
 from aprtui.cli import main
 from aprtui.settings import (
     THEMES,
     Settings,
     is_first_use,
-    load_settings,
-    nearest,
-    read_settings,
     remember_use,
     settings_path,
 )
+from aprtui.settings_file import load_settings, read_settings
 
 WHOLE = """\
 # what I like
@@ -65,8 +63,8 @@ def test_an_empty_file_says_nothing(file: Path) -> None:
         ("top_k = 11", ["top_k is 11", "5, 10, 20"]),
         ("top_k = '10'", ["top_k is '10'"]),
         ("top_k = true", ["top_k is True"]),
-        ("hints = 0", ["hints is 0", "true, false"]),
-        ("keys = 'j'", ["keys is 'j'", "[keys]"]),
+        ("hints = 0", ["hints is 0", "true or false"]),
+        ("keys = 'j'", ["keys is 'j'", "a table"]),
         ("[keys]\nexplorer.next = 5", ["keys.explorer.next is 5", '"j"']),
         ("[keys]\nexplorer.next = ''", ["keys.explorer.next is ''"]),
         ("[keys]\nexplorer.next = []", ["keys.explorer.next is []"]),
@@ -76,7 +74,7 @@ def test_an_empty_file_says_nothing(file: Path) -> None:
         ("[thresholds]\ncosine = [1.5, 0.9, 0]", ["from -1 to 1"]),
         ("[thresholds]\ncosine = [nan, 0.9, 0]", ["from -1 to 1"]),
         ("[thresholds]\ncosine = [true, 0.9, 0]", ["from -1 to 1"]),
-        ("[thresholds]\ntolerances = 1e-2", ["thresholds.tolerances is 0.01", "path"]),
+        ("[thresholds]\ntolerances = 1e-2", ["thresholds.tolerances is 0.01", "not a text"]),
         ("theme = ", ["is not TOML"]),
         ("theme = 'okabe-ito'\ntheme = 'okabe-ito'", ["is not TOML"]),
     ],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from aprcore.ground.errors import AprError, TokenizerError
 from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData, check_token_ids
+from aprcore.tokenization.tokenizer_json import read_tokenizer_json
 from aprcore.tokenization.vocabulary import PATTERNS
 
 CORPUS = [
@@ -85,7 +86,7 @@ def test_ids_are_those_of_transformers(tmp_path: Path, pattern: str, bos: bool) 
     folder = save(tmp_path / "m", train(pattern, bos=bos), add_bos_token=not bos)
     theirs = AutoTokenizer.from_pretrained(folder)
     from_file = Tokenizer.from_file(folder / "tokenizer.json")
-    data = TokenizerData.from_huggingface(folder)
+    data = read_tokenizer_json(folder)
     assert data is not None and (data.pre_type, data.add_bos) == (pattern, bos)
     stored = json.loads(json.dumps(data.to_apr_metadata()))
     again = TokenizerData.from_apr_metadata(stored)
@@ -113,7 +114,7 @@ def test_an_unknown_pattern_is_not_guessed(tmp_path: Path) -> None:
         pre_tokenizers.Split(Regex("x+"), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
-    data = TokenizerData.from_huggingface(save(tmp_path / "m", backend))
+    data = read_tokenizer_json(save(tmp_path / "m", backend))
     assert data is not None
     with pytest.raises(TokenizerError, match="pre-tokenizer 'unknown'"):
         Tokenizer.from_data(data, "m.apr")
@@ -193,14 +194,14 @@ def test_gguf_keys() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"vocabulary": "abc"}, "tokenizer.vocabulary is not a list"),
-        ({"vocabulary": ["a", 3]}, "tokenizer.vocabulary is not a list of str"),
+        ({"vocabulary": "abc"}, "tokenizer.vocabulary is 'abc', not a list"),
+        ({"vocabulary": ["a", 3]}, "tokenizer.vocabulary[1] is 3, not a text"),
         ({"merges": ["ab"]}, "merge 'ab' is not two tokens"),
         ({"merges": [""]}, "merge '' is not two tokens"),
         ({"merges": ["a zz"]}, "malformed"),
         ({"token_type": [1]}, "tokenizer.token_type has 1 items for 3 tokens"),
         ({"bos_token_id": 3}, "tokenizer.bos_token_id 3 is outside the vocabulary of 3"),
-        ({"eos_token_id": "x"}, "tokenizer.eos_token_id is not an integer"),
+        ({"eos_token_id": "x"}, "tokenizer.eos_token_id is 'x', not an integer"),
         ({"model_type": "unigram"}, "'unigram' is not supported"),
         ({"pre_type": "gibberish"}, "'gibberish' is not supported"),
         ({"model_type": "llama", "merges": []}, "neither scores nor merges"),
@@ -231,7 +232,7 @@ def test_malformed_files_are_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     for read in (
         lambda: Tokenizer.from_file(path),
-        lambda: TokenizerData.from_huggingface(tmp_path),
+        lambda: read_tokenizer_json(tmp_path),
     ):
         with pytest.raises(TokenizerError) as caught:
             read()
@@ -255,7 +256,7 @@ def test_fuzzed_tokenizer_data(tmp_path_factory: Any, data: Any) -> None:
     part[data.draw(st.sampled_from(sorted(part)))] = data.draw(JSON)
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     for read in (lambda: Tokenizer.from_file(folder / "tokenizer.json"),
-                 lambda: TokenizerData.from_huggingface(folder)):  # fmt: skip
+                 lambda: read_tokenizer_json(folder)):  # fmt: skip
         try:
             read()
         except AprError as error:
@@ -285,7 +286,7 @@ def test_stories260k(shared: Path) -> None:
 
     folder = shared / "data" / "stories260k"
     tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-    data = TokenizerData.from_huggingface(folder)
+    data = read_tokenizer_json(folder)
     assert data is not None
     embedded = Tokenizer.from_data(data)
     theirs = AutoTokenizer.from_pretrained(folder)

@@ -17,7 +17,7 @@ from aprcore.causes.scene import Float64, Scene
 from aprcore.causes.solving import best_factor
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic, FloatType
 from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.replay import run_stage
 from aprcore.network.weights import Weight
@@ -61,7 +61,7 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
         stored, accumulated = arithmetic.stored, arithmetic.accumulated
         if stored.digits >= own.stored.digits and accumulated.digits >= own.accumulated.digits:
             continue
-        if stored is not FLOAT32 and not _is_stored(observed[mask], arithmetic):
+        if stored is not FLOAT32 and (stored.round(observed[mask]) != observed[mask]).any():
             continue
         coarse = _estimate(experiment, arithmetic)
         if coarse is None:
@@ -106,14 +106,6 @@ def _estimate(experiment: Experiment, arithmetic: Arithmetic) -> Estimate | None
     return run_stage(backend, scene.site, scene.key, inputs)
 
 
-def _is_stored(x: Float64, arithmetic: Arithmetic) -> bool:
-    """Whether every value is a number of the stored type."""
-    with np.errstate(over="ignore"):
-        if arithmetic.stored is FLOAT16:
-            return bool((x.astype(np.float16).astype(np.float64) == x).all())
-        return not np.any(x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF))
-
-
 def rounded_inputs(part: Part) -> Iterator[Variant]:
     """The input of a product, or the weight, rounded before it: these can be reproduced."""
     advice = "what the kernel rounds before the product"
@@ -125,18 +117,18 @@ def rounded_inputs(part: Part) -> Iterator[Variant]:
         for half_scale in (False, True):
             x = _in_8_bits(part.x, block, half_scale=half_scale)
             yield Variant(f"{{}} activations rounded to 8 bits ({name})", advice, x=x)
-    for name, cast in (("float16", _float16), ("bfloat16", _bfloat16)):
-        yield Variant(f"{{}} activations rounded to {name}", advice, x=cast(part.x))
+    for half in (FLOAT16, BFLOAT16):
+        name, x = half.name, half.round(part.x)
+        yield Variant(f"{{}} activations rounded to {name}", advice, x=x)
         if part.weight.dtype not in ("F16", "BF16"):
-            yield Variant(f"{{}} weight rounded to {name}", advice, _cast_rows(part.weight, name))
-            yield Variant(f"{{}} activations and weight rounded to {name}", advice,
-                          _cast_rows(part.weight, name), cast(part.x))  # fmt: skip
+            rows = _rounded_rows(part.weight, half)
+            yield Variant(f"{{}} weight rounded to {name}", advice, rows)
+            yield Variant(f"{{}} activations and weight rounded to {name}", advice, rows, x)
 
 
-def _cast_rows(weight: Weight, name: str) -> Pick:
-    cast = {"float16": _float16, "bfloat16": _bfloat16}[name]
+def _rounded_rows(weight: Weight, half: FloatType) -> Pick:
     plain = picker(weight)
-    return lambda rows: cast(plain(rows).astype(np.float64)).astype(np.float32)
+    return lambda rows: half.round(plain(rows).astype(np.float64)).astype(np.float32)
 
 
 def _in_8_bits(x: Float64, block: int, *, half_scale: bool) -> Float64:
@@ -148,16 +140,5 @@ def _in_8_bits(x: Float64, block: int, *, half_scale: bool) -> Float64:
     step = np.abs(blocks).max(axis=2, keepdims=True) / 127
     codes = np.round(blocks / np.where(step > 0, step, 1.0))
     if half_scale:
-        step = _float16(step)
+        step = FLOAT16.round(step)
     return np.asarray((codes * step).reshape(rows, -1)[:, :columns])
-
-
-def _float16(x: Float64) -> Float64:
-    with np.errstate(over="ignore"):
-        return x.astype(np.float16).astype(np.float64)
-
-
-def _bfloat16(x: Float64) -> Float64:
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF_0000)
-    return rounded.view(np.float32).astype(np.float64)

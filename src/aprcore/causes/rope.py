@@ -9,6 +9,7 @@ import numpy as np
 
 from aprcore.causes.scene import REFERENCE, ROTATED, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import minimise, round_number
+from aprcore.ground.precision import BFLOAT16, FLOAT16
 from aprcore.network.rope import Rope, RopeScaling
 
 # Bases that models are trained with; others are solved for.
@@ -249,12 +250,13 @@ def _half_angles(scene: Scene) -> Iterator[Trial]:
     angles, x = _angles(scene), before_rotation(scene)
     frequencies = scene.config.rope.inverse_frequencies()
     factor = scene.config.rope.attention_factor()
-    for name, cast in (("float16", _to_float16), ("bfloat16", _to_bfloat16)):
+    for half in (FLOAT16, BFLOAT16):
+        cast = half.round
         product = cast(cast(scene.positions.astype(np.float64))[:, None] * cast(frequencies)[None])
         for turn in (angles, cast(angles), product):
             for rounding in (cast, lambda y: y):
                 cosine, sine = rounding(np.cos(turn)), rounding(np.sin(turn))
-                yield name, _with_turn(x, cosine * factor, sine * factor)
+                yield half.name, _with_turn(x, cosine * factor, sine * factor)
 
 
 def _with_turn(x: Float64, cosine: Float64, sine: Float64) -> Float64:
@@ -282,16 +284,6 @@ def _twice(scene: Scene) -> Float64:
 
 def _without(scene: Scene) -> Float64:
     return before_rotation(scene)
-
-
-def _to_float16(x: Float64) -> Float64:
-    return x.astype(np.float16).astype(np.float64)
-
-
-def _to_bfloat16(x: Float64) -> Float64:
-    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF_0000)
-    return rounded.view(np.float32).astype(np.float64)
 
 
 def _row(name: str, outputs: Callable[[Scene], Iterator[Trial]], advice: str, in_file: str | None,

@@ -10,14 +10,19 @@ qkv_matmul = ["blk.{layer}.q", "blk.{layer}.k", "blk.{layer}.v"]  # stage = thei
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from aprcore.dumps.names import Dialect, mapped_dialect
 from aprcore.ground.errors import PlanError
-from aprcore.ground.fields import read_toml
+from aprcore.ground.fields import convert, read_toml
 from aprcore.network.graph import Scope, find_stage
 
 LAYER = "{layer}"
+
+# A stage, or the names whose tensors are joined to one.
+_Entry: Any = str | Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
 
 
 def read_name_map(path: Path) -> Dialect:
@@ -41,16 +46,11 @@ def read_name_map(path: Path) -> Dialect:
 
 
 def _read_entry(path: Path, key: str, value: Any) -> tuple[str, tuple[str, ...]]:
-    match value:
-        case str():
-            stage, patterns = value, (key,)
-        case [str(), *rest] if all(isinstance(item, str) for item in rest):
-            stage, patterns = key, tuple(value)
-        case _:
-            raise PlanError(
-                f"{key!r} is neither a stage's name nor a list of tensor names", where=path,
-                hint='write "their.{layer}.name" = "stage", or stage = ["name", "name"]',
-            )  # fmt: skip
+    names = convert(
+        value, _Entry, path, prefix=repr(key), error=PlanError,
+        hint='write "their.{layer}.name" = "stage", or stage = ["name", "name"]',
+    )  # fmt: skip
+    stage, patterns = (names, (key,)) if isinstance(names, str) else (key, names)
     try:
         row = find_stage(stage)
     except PlanError as error:

@@ -10,13 +10,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from aprcore.ground.errors import FormatError, TraceError
+from aprcore.ground.fields import convert, read_object
 
 SIDECAR_NAME = "_trace.json"
 PROVENANCE_NAME = "_PROVENANCE.txt"
 SIDECAR_SCHEMA = "aprtui-trace-v1"
+# Tokens of the longest context take a tenth of it.
+SIDECAR_LIMIT_BYTES = 256 * 1024 * 1024
+
+Integers = tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +45,10 @@ class Sidecar:
         stages: Shape and dtype of every tensor, by its path.
     """
 
-    tokens: tuple[int, ...] | None = None
+    tokens: Integers | None = None
     prompt: str | None = None
-    positions: tuple[int, ...] | None = None
-    history: tuple[int, ...] | None = None
+    positions: Integers | None = None
+    history: Integers | None = None
     model: Mapping[str, Any] | None = None
     backend: str | None = None
     device: str | None = None
@@ -70,57 +77,22 @@ def read_sidecar(root: Path) -> Sidecar:
     path = root / SIDECAR_NAME
     try:
         if path.exists():
-            return _parse_sidecar(path, path.read_text("utf-8"))
+            return _parse_sidecar(path)
         path = root / PROVENANCE_NAME
         if path.exists():
             return _parse_provenance(path.read_text("utf-8", errors="replace"))
     except OSError as error:
         raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or an endless number
-        raise FormatError("is not valid JSON", where=path, hint="capture it again") from error
     return Sidecar()
 
 
-def _parse_sidecar(path: Path, text: str) -> Sidecar:
-    data = json.loads(text)
-    if not isinstance(data, dict):
-        raise FormatError("is not a JSON object", where=path, hint="capture it again")
+def _parse_sidecar(path: Path) -> Sidecar:
+    data = read_object(path, limit_bytes=SIDECAR_LIMIT_BYTES)
     schema = data.get("schema")
-    if not isinstance(schema, str) or not schema.startswith("aprtui-trace-v"):
+    if not str(schema).startswith("aprtui-trace-v"):
         raise FormatError(f"has schema {schema!r}, not {SIDECAR_SCHEMA!r}", where=path)
-
-    def text_or_none(name: str) -> str | None:
-        value = data.get(name)
-        return value if isinstance(value, str) else None
-
-    def object_or_none(name: str) -> Mapping[str, Any] | None:
-        value = data.get(name)
-        return value if isinstance(value, dict) else None
-
-    return Sidecar(
-        tokens=_integers(data.get("tokens"), "tokens", path),
-        prompt=text_or_none("prompt"),
-        positions=_integers(data.get("positions"), "positions", path),
-        history=_integers(data.get("history"), "history", path),
-        model=object_or_none("model"),
-        backend=text_or_none("backend"),
-        device=text_or_none("device"),
-        driver=text_or_none("driver"),
-        arithmetic=text_or_none("arithmetic"),
-        dtype=text_or_none("dtype"),
-        attention=text_or_none("attention"),
-        versions={str(k): str(v) for k, v in (object_or_none("versions") or {}).items()},
-        created_utc=text_or_none("created_utc"),
-        stages=object_or_none("stages"),
-    )
-
-
-def _integers(value: Any, name: str, path: Path) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-        raise FormatError(f"{name!r} is not a list of non-negative integers", where=path)
-    return tuple(value)
+    recorded = {key: value for key, value in data.items() if value is not None}
+    return convert(recorded, Sidecar, path, hint="capture it again")
 
 
 def _parse_provenance(text: str) -> Sidecar:

@@ -24,6 +24,7 @@ from aprcore.formats.huggingface import METADATA_NAME, read_entry, read_safetens
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import AprError, FormatError, TraceError, UnsupportedError
+from aprcore.ground.precision import BFLOAT16
 
 Float32 = NDArray[np.float32]
 
@@ -247,9 +248,8 @@ def _member_loader(
 ) -> Callable[[int, int], Float32]:
     def load(start: int, stop: int) -> Float32:
         array = _read_member(archive, path, member)
-        if array.dtype.kind == "V":  # bfloat16: the upper half of a float32
-            bits = array.view("<u2").astype(np.uint32)
-            array = (bits << np.uint32(16)).view(np.float32)
+        if array.dtype.kind == "V":
+            array = array.view(BFLOAT16.dtype)
         with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
             array = np.ascontiguousarray(array, dtype=np.float32)
         return array.reshape(drop_batch(array.shape) or (1,))[start:stop]

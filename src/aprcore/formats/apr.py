@@ -9,7 +9,6 @@ Source: FORMATS.md, "APR v2 model file (`.apr`)".
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.data_file import Cursor, DataFile
 from aprcore.ground.errors import ChecksumError, FormatError, TruncatedError, UnsupportedError
+from aprcore.ground.fields import parse_object
 from aprcore.quant.types import storage_size
 
 MAGIC = b"APR\0"
@@ -260,22 +260,7 @@ def _read_metadata(file: DataFile, header: AprHeader) -> dict[str, Any]:
             offset_bytes=20,
         )
     cursor = Cursor(file, offset, file.size_bytes - FOOTER_BYTES, "metadata")
-    text = cursor.text(size)
-    try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        # RecursionError's text speaks of Python, not of the file.
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise FormatError(
-            f"the metadata is not JSON: {reason}", where=file.path, offset_bytes=offset
-        ) from error
-    if not isinstance(metadata, dict):
-        raise FormatError(
-            f"the metadata is a JSON {type(metadata).__name__}, not an object",
-            where=file.path,
-            offset_bytes=offset,
-        )
-    return metadata
+    return parse_object(cursor.take(size), file.path, "the metadata")
 
 
 def _read_index(file: DataFile, header: AprHeader) -> dict[str, StoredTensor]:

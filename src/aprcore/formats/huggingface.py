@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.data_file import Cursor, DataFile
 from aprcore.ground.errors import FormatError
-from aprcore.ground.fields import parse_object, read_object
+from aprcore.ground.fields import convert, parse_object, read_object
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -22,6 +24,22 @@ METADATA_NAME = "__metadata__"  # the entry of a safetensors header that is no t
 
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own
 JSON_LIMIT_BYTES = 64 * 1024 * 1024
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Index(msgspec.Struct):
+    """What is read of a sharded model's index: the file of each tensor."""
+
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+
+
+class _HeaderEntry(msgspec.Struct):
+    """A tensor's record in the header of a safetensors file."""
+
+    dtype: str
+    shape: tuple[Size, ...]
+    data_offsets: tuple[Size, Size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +122,10 @@ def _read_index(path: Path) -> dict[str, str]:
     Raises:
         FormatError: The index is malformed, or names a file outside its directory.
     """
-    locations = read_object(path, limit_bytes=JSON_LIMIT_BYTES).get("weight_map")
-    if not isinstance(locations, dict) or not locations:
-        raise FormatError("weight_map is not an object of tensor names and files", where=path)
+    data = read_object(path, limit_bytes=JSON_LIMIT_BYTES)
+    locations = convert(data, _Index, path).weight_map
     for name, shard in locations.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+        if not shard.endswith(".safetensors"):
             raise FormatError(f"weight_map gives {shard!r} for {name!r}, not a .safetensors file",
                               where=path)  # fmt: skip
         # An index is a download: it must not make us read files elsewhere.
@@ -148,7 +165,7 @@ def read_safetensors_header(path: Path) -> tuple[DataFile, int, dict[str, Any]]:
             f"the header claims {size_bytes} bytes, above the format's {HEADER_LIMIT_BYTES}",
             where=path, offset_bytes=0, hint="this is no safetensors file, or it is damaged",
         )  # fmt: skip
-    header = parse_object(cursor.take(size_bytes), path, "the safetensors header", unique=True)
+    header = parse_object(cursor.take(size_bytes), path, "the safetensors header")
     return file, cursor.offset_bytes, header
 
 
@@ -158,20 +175,8 @@ def read_entry(file: DataFile, data_bytes: int, name: str, entry: Any) -> Stored
     Raises:
         FormatError: It is malformed.
     """
-    fields = entry if isinstance(entry, dict) else {}
-    dtype = fields.get("dtype")
-    shape, extent = _read_sizes(fields.get("shape")), _read_sizes(fields.get("data_offsets"))
-    if not isinstance(dtype, str) or shape is None or extent is None:
-        raise FormatError(
-            f"tensor {name!r} needs dtype, shape and data_offsets in the header", where=file.path
-        )
-    if len(extent) != 2 or extent[0] > extent[1]:
-        raise FormatError(f"tensor {name!r} has data_offsets {list(extent)}", where=file.path)
-    begin, end = extent
-    return StoredTensor(name, shape, dtype, file, data_bytes + begin, end - begin)
-
-
-def _read_sizes(value: Any) -> tuple[int, ...] | None:
-    """A list of sizes, or None if it is anything else."""
-    sizes = isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
-    return tuple(value) if sizes else None
+    record = convert(entry, _HeaderEntry, file.path, prefix=f"tensor {name!r}: ")
+    begin, end = record.data_offsets
+    if begin > end:
+        raise FormatError(f"tensor {name!r} has data_offsets {[begin, end]}", where=file.path)
+    return StoredTensor(name, record.shape, record.dtype, file, data_bytes + begin, end - begin)

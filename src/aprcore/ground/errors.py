@@ -6,9 +6,17 @@ unusable. The command line prints `str(error)` as one line and exits with 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike
 
 Where = str | PathLike[str] | None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like another, which may be a slip of the hand."""
+    import difflib
+
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 class AprError(Exception):

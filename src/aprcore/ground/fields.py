@@ -1,4 +1,4 @@
-"""Typed look-ups in metadata that a stranger wrote.
+"""JSON and TOML that a stranger wrote, held against types or looked up key by key.
 
 Every error names the key as the file spells it, and the file.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from aprcore.ground.data_file import DataFile
-from aprcore.ground.errors import ConfigError, FormatError, Where
+from aprcore.ground.errors import AprError, ConfigError, FormatError, Where, nearest
 
 # Larger than any size of a real model, small enough that products of three fit in an int64.
 MAX_SIZE = 2**31 - 1
@@ -23,6 +25,11 @@ MAX_SIZE = 2**31 - 1
 TOML_LIMIT_BYTES = 1024 * 1024
 
 Keys = Sequence[str]
+Schema = TypeVar("Schema")
+
+# msgspec's names of types, in words for whoever wrote the file.
+_WORDS = {"str": "a text", "int": "an integer", "float": "a number", "bool": "true or false",
+          "array": "a list", "object": "a table"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +58,8 @@ class Fields:
 
     def fault(self, key: str, value: Any, expected: str) -> ConfigError:
         """The error for a value that is not what it should be."""
-        shown = repr(value)
-        if len(shown) > 60:
-            shown = f"{shown[:57]}..."
-        return ConfigError(f"{self.prefix}{key} is {shown}, not {expected}", where=self.where)
+        what = f"{self.prefix}{key} is {_shorten(value)}, not {expected}"
+        return ConfigError(what, where=self.where)
 
     def missing(self, keys: Keys) -> ConfigError:
         """The error for a key that the file must have."""
@@ -161,26 +166,75 @@ class Fields:
         return Fields(value, self.where, f"{self.prefix}{key}.") if value else None
 
 
-def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON object out of bytes.
+def convert(
+    value: Any, schema: type[Schema], where: Where, *, prefix: str = "",
+    error: type[AprError] = FormatError, hint: str | None = None,
+) -> Schema:  # fmt: skip
+    """A value out of a file as a type whose fields say what is allowed.
+
+    Args:
+        value: As read.
+        schema: What it should be: a `msgspec.Struct`, a dataclass or any other annotation.
+        where: The file, for errors.
+        prefix: Put before each key in errors: "thresholds.", or "matrix 1: " for a table of many.
+        error: What is raised.
+        hint: What the user can do about it; for an unknown key that is said here.
+
+    Raises:
+        AprError: The value is something else; it names the key, what it has and what is allowed.
+    """
+    try:
+        return msgspec.convert(value, schema)
+    except msgspec.ValidationError as fault:
+        what = _describe(str(fault), value, prefix)
+        if unknown := re.fullmatch("Object contains unknown field `(.*)`", str(fault)):
+            within = prefix.rpartition(": ")[2]
+            known = [f"{within}{name}" for name in schema.__struct_fields__]  # type: ignore[attr-defined]
+            slip = nearest(f"{within}{unknown[1]}", known)
+            hint = f"did you mean {slip}? There are {', '.join(known)}"
+        raise error(what, where=where, hint=hint) from fault
+
+
+def _describe(fault: str, value: Any, prefix: str) -> str:
+    """msgspec's words for a fault, with the key in front and the value that it has."""
+    what, _, path = fault.partition(" - at `")
+    path = path.rstrip("`").partition("$")[2].removeprefix(".")
+    if found := re.fullmatch("Object (contains unknown|missing required) field `(.*)`", what):
+        table, _, within = prefix.rpartition(": ")
+        key = f"{within}{path}{'.' if path else ''}{found[2]}"
+        fact = f"unknown key {key!r}" if "unknown" in found[1] else f"{key} is missing"
+        return f"{table}: {fact}" if table else fact
+    if found := re.fullmatch("Expected `([^`]*)`(,? .*)?", what):
+        names = [_WORDS.get(name, name) for name in found[1].split(" | ") if name != "null"]
+        what = f"not {' or '.join(names)}{(found[2] or '').partition(', got')[0]}"
+    what = what.replace("Number out", "out")
+    named, inside, _ = path.partition("[...]")
+    key = f"{prefix}{named}".rstrip(".: ") or "the whole"
+    if inside:
+        return f"{key} has an entry that is {what}"
+    for step in re.findall(r"[^.\[\]]+", path):
+        value = value[int(step) if isinstance(value, Sequence) else step]
+    return f"{key} is {_shorten(value)}, {what}"
+
+
+def _shorten(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def parse_object(data: bytes, where: Where, what: str) -> dict[str, Any]:
+    """A JSON object out of bytes; of a key that is there twice the last counts.
 
     Args:
         data: UTF-8 text.
         where: The file, for errors.
         what: What the text is, for errors.
-        unique: Whether a duplicate key is an error; otherwise the last wins.
 
     Raises:
         FormatError: The bytes are no JSON object, or nest too deeply.
     """
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique if unique else None)
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{what} is not UTF-8", where=where) from error
-    except RecursionError as error:
-        raise FormatError(f"{what} nests too deeply", where=where) from error
-    except ValueError as error:  # also an integer of more digits than Python parses
-        raise FormatError(f"{what} is not JSON: {error}", where=where) from error
+    # Not by msgspec, which refuses the NaN and Infinity that Python itself writes.
+    value = _parsed(lambda: json.loads(data.decode()), where, f"{what} ", "JSON")
     if not isinstance(value, dict):
         raise FormatError(f"{what} is not a JSON object", where=where)
     return value
@@ -192,10 +246,7 @@ def read_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
     Raises:
         FormatError: The file cannot be read, is larger, or is no JSON object.
     """
-    with DataFile(path) as file:
-        if file.size_bytes > limit_bytes:
-            raise FormatError(f"{file.size_bytes} bytes are too many for {path.name}", where=path)
-        return parse_object(file.read_bytes(0, file.size_bytes), path, "the file")
+    return parse_object(_read_whole(path, limit_bytes), path, "the file")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -204,23 +255,24 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: The file cannot be read, is far too large, or is not TOML.
     """
+    data = _read_whole(path, TOML_LIMIT_BYTES)
+    table: dict[str, Any] = _parsed(lambda: tomllib.loads(data.decode()), path, "", "TOML")
+    return table
+
+
+def _read_whole(path: Path, limit_bytes: int) -> bytes:
     with DataFile(path) as file:
-        if file.size_bytes > TOML_LIMIT_BYTES:
+        if file.size_bytes > limit_bytes:
             raise FormatError(f"{file.size_bytes} bytes are too many for such a file", where=path)
-        data = file.read_bytes(0, file.size_bytes)
+        return file.read_bytes(0, file.size_bytes)
+
+
+def _parsed(parse: Callable[[], Any], where: Where, subject: str, kind: str) -> Any:
     try:
-        return tomllib.loads(data.decode())
+        return parse()
     except UnicodeDecodeError as error:
-        raise FormatError("is not UTF-8", where=path) from error
+        raise FormatError(f"{subject}is not UTF-8", where=where) from error
     except RecursionError as error:
-        raise FormatError("nests too deeply", where=path) from error
-    except ValueError as error:  # TOMLDecodeError says where; so does a number that is too long
-        raise FormatError(f"is not TOML: {error}", where=path) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} appears twice")
-    return values
+        raise FormatError(f"{subject}nests too deeply", where=where) from error
+    except ValueError as error:  # says where; also an integer of more digits than Python parses
+        raise FormatError(f"{subject}is not {kind}: {error}", where=where) from error

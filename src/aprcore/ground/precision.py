@@ -29,6 +29,20 @@ class FloatType:
     min_exponent: int
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """numpy's type of these values; casting to it rounds to nearest, ties to even."""
+        if self.name != "bfloat16":
+            return np.dtype(self.name)
+        import ml_dtypes  # registers the type with numpy; most runs need none
+
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def round(self, x: NDArray[Any]) -> Float64:
+        """The nearest values that it has; infinity beyond them."""
+        with np.errstate(over="ignore"):
+            return x.astype(self.dtype).astype(np.float64)
+
+    @property
     def roundoff(self) -> float:
         """Unit roundoff u: half the spacing at 1."""
         return 2.0**-self.digits

@@ -43,7 +43,7 @@ SMALLEST_ENERGY = (2.0**-24) ** 2
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """A part of a tensor whose error stands out most.
 
     Attributes:
@@ -75,7 +75,7 @@ class Assessment:
 
     ratio: float
     floor: float
-    worst: Part
+    worst: TensorPart
 
     @property
     def explained(self) -> bool:
@@ -111,7 +111,7 @@ def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layo
         token_dof = min(token_dof, expected.token_dof)
     whole = float(error.sum())
     floor = math.sqrt(float(predicted.sum()) / reference) if reference > 0 else 0.0
-    worst = Part("whole tensor", 0.0, float(allowed_ratio(1.0)))
+    worst = TensorPart("whole tensor", 0.0, float(allowed_ratio(1.0)))
     for part in _parts(error, predicted, layout, token_dof):
         if part.ratio * worst.factor > worst.ratio * part.factor:
             worst = part
@@ -119,7 +119,9 @@ def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layo
     return Assessment(_ratio(whole, total), floor, worst)
 
 
-def _parts(error: Float64, predicted: Float64, layout: Layout, token_dof: float) -> Iterator[Part]:
+def _parts(
+    error: Float64, predicted: Float64, layout: Layout, token_dof: float
+) -> Iterator[TensorPart]:
     """The worst part of every kind: the whole, then by each axis and pair of axes, then values."""
     axes = layout.axes
     kinds: list[tuple[int, ...]] = [()]
@@ -144,7 +146,7 @@ def _parts(error: Float64, predicted: Float64, layout: Layout, token_dof: float)
         flat = int(np.argmax(ratio if dof.size == 1 else ratio / factor))
         position = np.unravel_index(flat, ratio.shape) if kept else ()
         name = ", ".join(f"{axes[a]} {int(i)}" for a, i in zip(kept, position)) or "whole tensor"
-        yield Part(name, float(ratio.reshape(-1)[flat]), float(factor.reshape(-1)[flat]))
+        yield TensorPart(name, float(ratio.reshape(-1)[flat]), float(factor.reshape(-1)[flat]))
 
 
 def _independent_tokens(value: Float64, layout: Layout) -> float:

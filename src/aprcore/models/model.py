@@ -35,6 +35,7 @@ from aprcore.network.graph import STAGES, WEIGHT_SHAPES, Scope, resolve_shape
 from aprcore.network.rope import Rope, RopeScaling
 from aprcore.network.weights import Weight, read_all
 from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData
+from aprcore.tokenization.tokenizer_json import read_tokenizer_json
 
 Format = Literal["apr", "gguf", "huggingface"]
 
@@ -78,7 +79,7 @@ class Model:
             case "gguf":
                 return TokenizerData.from_gguf(self.metadata, self.path)
             case "huggingface":
-                return TokenizerData.from_huggingface(self.path)
+                return read_tokenizer_json(self.path)
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, embedded or a `tokenizer.json` beside the model; built once.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FloatType
 from aprcore.quant.quantise import QUANTISED, count_unrepresentable, quantise
 from aprcore.quant.types import Float32
 
@@ -35,20 +36,13 @@ def _encode_f32(values: Float32) -> tuple[Encoded, int]:
     return values, _count_nonfinite(values)
 
 
-def _encode_f16(values: Float32) -> tuple[Encoded, int]:
-    with np.errstate(over="ignore"):
-        halves = values.astype("<f2")
-    return halves, _count_nonfinite(halves)
+def _encode_half(kind: FloatType) -> Callable[[Float32], tuple[Encoded, int]]:
+    def encode_values(values: Float32) -> tuple[Encoded, int]:
+        with np.errstate(over="ignore"):
+            halves = values.astype(kind.dtype)
+        return halves.view("<u2"), _count_nonfinite(halves)
 
-
-def _encode_bf16(values: Float32) -> tuple[Encoded, int]:
-    """Round to nearest, ties to even: the upper half of the float32 bits."""
-    bits = values.view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))
-    halves = (rounded >> 16).astype("<u2")
-    # Rounding can reach infinity, and can carry a NaN into a number: both sides count.
-    lost = ~np.isfinite(values) | ((halves & 0x7F80) == 0x7F80)
-    return halves, int(lost.sum())
+    return encode_values
 
 
 def _encode_blocks(dtype: str) -> Callable[[Float32], tuple[Encoded, int]]:
@@ -66,7 +60,7 @@ def _count_nonfinite(values: Encoded) -> int:
 
 ENCODERS: Mapping[str, Callable[[Float32], tuple[Encoded, int]]] = {
     "F32": _encode_f32,
-    "F16": _encode_f16,
-    "BF16": _encode_bf16,
+    "F16": _encode_half(FLOAT16),
+    "BF16": _encode_half(BFLOAT16),
     **{dtype: _encode_blocks(dtype) for dtype in QUANTISED},
 }

@@ -29,7 +29,7 @@ LOWEST, HIGHEST = -9, 1
 TICKS, MARK_STEP = 16, 9
 
 
-class Curve(NamedTuple):
+class DrawnCurve(NamedTuple):
     """One judgment over the depth.
 
     Attributes:
@@ -41,10 +41,12 @@ class Curve(NamedTuple):
     errors: tuple[float | None, ...]
 
 
-def curves_of(report: Report) -> list[Curve]:
+def curves_of(report: Report) -> list[DrawnCurve]:
     """Those of the judgments that the run made."""
     stages = report.stages
-    curves = [Curve(name, tuple(error_of(stage, name) for stage in stages)) for name in JUDGMENTS]
+    curves = [
+        DrawnCurve(name, tuple(error_of(stage, name) for stage in stages)) for name in JUDGMENTS
+    ]
     return [curve for curve in curves if any(error is not None for error in curve.errors)]
 
 
@@ -69,7 +71,7 @@ def draw_profile(report: Report) -> Markup | None:
     )  # fmt: skip
 
 
-def describe_profile(report: Report, curves: Sequence[Curve]) -> str:
+def describe_profile(report: Report, curves: Sequence[DrawnCurve]) -> str:
     """The profile in words."""
     said = []
     for curve in curves:
@@ -128,7 +130,7 @@ def _layers(report: Report) -> Iterator[Markup]:
     yield element("text", "layer", x=middle, y=HEIGHT - 4, text_anchor="middle")
 
 
-def _curve(curve: Curve) -> Markup:
+def _curve(curve: DrawnCurve) -> Markup:
     """A line with gaps where the judgment was not made."""
     pieces: list[list[str]] = [[]]
     for i, error in enumerate(curve.errors):
@@ -164,7 +166,7 @@ def _marks(report: Report, faults: Sequence[StageReport]) -> Iterator[Markup]:
             drawn = x
 
 
-def _legend(curves: Sequence[Curve]) -> Iterator[Markup]:
+def _legend(curves: Sequence[DrawnCurve]) -> Iterator[Markup]:
     for number, curve in enumerate(curves):
         x = LEFT + 36 + LEGEND_STEP * number
         line = element("polyline", points=f"{x},14 {x + 28},14")

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from aprcore.ground.errors import PlanError, Where
-from aprcore.ground.fields import read_toml
+from aprcore.ground.fields import convert, read_toml
 from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.network.graph import ALIASES, BY_NAME, Scope, StageKey
 from aprcore.records.report import RunHeader, StageReport
@@ -41,6 +44,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 # Keys of a tolerance file: the coarsest type of both sides' activations, or any.
 DTYPES = ("bfloat16", "float16", "float32")
 ANY_DTYPE = "any"
+Tolerance = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
 
 _PATTERN = re.compile(r"(?:layer-?(\d{1,9}|\*)[./])?([a-z_]+|\*)", re.ASCII)
 
@@ -73,6 +77,22 @@ class Budget:
     def precedence(self) -> tuple[bool, bool, bool]:
         """The more it says, the more it counts: its stage, then its layer, then its type."""
         return self.stages is not None, self.layer is not None, self.dtype is not None
+
+
+class _Tolerances(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of a tolerance file: `DTYPES` and `ANY_DTYPE`."""
+
+    bfloat16: Tolerance | None = None
+    float16: Tolerance | None = None
+    float32: Tolerance | None = None
+    any: Tolerance | None = None
+
+
+class _ToleranceFile(msgspec.Struct, forbid_unknown_fields=True):
+    """A tolerance file; what is in its stages' tables is checked by name."""
+
+    default: _Tolerances = _Tolerances()
+    stage: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,34 +186,22 @@ def _read_tolerances(path: Path) -> list[Budget]:
     Raises:
         PlanError: It has anything else, or names no stage.
     """
-    data = read_toml(path)
-    lines = []
-    for name in data.keys() - {"default", "stage"}:
-        raise PlanError(f"has {name!r}; expected [default] and [stage.NAME]", where=path)
-    for dtype, number in _read_numbers(path, "default", data.get("default", {})):
-        lines.append(Budget(None, None, number, dtype))
-    stages = data.get("stage", {})
-    if not isinstance(stages, dict):
-        raise PlanError("'stage' is no table", where=path, hint="write [stage.attn_scores]")
-    for pattern, table in stages.items():
-        target = _parse_pattern(pattern, path)
-        for dtype, number in _read_numbers(path, f"stage.{pattern}", table):
-            lines.append(Budget(*target, number, dtype))
+    held = convert(read_toml(path), _ToleranceFile, path, error=PlanError)
+    lines = _budgets(None, None, held.default)
+    for pattern, table in held.stage.items():
+        prefix = f"stage.{pattern}."
+        tolerances = convert(table, _Tolerances, path, prefix=prefix, error=PlanError)
+        lines += _budgets(*_parse_pattern(pattern, path), tolerances)
     return lines
 
 
-def _read_numbers(path: Path, name: str, table: Any) -> Sequence[tuple[str | None, float]]:
-    if not isinstance(table, dict):
-        raise PlanError(f"{name} is no table", where=path, hint=f"write [{name}]")
-    for key, value in table.items():
-        if key not in (*DTYPES, ANY_DTYPE):
-            raise PlanError(f"{name} has {key!r}", where=path,
-                            hint=f"expected {', '.join(DTYPES)} or {ANY_DTYPE}")  # fmt: skip
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (math.isfinite(value) and value >= 0):
-            raise PlanError(f"{name}.{key} is {value!r}, not a tolerance", where=path,
-                            hint="write a relative L2 such as 1e-3")  # fmt: skip
-    return [(None if key == ANY_DTYPE else key, float(value)) for key, value in table.items()]
+def _budgets(
+    stages: tuple[str, ...] | None, layer: int | None, tolerances: _Tolerances
+) -> list[Budget]:
+    return [
+        Budget(stages, layer, value, None if dtype == ANY_DTYPE else dtype)
+        for dtype, value in msgspec.structs.asdict(tolerances).items() if value is not None
+    ]  # fmt: skip
 
 
 def run_dtype(header: RunHeader) -> str:

@@ -56,7 +56,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class CaseSettings:
     """What is the same for all cases of one table; see `aprcore.runs.request.Request`.
 
     Attributes:
@@ -99,7 +99,7 @@ class Case:
     prompt: Prompt
     backend: str
     layers: str | None
-    settings: Settings
+    settings: CaseSettings
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,12 +108,9 @@ class Case:
 
     def _determinants(self) -> list[object]:
         settings = self.settings
-        sources = (
-            self.model, self.trace, self.oracle, settings.names, settings.reference_weights,
-        )  # fmt: skip
+        sources = [None if s is None else (s.location, s.mark) for s in self._slots]
         return [
-            CASE_SCHEMA,
-            [None if source is None else (source.location, source.mark) for source in sources],
+            CASE_SCHEMA, sources,
             self.prompt.text, self.prompt.tokens, self.backend, self.layers, settings.stages,
             self.device, settings.arithmetic, asdict(settings.budgets), settings.strict,
             settings.cumulative_only,
@@ -132,21 +129,20 @@ class Case:
     @property
     def axes(self) -> Mapping[str, str]:
         """The case's name on every axis."""
-        values = {
-            "model": self.model, "trace": self.trace, "oracle": self.oracle,
-        }  # fmt: skip
-        named = {axis: ABSENT if s is None else s.name for axis, s in values.items()}
-        rest = (self.prompt.name, self.backend, self.layers or ABSENT)
-        return named | dict(zip(AXES[3:], rest))
+        named = (ABSENT if s is None else s.name for s in (self.model, self.trace, self.oracle))
+        return dict(zip(AXES, (*named, self.prompt.name, self.backend, self.layers or ABSENT)))
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """Every file and directory that it reads."""
-        held = (
-            self.model, self.trace, self.oracle, self.settings.names,
-            self.settings.reference_weights,
+        return tuple(source for source in self._slots if source is not None)
+
+    @property
+    def _slots(self) -> tuple[Source | None, ...]:
+        settings = self.settings
+        return (
+            self.model, self.trace, self.oracle, settings.names, settings.reference_weights
         )  # fmt: skip
-        return tuple(source for source in held if source is not None)
 
     def command(self) -> str:
         """The command line that runs this case alone, for a shell."""

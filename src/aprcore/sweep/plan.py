@@ -28,26 +28,99 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from aprcore.dumps.plan import parse_layers, parse_stages
 from aprcore.ground.errors import PlanError
-from aprcore.ground.fields import read_toml
+from aprcore.ground.fields import convert, read_toml
 from aprcore.ground.home import expand_user
 from aprcore.ground.precision import ARITHMETICS
 from aprcore.runs.budget import parse_budgets
-from aprcore.sweep.cases import BACKENDS, DUMP, Case, Prompt, Settings, Source
+from aprcore.sweep.cases import BACKENDS, DUMP, Case, CaseSettings, Prompt, Source
 from aprcore.sweep.files import base_name, fingerprint, is_url
 
 # A slip of the pen in a matrix should not fill the memory.
 MOST_CASES = 100_000
 
-_LISTS = ("models", "traces", "oracles", "prompts", "backends", "layers")
-_SINGLES = ("model", "trace", "oracle", "prompt", "tokens", "backend", "layers")
-_SETTINGS = (
-    "stages", "device", "arithmetic", "names", "reference_weights", "tolerances", "budgets",
-    "strict", "cumulative_only", "timeout",
-)  # fmt: skip
+Parsed = TypeVar("Parsed")
+
+_some = msgspec.Meta(min_length=1)
+Words = Annotated[str, _some]
+Tokens = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], _some]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]
+
+
+class Named(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """An entry of an axis that is a table: its name, and the oracle that is its own."""
+
+    name: Words | None = None
+    oracle: Words | None = None
+
+
+class NamedModel(Named):
+    """An entry of `models`."""
+
+    path: Words
+
+
+class NamedPrompt(Named):
+    """An entry of `prompts`: one of the two."""
+
+    text: Words | None = None
+    tokens: Tokens | None = None
+
+
+class Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What any table may say, and [defaults] for all of them."""
+
+    stages: Words | None = None
+    device: Words | None = None
+    arithmetic: Words | None = None
+    names: Words | None = None
+    reference_weights: Words | None = None
+    tolerances: Words | None = None
+    budgets: tuple[Words, ...] = ()
+    strict: bool = False
+    cumulative_only: bool = False
+    timeout: Seconds | None = None
+
+
+class Single(Options):
+    """A [[case]]."""
+
+    model: Words | NamedModel | None = None
+    trace: Words | None = None
+    oracle: Words | None = None
+    prompt: Words | Tokens | NamedPrompt | None = None
+    tokens: Tokens | None = None
+    backend: Words | None = None
+    layers: Words | None = None
+
+
+class Matrix(Options):
+    """A [[matrix]]: the values of every axis, where it has any."""
+
+    models: Annotated[tuple[Words | NamedModel, ...], _some] | None = None
+    traces: Annotated[tuple[Words, ...], _some] | None = None
+    oracles: Annotated[tuple[Words, ...], _some] | None = None
+    prompts: Annotated[tuple[Words | Tokens | NamedPrompt, ...], _some] | None = None
+    backends: Annotated[tuple[Words, ...], _some] | None = None
+    layers: Annotated[tuple[Words, ...], _some] | None = None
+
+
+class CasesFile(msgspec.Struct, forbid_unknown_fields=True):
+    """The whole file; its tables are checked one by one, after the defaults were put in."""
+
+    defaults: dict[str, Any] = {}
+    matrix: list[dict[str, Any]] = []
+    case: list[dict[str, Any]] = []
+
+
+# An axis and what a [[case]] calls it.
+_PLURALS = {"model": "models", "trace": "traces", "oracle": "oracles", "prompt": "prompts",
+            "tokens": "prompts", "backend": "backends", "layers": "layers"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +144,6 @@ class Sweep:
         return tuple(dict.fromkeys(s.location for s in sources if s.mark is None))
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """One entry of `models` or `prompts`, with the oracle that is its own."""
-
-    value: Source | Prompt | None
-    oracle: str | None = None
-
-
 def read_sweep(path: Path, *, timeout_s: float | None = None) -> Sweep:
     """The cases of a file, with the fingerprints of what they read.
 
@@ -91,236 +156,141 @@ def read_sweep(path: Path, *, timeout_s: float | None = None) -> Sweep:
         PlanError: A key is unknown or malformed, or there is no case, or far too many.
         UnsupportedError: It has a URL, and fsspec is not installed.
     """
-    data = read_toml(path)
-    for key in data.keys() - {"defaults", "matrix", "case"}:
-        raise PlanError(f"unknown key {key!r}", where=path,
-                        hint="expected [defaults], [[matrix]] and [[case]]")  # fmt: skip
-    defaults = data.get("defaults", {})
-    if not isinstance(defaults, dict):
-        raise PlanError("'defaults' is no table", where=path, hint="write [defaults]")
-    _check_keys(path, "defaults", defaults, _SETTINGS)
+    held = convert(read_toml(path), CasesFile, path, error=PlanError)
+    convert(held.defaults, Options, path, prefix="defaults: ", error=PlanError)
     cases: list[Case] = []
-    for kind, keys in (("matrix", _LISTS), ("case", _SINGLES)):
-        tables = data.get(kind, [])
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise PlanError(f"{kind!r} is no list of tables", where=path, hint=f"write [[{kind}]]")
-        for number, table in enumerate(tables, 1):
-            name = f"{kind} {number}"
-            _check_keys(path, name, table, (*keys, *_SETTINGS))
-            if "prompt" in table and "tokens" in table:
-                raise PlanError(f"{name}: 'prompt' and 'tokens' contradict each other", where=path,
-                                hint="leave one out")  # fmt: skip
-            reader = _Table(path, name, defaults | (table if kind == "matrix" else _widen(table)))
-            cases += reader.expand(MOST_CASES - len(cases))
+    for number, table in enumerate(held.matrix, 1):
+        cases += _Table(path, f"matrix {number}", held.defaults | table).expand(len(cases))
+    for number, table in enumerate(held.case, 1):
+        name = f"case {number}"
+        single = convert(table, Single, path, prefix=f"{name}: ", error=PlanError)
+        if single.prompt is not None and single.tokens is not None:
+            raise PlanError(f"{name}: 'prompt' and 'tokens' contradict each other", where=path,
+                            hint="leave one out")  # fmt: skip
+        # A matrix with one value on every axis.
+        wide = {_PLURALS.get(key, key): [value] if key in _PLURALS else value
+                for key, value in table.items()}  # fmt: skip
+        cases += _Table(path, name, held.defaults | wide).expand(len(cases))
     if not cases:
         raise PlanError("has no case", where=path, hint="write a [[matrix]] with models")
     return _finish(path, cases, timeout_s)
 
 
-def _widen(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A [[case]] as a matrix with one value on every axis."""
-    plural = {"model": "models", "trace": "traces", "oracle": "oracles", "prompt": "prompts",
-              "tokens": "prompts", "backend": "backends", "layers": "layers"}  # fmt: skip
-    wide = {key: value for key, value in table.items() if key not in plural}
-    return wide | {plural[key]: [value] for key, value in table.items() if key in plural}
-
-
-def _check_keys(path: Path, name: str, table: Mapping[str, Any], known: Iterable[str]) -> None:
-    known = tuple(known)
-    for key in table:
-        if key not in known:
-            raise PlanError(f"{name}: unknown key {key!r}", where=path,
-                            hint=f"expected {', '.join(known)}")  # fmt: skip
-
-
 class _Table:
-    """One [[matrix]], checked key by key."""
+    """One [[matrix]], whose values are put together."""
 
     def __init__(self, path: Path, name: str, table: Mapping[str, Any]) -> None:
         self._path = path
         self._name = name
-        self._table = table
+        self._held = convert(table, Matrix, path, prefix=f"{name}: ", error=PlanError)
 
-    def expand(self, room: int) -> list[Case]:
+    def expand(self, before: int) -> list[Case]:
         """Every combination of the axes, the last one running fastest.
 
-        Raises:
-            PlanError: A key is malformed, or there are more than `room`.
-        """
-        models = self._axis("models", self._model)
-        traces = self._axis("traces", self._text)
-        oracles = self._axis("oracles", self._text)
-        prompts = self._axis("prompts", self._prompt)
-        backends = self._axis("backends", self._backend)
-        layers = self._axis("layers", self._layers)
-        settings = self._settings()
-        self._check_axes(models, traces, oracles, prompts, backends, settings)
-        axes = (models, traces, oracles, prompts, backends, layers)
-        if math.prod(map(len, axes)) > room:
-            raise self._fault(f"makes more than {MOST_CASES} cases", "split the file")
-        cases = []
-        for model, trace, oracle, prompt, backend, span in itertools.product(*axes):
-            held = prompt.value if prompt is not None else Prompt()
-            assert isinstance(held, Prompt)
-            source = None if model is None else model.value
-            assert source is None or isinstance(source, Source)
-            own = next((c.oracle for c in (prompt, model) if c is not None and c.oracle), oracle)
-            cases.append(Case(
-                model=source,
-                trace=self._source(trace, source, held),
-                oracle=self._source(own, source, held),
-                prompt=held,
-                backend=DUMP if trace is not None else backend or BACKENDS[0],
-                layers=span,
-                settings=settings,
-            ))  # fmt: skip
-        return cases
+        Args:
+            before: How many cases the file has before it.
 
-    def _check_axes(
-        self, models: Sequence[_Choice | None], traces: Sequence[str | None],
-        oracles: Sequence[str | None], prompts: Sequence[_Choice | None],
-        backends: Sequence[str | None], settings: Settings,
-    ) -> None:  # fmt: skip
-        """Hold the axes against each other."""
-        if models == [None] and traces == [None]:
+        Raises:
+            PlanError: The values contradict each other, or there are too many.
+        """
+        held = self._held
+        models = [self._model(entry) for entry in held.models or ()]
+        prompts = [self._prompt(entry) for entry in held.prompts or ()]
+        settings = self._settings()
+        self._check_axes({oracle for _, oracle in models}, {oracle for _, oracle in prompts})
+        axes: tuple[Sequence[Any], ...] = (
+            models or [(None, None)], held.traces or [None], held.oracles or [None],
+            prompts or [(Prompt(), None)], held.backends or [BACKENDS[0]], held.layers or [None],
+        )  # fmt: skip
+        if before + math.prod(map(len, axes)) > MOST_CASES:
+            raise self._fault(f"makes more than {MOST_CASES} cases", "split the file")
+        return [
+            Case(
+                model=model,
+                trace=self._fill(trace, model, prompt),
+                oracle=self._fill(of_prompt or of_model or oracle, model, prompt),
+                prompt=prompt,
+                backend=backend if trace is None else DUMP,
+                layers=layers,
+                settings=settings,
+            )
+            for (model, of_model), trace, oracle, (prompt, of_prompt), backend, layers
+            in itertools.product(*axes)
+        ]  # fmt: skip
+
+    def _check_axes(self, of_models: set[str | None], of_prompts: set[str | None]) -> None:
+        """Hold the axes, and the oracles that models and prompts name, against each other."""
+        held = self._held
+        if held.models is None and held.traces is None:
             raise self._fault("names no model and no trace", "give 'models', or 'traces'")
-        if traces != [None] and backends != [None]:
+        if held.traces is not None and held.backends is not None:
             raise self._fault("'backends' run a model, and 'traces' were run already",
                               "leave one out, or split the table")  # fmt: skip
-        owners = [name for name, own in (
-            ("oracles", oracles != [None]),
-            ("models", any(choice is not None and choice.oracle for choice in models)),
-            ("prompts", any(choice is not None and choice.oracle for choice in prompts)),
-        ) if own]  # fmt: skip
-        if len(owners) > 1:
-            raise self._fault(f"{' and '.join(map(repr, owners))} both name oracles",
-                              "let one of them do so")  # fmt: skip
-        if settings.device is not None and "opencl" not in backends:
-            raise self._fault("'device' is for the backend opencl",
-                              'add backends = ["opencl"]')  # fmt: skip
-
-    def _axis(self, key: str, read: Callable[[str, Any], Any]) -> list[Any]:
-        """The values of one axis; without the key, the one value None."""
-        values = self._table.get(key)
-        if values is None:
-            return [None]
-        if not isinstance(values, list) or not values:
-            raise self._fault(f"{key!r} is {values!r}, not a list of values"[:200])
-        return [read(key, value) for value in values]
+        owners = {"oracles": held.oracles is not None, "models": any(of_models),
+                  "prompts": any(of_prompts)}  # fmt: skip
+        named = [repr(axis) for axis, is_owner in owners.items() if is_owner]
+        if len(named) > 1:
+            raise self._fault(f"{' and '.join(named)} both name oracles", "let one of them do so")
+        if held.device is not None and "opencl" not in (held.backends or ()):
+            raise self._fault("'device' is for the backend opencl", 'add backends = ["opencl"]')
+        for backend in held.backends or ():
+            if backend not in BACKENDS:
+                raise self._fault(f"'backends' has {backend!r}",
+                                  f"expected {' or '.join(BACKENDS)}")  # fmt: skip
+        for layers in held.layers or ():
+            self._parse("layers", parse_layers, layers)
 
     def _fault(self, what: str, hint: str | None = None) -> PlanError:
         return PlanError(f"{self._name}: {what}", where=self._path, hint=hint)
 
-    def _text(self, key: str, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise self._fault(f"{key!r} has {value!r}, not a text")
-        return value
-
-    def _optional(self, key: str) -> str | None:
-        return None if key not in self._table else self._text(key, self._table[key])
-
-    def _flag(self, key: str) -> bool:
-        value = self._table.get(key, False)
-        if not isinstance(value, bool):
-            raise self._fault(f"{key!r} is {value!r}, not true or false")
-        return value
-
-    def _seconds(self, key: str) -> float | None:
-        value = self._table.get(key)
-        if value is None:
-            return None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= sys.float_info.max:
-            raise self._fault(f"{key!r} is {value!r}, not a positive number of seconds"[:200])
-        return float(value)
-
-    def _entry(self, key: str, value: Any, known: Sequence[str]) -> dict[str, Any]:
-        """A table on an axis, its keys checked."""
-        _check_keys(self._path, f"{self._name}: {key!r}", value, known)
-        for text in ("name", "oracle", "path", "text"):
-            if text in value:
-                self._text(f"{key}.{text}", value[text])
-        return dict(value)
-
-    def _model(self, key: str, value: Any) -> _Choice:
-        if isinstance(value, dict):
-            entry = self._entry(key, value, ("path", "name", "oracle"))
-            if "path" not in entry:
-                raise self._fault(f"{key!r} has a table without 'path'")
-        else:
-            entry = {"path": self._text(key, value)}
-        source = self._locate(entry["path"])
-        return _Choice(replace(source, name=entry.get("name", source.name)), entry.get("oracle"))
-
-    def _prompt(self, key: str, value: Any) -> _Choice:
-        match value:
-            case dict():
-                entry = self._entry(key, value, ("text", "tokens", "name", "oracle"))
-                if ("text" in entry) == ("tokens" in entry):
-                    raise self._fault(f"{key!r} has a table without one of 'text' and 'tokens'")
-            case list():
-                entry = {"tokens": value}
-            case _:
-                entry = {"text": self._text(key, value)}
-        text = entry.get("text")
-        tokens = None if text is not None else self._tokens(key, entry["tokens"])
-        name = text if tokens is None else ",".join(map(str, tokens))
-        assert name is not None
-        return _Choice(Prompt(entry.get("name", name), text, tokens), entry.get("oracle"))
-
-    def _tokens(self, key: str, value: Any) -> tuple[int, ...]:
-        is_ids = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-        if not is_ids or not value:
-            raise self._fault(f"{key!r} has {value!r}, not a list of token ids"[:200])
-        return tuple(value)
-
-    def _backend(self, key: str, value: Any) -> str:
-        if value not in BACKENDS:
-            raise self._fault(f"{key!r} has {value!r}", f"expected {' or '.join(BACKENDS)}")
-        return str(value)
-
-    def _layers(self, key: str, value: Any) -> str:
-        text = self._text(key, value)
-        self._parsed(key, lambda: parse_layers(text))
-        return text
-
-    def _parsed(self, key: str, parse: Callable[[], Any]) -> Any:
+    def _parse(self, key: str, parse: Callable[..., Parsed], *values: Any) -> Parsed:
         """What `parse` makes of a value, with the key in its complaint."""
         try:
-            return parse()
+            return parse(*values)
         except PlanError as error:
             raise self._fault(f"{key!r}: {error.what}", error.hint) from None
 
-    def _settings(self) -> Settings:
-        stages, arithmetic = self._optional("stages"), self._optional("arithmetic")
-        if stages is not None:
-            self._parsed("stages", lambda: parse_stages(stages))
-        if arithmetic is not None and arithmetic not in ARITHMETICS:
-            raise self._fault(f"'arithmetic' is {arithmetic!r}",
-                              f"expected {', '.join(ARITHMETICS)}")  # fmt: skip
-        options = self._table.get("budgets", [])
-        if not isinstance(options, list):
-            raise self._fault(f"'budgets' is {options!r}, not a list of texts")
-        options = tuple(self._text("budgets", option) for option in options)
-        file = self._optional("tolerances")
-        tolerances = None if file is None else self._locate(file).location
-        names, weights = self._optional("names"), self._optional("reference_weights")
-        return Settings(
-            stages=stages,
-            device=self._optional("device"),
-            arithmetic=arithmetic,
-            names=None if names is None else self._locate(names),
-            reference_weights=None if weights is None else self._locate(weights),
-            budgets=self._parsed("budgets", lambda: parse_budgets(
-                options, None if tolerances is None else Path(tolerances))),
-            budget_options=options,
-            tolerances=tolerances,
-            strict=self._flag("strict"),
-            cumulative_only=self._flag("cumulative_only"),
-            timeout_s=self._seconds("timeout"),
-        )  # fmt: skip
+    def _model(self, entry: str | NamedModel) -> tuple[Source, str | None]:
+        """A model, and the oracle that is its own."""
+        named = NamedModel(path=entry) if isinstance(entry, str) else entry
+        source = self._locate(named.path)
+        return replace(source, name=named.name or source.name), named.oracle
 
-    def _source(self, text: str | None, model: Source | None, prompt: Prompt) -> Source | None:
+    def _prompt(self, entry: str | tuple[int, ...] | NamedPrompt) -> tuple[Prompt, str | None]:
+        """A prompt, and the oracle that is its own."""
+        if isinstance(entry, str):
+            entry = NamedPrompt(text=entry)
+        elif isinstance(entry, tuple):
+            entry = NamedPrompt(tokens=entry)
+        if (entry.text is None) == (entry.tokens is None):
+            raise self._fault("'prompts' has a table without one of 'text' and 'tokens'")
+        name = entry.name or entry.text or ",".join(map(str, entry.tokens or ()))
+        return Prompt(name, entry.text, entry.tokens), entry.oracle
+
+    def _settings(self) -> CaseSettings:
+        held = self._held
+        if held.stages is not None:
+            self._parse("stages", parse_stages, held.stages)
+        if held.arithmetic is not None and held.arithmetic not in ARITHMETICS:
+            raise self._fault(f"'arithmetic' is {held.arithmetic!r}",
+                              f"expected {', '.join(ARITHMETICS)}")  # fmt: skip
+        file = None if held.tolerances is None else Path(self._locate(held.tolerances).location)
+        weights = held.reference_weights
+        return CaseSettings(
+            stages=held.stages,
+            device=held.device,
+            arithmetic=held.arithmetic,
+            names=None if held.names is None else self._locate(held.names),
+            reference_weights=None if weights is None else self._locate(weights),
+            budgets=self._parse("budgets", parse_budgets, held.budgets, file),
+            budget_options=held.budgets,
+            tolerances=None if file is None else str(file),
+            strict=held.strict,
+            cumulative_only=held.cumulative_only,
+            timeout_s=held.timeout,
+        )
+
+    def _fill(self, text: str | None, model: Source | None, prompt: Prompt) -> Source | None:
         """A trace or an oracle, with the placeholders of its text filled in."""
         if text is None:
             return None
@@ -373,7 +343,7 @@ def _finish(path: Path, cases: Sequence[Case], timeout_s: float | None) -> Sweep
     return Sweep(path, tuple(found.values()), len(cases) - len(found))
 
 
-def _distinct_names(sources: Sequence[Source]) -> dict[str, str]:
+def _distinct_names(sources: Iterable[Source]) -> dict[str, str]:
     """A longer name for each location whose name another one has too: its last two components."""
     held = {source.location: source.name for source in sources}
     counts = Counter(held.values())
@@ -387,7 +357,7 @@ def _distinct_names(sources: Sequence[Source]) -> dict[str, str]:
     return longer
 
 
-def _distinct_prompts(prompts: Sequence[Prompt]) -> dict[Prompt, Prompt]:
+def _distinct_prompts(prompts: Iterable[Prompt]) -> dict[Prompt, Prompt]:
     """Each prompt with a name that no other one has: two tables may have given one name twice."""
     used: Counter[str] = Counter()
     named = {}

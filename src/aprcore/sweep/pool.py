@@ -55,17 +55,6 @@ class _Task:
     deaths: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A worker's word that it began its case.
-
-    Attributes:
-        at: When, by `time.monotonic`, which all processes of a machine share.
-    """
-
-    at: float
-
-
 @contextmanager
 def _interrupt_held() -> Iterator[None]:
     """Ctrl-C is for the parent, which ends its workers: they inherit the mask.
@@ -111,17 +100,20 @@ class _Worker:
         except OSError:
             pass
 
-    def take(self) -> CaseResult | _Begun | None:
-        """What the worker says of its case, or None if it died over it."""
+    def take(self) -> CaseResult | float | None:
+        """The worker's result, or when it began its case; None if it died over it.
+
+        The time is of `time.monotonic`, which all processes of a machine share.
+        """
         try:
-            said: CaseResult | _Begun | None = (
+            said: CaseResult | float | None = (
                 self.connection.recv() if self.connection.poll() else None
             )
         except (EOFError, OSError):
             return None
-        if isinstance(said, _Begun):
+        if isinstance(said, float):
             assert self.task is not None
-            self._deadline = said.at + _limit_s(self.task.case)
+            self._deadline = said + _limit_s(self.task.case)
         return said
 
     @property
@@ -186,7 +178,7 @@ def run_locally(
             for worker in _ready(workers):
                 task, said = worker.task, worker.take()
                 assert task is not None
-                if isinstance(said, _Begun):
+                if isinstance(said, float):
                     continue
                 worker.task = None
                 if said is not None:
@@ -252,7 +244,7 @@ def _serve(connection: Connection, cache: Path, threads: int) -> None:
         except EOFError:
             return
         try:
-            connection.send(_Begun(time.monotonic()))
+            connection.send(time.monotonic())
             connection.send(run_case(case, cache, threads))
         except BrokenPipeError:
             return

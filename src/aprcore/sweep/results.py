@@ -12,11 +12,12 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from aprcore.ground.errors import FormatError, PlanError, TraceError
+from aprcore.ground.fields import convert, parse_object
 from aprcore.judging.compare import Comparison
 from aprcore.judging.verdict import Verdict
 from aprcore.network.graph import StageKey, computation_order
@@ -32,6 +33,8 @@ ERROR = "ERROR"
 # In place of a judgment: the device, held against the CPU, is to blame.
 DEVICE = "device"
 LOGITS = StageKey(None, "lm_head")
+
+OTHER_FILE = "choose another file with -o"
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,28 +198,16 @@ def result_to_json(result: CaseResult) -> dict[str, Any]:
     return data
 
 
-def parse_result(data: Any) -> CaseResult:
-    """A result from the JSON of `result_to_json`.
+def parse_result(line: bytes) -> CaseResult:
+    """A result from a line of a results file.
 
     Raises:
-        ValueError: It is nothing of the kind.
+        FormatError: It is nothing of the kind.
     """
-    if not isinstance(data, dict) or data.get("schema") != CASE_SCHEMA:
-        raise ValueError("no result")
-    try:
-        values = {field.name: data[field.name] for field in fields(CaseResult)}
-        faults = tuple(Fault(**fault) for fault in values["faults"])
-        result = CaseResult(**values | {"faults": faults, "notes": tuple(values["notes"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError("not a whole result") from error
-    is_typed = (
-        isinstance(result.id, str) and isinstance(result.verdict, str)
-        and isinstance(result.diverges, bool) and isinstance(result.summary, str)
-        and isinstance(result.elapsed_s, float | int)
-    )  # fmt: skip
-    if not is_typed:
-        raise ValueError("a field of the wrong type")
-    return result
+    data = parse_object(line, None, "the line")
+    if data.get("schema") != CASE_SCHEMA:
+        raise FormatError("no result of a sweep")
+    return convert(data, CaseResult, None)
 
 
 class ResultsFile:
@@ -246,7 +237,7 @@ class ResultsFile:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise TraceError(f"cannot be written ({error.strerror})", where=path,
-                             hint="choose another file with -o") from error  # fmt: skip
+                             hint=OTHER_FILE) from error  # fmt: skip
         try:
             self._begin(fresh=fresh)
         except BaseException:
@@ -276,8 +267,13 @@ class ResultsFile:
         """
         if not self._keep(result):
             return False
-        line = json.dumps(result_to_json(result), allow_nan=False) + "\n"
-        self._append(line.encode())
+        line = (json.dumps(result_to_json(result), allow_nan=False) + "\n").encode()
+        try:
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(None, "the disk is full")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._unwritable(error) from error
         return True
 
     def _keep(self, result: CaseResult) -> bool:
@@ -289,36 +285,24 @@ class ResultsFile:
 
     def _begin(self, *, fresh: bool) -> None:
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device may have no end
-            raise TraceError("is no regular file", where=self.path,
-                             hint="choose another file with -o")  # fmt: skip
+            raise TraceError("is no regular file", where=self.path, hint=OTHER_FILE)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise PlanError(
-                "another sweep is writing to it", where=self.path,
-                hint="wait for it, or choose another file with -o",
-            ) from error  # fmt: skip
-        data = self._read()
-        whole = self._parse(data, fresh=fresh)
+            raise PlanError("another sweep is writing to it", where=self.path,
+                            hint=f"wait for it, or {OTHER_FILE}") from error  # fmt: skip
         try:
-            if fresh:
-                os.ftruncate(self._descriptor, 0)
-            elif whole < len(data):  # a sweep was cut off while it wrote its last line
-                os.ftruncate(self._descriptor, whole)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        if fresh:
-            self._results.clear()
-
-    def _read(self) -> bytes:
-        """All of the file."""
-        held = bytearray()
-        try:
-            while piece := os.pread(self._descriptor, 1 << 20, len(held)):
-                held += piece
+            data = self.path.read_bytes()
         except OSError as error:
             raise TraceError(f"cannot be read ({error.strerror})", where=self.path) from error
-        return bytes(held)
+        whole = self._parse(data, fresh=fresh)
+        if fresh:
+            self._results.clear()
+        try:
+            # A sweep may have been cut off while it wrote its last line.
+            os.ftruncate(self._descriptor, 0 if fresh else whole)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _parse(self, data: bytes, *, fresh: bool) -> int:
         """Keep the results in `data`; how many of its bytes are whole lines.
@@ -329,26 +313,17 @@ class ResultsFile:
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
-                self._keep(parse_result(json.loads(line)))
-            except (ValueError, RecursionError) as error:
+                self._keep(parse_result(line))
+            except FormatError as error:
                 if fresh and number > 1:
                     return whole
-                raise FormatError(f"line {number} is no result of a sweep", where=self.path,
-                                  hint="choose another file with -o") from error  # fmt: skip
+                raise FormatError(f"line {number} is no result of a sweep ({error})",
+                                  where=self.path, hint=OTHER_FILE) from error  # fmt: skip
         # What is no line yet is the start of one, or somebody else's file.
         if not whole and data and not data.startswith(_line_start(len(data))):
             raise FormatError("is no file of a sweep's results", where=self.path,
-                              hint="choose another file with -o")  # fmt: skip
+                              hint=OTHER_FILE)  # fmt: skip
         return whole
-
-    def _append(self, line: bytes) -> None:
-        try:
-            written = os.write(self._descriptor, line)
-            if written < len(line):  # the disk is full
-                raise OSError(None, "the disk is full")
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> TraceError:
         return TraceError(f"cannot be written ({error.strerror})", where=self.path,

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean as mean
 
 from aprcore.sweep.cases import Case
 from aprcore.sweep.plan import Sweep
@@ -82,7 +84,7 @@ def run_sweep(
         (case, held) for case in sweep.cases
         if case.id not in pending and (held := results.get(case.id)) is not None
     )  # fmt: skip
-    estimate = Estimate(pending.values(), earlier)
+    estimate = TimeEstimate(pending.values(), earlier)
     started = time.perf_counter()
     if pending:
         with closing(runner(tuple(pending.values()))) as stream:
@@ -99,7 +101,7 @@ def run_sweep(
     yield SweepFinished(finished, kept, time.perf_counter() - started)
 
 
-class Estimate:
+class TimeEstimate:
     """How long the rest will take, from what has been run.
 
     A case is taken to cost what others of its model and backend did, else what cases cost on
@@ -111,7 +113,7 @@ class Estimate:
     ) -> None:
         """Begin with what is to be run, and with what earlier runs came to."""
         self._pending = Counter(map(_kind, pending))
-        self._known: dict[tuple[str, str], _Mean] = {}
+        self._known: dict[tuple[str, str], list[float]] = {}  # seconds of each case, by kind
         self._done_s = 0.0
         for case, result in earlier:
             self._note(case, result)
@@ -128,29 +130,18 @@ class Estimate:
         Args:
             elapsed_s: Seconds since this run began.
         """
-        count = sum(mean.count for mean in self._known.values())
-        if not count or self._done_s <= 0:
+        if not self._known or self._done_s <= 0:
             return None
-        average = sum(mean.total_s for mean in self._known.values()) / count
-        work_s = 0.0
-        for kind, number in self._pending.items():
-            mean = self._known.get(kind)
-            work_s += number * (average if mean is None else mean.total_s / mean.count)
+        average = mean(chain.from_iterable(self._known.values()))
+        work_s = sum(
+            number * (mean(self._known[kind]) if kind in self._known else average)
+            for kind, number in self._pending.items()
+        )
         return work_s * elapsed_s / self._done_s
 
     def _note(self, case: Case, result: CaseResult) -> None:
         if not result.is_error:  # most end at once, and say nothing of the others
-            mean = self._known.setdefault(_kind(case), _Mean())
-            mean.total_s += result.elapsed_s
-            mean.count += 1
-
-
-@dataclass(slots=True)
-class _Mean:
-    """Seconds of some cases."""
-
-    total_s: float = 0.0
-    count: int = 0
+            self._known.setdefault(_kind(case), []).append(result.elapsed_s)
 
 
 def _kind(case: Case) -> tuple[str, str]:

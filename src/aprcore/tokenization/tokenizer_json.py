@@ -5,92 +5,119 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aprcore.ground.errors import TokenizerError, Where
+import msgspec
+
+from aprcore.ground.errors import AprError, TokenizerError, Where
+from aprcore.ground.fields import convert, read_object
 from aprcore.tokenization.vocabulary import (
     PATTERNS,
     TOKENIZER_NAME,
     UNKNOWN_PATTERN,
     TokenizerData,
     TokenKind,
-    read_json,
 )
 
+TOKENIZER_LIMIT_BYTES = 256 * 1024 * 1024
 MAX_TOKEN_ID = 2**24  # a hole of ids up to a larger one would only eat memory
 
 
-def read_tokenizer_json(directory: Path) -> TokenizerData:
-    """The BPE tokenizer of a directory.
+class _Step(msgspec.Struct):
+    """A normaliser, pre-tokenizer or post-processor; which keys it has depends on its type."""
+
+    type: str
+    normalizers: list[_Step] = []
+    pretokenizers: list[_Step] = []
+    processors: list[_Step] = []
+    pattern: Any = None
+    add_prefix_space: bool = False
+    prepend_scheme: str = "always"
+    single: list[dict[str, Any]] = []
+
+    @property
+    def steps(self) -> list[_Step]:
+        """Those of a Sequence, or the one that this is."""
+        if self.type != "Sequence":
+            return [self]
+        return [*self.normalizers, *self.pretokenizers, *self.processors]
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+    special: bool = False
+
+
+class _Bpe(msgspec.Struct):
+    vocab: dict[str, int]
+    merges: list[str | tuple[str, str]]  # newer files store pairs
+    byte_fallback: bool | None = None
+    unk_token: str | None = None
+
+
+class _Library(msgspec.Struct):
+    """What is read of a `tokenizer.json`."""
+
+    model: _Bpe
+    added_tokens: list[_AddedToken] | None = None
+    normalizer: _Step | None = None
+    pre_tokenizer: _Step | None = None
+    post_processor: _Step | None = None
+
+
+def read_tokenizer_json(directory: Path) -> TokenizerData | None:
+    """The BPE tokenizer of a directory, or None if it has no `tokenizer.json`.
 
     Raises:
-        FormatError: A file is no JSON object.
-        TokenizerError: It is malformed, or no BPE.
+        TokenizerError: A file is malformed, or the tokenizer is of another kind than BPE.
     """
     path = directory / TOKENIZER_NAME
-    whole = read_json(path)
-    settings = read_json(directory / "tokenizer_config.json")
+    if not path.exists():
+        return None
+    try:
+        whole = read_object(path, limit_bytes=TOKENIZER_LIMIT_BYTES)
+        beside = directory / "tokenizer_config.json"
+        exists = beside.exists()
+        settings = read_object(beside, limit_bytes=TOKENIZER_LIMIT_BYTES) if exists else {}
+    except AprError as error:
+        raise TokenizerError(error.what, where=error.where, hint=error.hint) from error
     model = whole.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        kind = model.get("type") if isinstance(model, dict) else None
+    if isinstance(model, dict) and model.get("type", "BPE") != "BPE":
+        kind = model["type"]
         raise TokenizerError(f"a model of type {kind!r} is not supported, only BPE", where=path)
-    added = _read_added(whole.get("added_tokens") or [], path)
-    vocabulary = _read_vocabulary(model.get("vocab"), added, path)
+    held = convert(whole, _Library, path, error=TokenizerError)
+    added = {token.id: token for token in held.added_tokens or []}
+    vocabulary = _list_vocabulary(held.model.vocab, added, path)
     ids = {token: token_id for token_id, token in enumerate(vocabulary)}
-    sentencepiece = bool(model.get("byte_fallback"))
+    sentencepiece = bool(held.model.byte_fallback)
     bos, eos = (_find_special(settings, name, ids) for name in ("bos_token", "eos_token"))
     return TokenizerData(
         vocabulary=vocabulary,
-        merges=_read_merges(model.get("merges"), path),
+        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in held.model.merges],
         scores=None,
         model_type="llama" if sentencepiece else "gpt2",
-        pre_type=None if sentencepiece else _find_pattern(whole.get("pre_tokenizer")),
-        token_type=_find_kinds(vocabulary, added, model.get("unk_token")),
+        pre_type=None if sentencepiece else _find_pattern(held.pre_tokenizer),
+        token_type=_find_kinds(vocabulary, added, held.model.unk_token),
         bos_token_id=bos,
         eos_token_id=eos,
-        add_bos=bos is not None and _adds_token(whole.get("post_processor"), vocabulary[bos]),
+        add_bos=bos is not None and _adds_token(held.post_processor, vocabulary[bos]),
         chat_template=_find_template(directory, settings),
-        add_space_prefix=_adds_space(whole) if sentencepiece else None,
+        add_space_prefix=_adds_space(held) if sentencepiece else None,
     )
 
 
-def _read_added(entries: Any, where: Where) -> dict[int, tuple[str, bool]]:
-    """Added tokens by id: their text, and whether they are special."""
-    if not isinstance(entries, list):
-        raise TokenizerError("added_tokens is not a list", where=where)
-    added = {}
-    for entry in entries:
-        token_id = entry.get("id") if isinstance(entry, dict) else None
-        if type(token_id) is not int or not isinstance(entry.get("content"), str):
-            raise TokenizerError(f"added token {entry!r} needs an id and content", where=where)
-        added[token_id] = entry["content"], bool(entry.get("special"))
-    return added
-
-
-def _read_vocabulary(vocab: Any, added: dict[int, tuple[str, bool]], where: Where) -> list[str]:
+def _list_vocabulary(
+    vocab: dict[str, int], added: dict[int, _AddedToken], where: Where
+) -> list[str]:
     """Tokens by id; an id that no token has becomes "[PAD<id>]", as in GGUF files.
 
     Raises:
-        TokenizerError: The vocabulary is malformed.
+        TokenizerError: There is none, or an id is out of range.
     """
-    if not isinstance(vocab, dict) or not all(type(token_id) is int for token_id in vocab.values()):
-        raise TokenizerError("model.vocab is not an object of tokens and ids", where=where)
     by_id = {token_id: token for token, token_id in vocab.items()}
-    by_id.update({token_id: content for token_id, (content, _) in added.items()})
+    by_id.update({token_id: token.content for token_id, token in added.items()})
     if not by_id or min(by_id) < 0 or max(by_id) > MAX_TOKEN_ID:
         raise TokenizerError("model.vocab is empty or has ids out of range", where=where)
     return [by_id.get(token_id, f"[PAD{token_id}]") for token_id in range(max(by_id) + 1)]
-
-
-def _read_merges(merges: Any, where: Where) -> list[str]:
-    """Merges as "left right"; newer files store pairs."""
-    if not isinstance(merges, list):
-        raise TokenizerError("model.merges is not a list", where=where)
-    lines = []
-    for merge in merges:
-        pair = isinstance(merge, list) and len(merge) == 2 and all(type(m) is str for m in merge)
-        if not pair and not isinstance(merge, str):
-            raise TokenizerError(f"merge {merge!r} is not two tokens", where=where)
-        lines.append(" ".join(merge) if pair else merge)
-    return lines
 
 
 def _find_special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> int | None:
@@ -100,69 +127,49 @@ def _find_special(settings: dict[str, Any], name: str, ids: dict[str, int]) -> i
 
 
 def _find_kinds(
-    vocabulary: list[str], added: dict[int, tuple[str, bool]], unknown: Any
+    vocabulary: list[str], added: dict[int, _AddedToken], unknown: str | None
 ) -> list[int]:
     kinds = [TokenKind.BYTE if len(token) == 6 and token.startswith("<0x") and token.endswith(">")
              else TokenKind.NORMAL for token in vocabulary]  # fmt: skip
-    for token_id, (content, special) in added.items():
-        kinds[token_id] = TokenKind.CONTROL if special else TokenKind.USER_DEFINED
-        if content == unknown:
+    for token_id, token in added.items():
+        kinds[token_id] = TokenKind.CONTROL if token.special else TokenKind.USER_DEFINED
+        if token.content == unknown:
             kinds[token_id] = TokenKind.UNKNOWN
     return [int(kind) for kind in kinds]
 
 
-def _find_pattern(pre_tokenizer: Any) -> str:
+def _find_pattern(pre_tokenizer: _Step | None) -> str:
     """GGUF's name of a pre-tokenizer, told by its regular expression.
 
     One that is not known gets a name that no reader accepts: a copy of the vocabulary would
     otherwise cut text in another way than the original.
     """
-    steps = _flatten(pre_tokenizer, "pretokenizers")
-    regexes = [step.get("pattern") for step in steps if step["type"] == "Split"]
-    kinds = [step["type"] for step in steps]
-    if kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and not steps[-1].get("add_prefix_space"):
+    steps = [] if pre_tokenizer is None else pre_tokenizer.steps
+    kinds = [step.type for step in steps]
+    if kinds in (["ByteLevel"], ["Digits", "ByteLevel"]) and not steps[-1].add_prefix_space:
         return "gpt-2" if len(kinds) == 1 else "smollm"
-    for name, pattern in PATTERNS.items():
-        if (
-            pattern is not None
-            and regexes == [{"Regex": pattern}]
-            and kinds == ["Split", "ByteLevel"]
-        ):
-            return name
+    if kinds == ["Split", "ByteLevel"]:
+        for name, pattern in PATTERNS.items():
+            if pattern is not None and steps[0].pattern == {"Regex": pattern}:
+                return name
     return UNKNOWN_PATTERN
 
 
-def _flatten(step: Any, key: str) -> list[dict[str, Any]]:
-    """The steps of a Sequence, or the one step there is."""
-    if not isinstance(step, dict) or not isinstance(step.get("type"), str):
-        return []
-    if step["type"] != "Sequence":
-        return [step]
-    parts = step.get(key)
-    if not isinstance(parts, list):
-        return []
-    return [part for part in parts if isinstance(part, dict) and isinstance(part.get("type"), str)]
-
-
-def _adds_space(whole: dict[str, Any]) -> bool:
+def _adds_space(held: _Library) -> bool:
     """Whether a SentencePiece conversion puts a blank in front (by normalizer or Metaspace)."""
-    steps = _flatten(whole.get("normalizer"), "normalizers")
-    steps += _flatten(whole.get("pre_tokenizer"), "pretokenizers")
+    found = [step for step in (held.normalizer, held.pre_tokenizer) if step is not None]
     return any(
-        step["type"] == "Prepend"
-        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
-    )
+        step.type == "Prepend" or (step.type == "Metaspace" and step.prepend_scheme != "never")
+        for part in found for step in part.steps
+    )  # fmt: skip
 
 
-def _adds_token(post_processor: Any, token: str) -> bool:
+def _adds_token(post_processor: _Step | None, token: str) -> bool:
     """Whether a template begins a single text with `token`."""
-    for step in _flatten(post_processor, "processors"):
-        template = step.get("single")
-        if isinstance(template, list) and template and isinstance(template[0], dict):
-            special = template[0].get("SpecialToken")
-            if isinstance(special, dict) and special.get("id") == token:
-                return True
+    for step in [] if post_processor is None else post_processor.steps:
+        special = step.single[0].get("SpecialToken") if step.single else None
+        if isinstance(special, dict) and special.get("id") == token:
+            return True
     return False
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
-from aprcore.ground.errors import AprError, TokenizerError, Where
-from aprcore.ground.fields import read_object
+import msgspec
+
+from aprcore.ground.errors import TokenizerError, Where
+from aprcore.ground.fields import convert
 
 TOKENIZER_NAME = "tokenizer.json"
-TOKENIZER_LIMIT_BYTES = 256 * 1024 * 1024
 
 UNKNOWN_PATTERN = "unknown"
 
@@ -36,6 +36,9 @@ PATTERNS: Mapping[str, str | None] = {
 # A file that names no pattern, or "default", means GPT-2's: llama.cpp's own default.
 _PATTERN_ALIASES = {"": "gpt-2", "default": "gpt-2", "gpt2": "gpt-2", "llama3": "llama-bpe",
                     "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}  # fmt: skip
+
+# Models whose files may lack the pattern's name.
+_QWEN = ("qwen2", "qwen3")
 
 _SENTENCEPIECE_TYPES = frozenset({"llama", "spm", "sentencepiece"})
 _BYTE_LEVEL_TYPES = frozenset({"gpt2", "bpe", "bytelevel", "byte_level", "byte-level"})
@@ -120,13 +123,11 @@ class TokenizerData:
         Raises:
             TokenizerError: A value is malformed.
         """
-        values = _Values(metadata, where, "tokenizer.")
-        pre_type = values.text("pre_type")
-        architecture = metadata.get("architecture") or metadata.get("model_type")
-        if pre_type is None and str(architecture).lower().startswith(("qwen2", "qwen3")):
-            pre_type = "qwen2"
-        return _read_data(values, "vocabulary", "model_type", pre_type, "token_type",
-                          metadata.get("chat_template"))  # fmt: skip
+        held = _read_stored(_TokenizerKeys, metadata, "tokenizer.", where)
+        architecture = str(metadata.get("architecture") or metadata.get("model_type")).lower()
+        if held is not None and held.pre_type is None and architecture.startswith(_QWEN):
+            held.pre_type = "qwen2"
+        return None if held is None else held.to_data(metadata.get("chat_template"), where)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: Where = None) -> TokenizerData | None:
@@ -135,27 +136,9 @@ class TokenizerData:
         Raises:
             TokenizerError: A value is malformed.
         """
-        values = _Values(metadata, where, "tokenizer.ggml.")
-        return _read_data(values, "tokens", "model", values.text("pre"), "token_type",
-                          metadata.get("tokenizer.chat_template"))  # fmt: skip
-
-    @classmethod
-    def from_huggingface(cls, directory: Path) -> TokenizerData | None:
-        """The tokenizer of a Hugging Face directory, or None if it has no `tokenizer.json`.
-
-        Raises:
-            TokenizerError: A file is malformed, or the tokenizer is of another kind than BPE.
-        """
-        from aprcore.tokenization.tokenizer_json import read_tokenizer_json
-
-        if not (directory / TOKENIZER_NAME).exists():
-            return None
-        try:
-            return read_tokenizer_json(directory)
-        except TokenizerError:
-            raise
-        except AprError as error:
-            raise TokenizerError(error.what, where=error.where, hint=error.hint) from error
+        held = _read_stored(_GgufKeys, metadata, "tokenizer.ggml.", where)
+        template = metadata.get("tokenizer.chat_template")
+        return None if held is None else held.to_data(template, where)
 
     def to_apr_metadata(self) -> dict[str, Any]:
         """The keys of a `.apr` file's metadata; those without a value are left out."""
@@ -191,84 +174,73 @@ def bpe_pattern(pre_type: str | None, where: Where = None) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """Typed look-ups under a common prefix."""
+class _TokenizerKeys(msgspec.Struct):
+    """The keys of a `.apr` file, below "tokenizer."."""
 
-    values: Mapping[str, Any]
-    where: Where
-    prefix: str
+    vocabulary: list[str] = []
+    merges: list[str] = []
+    scores: list[float] | None = None
+    model_type: str | None = None
+    pre_type: str | None = None
+    token_type: list[int] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    add_bos_token: bool | None = None
+    add_space_prefix: bool | None = None
 
-    def _find(self, key: str, kind: type, what: str) -> Any:
-        value = self.values.get(self.prefix + key)
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if value is not None and not right:
-            raise TokenizerError(f"{self.prefix}{key} is not {what}", where=self.where)
-        return value
+    def to_data(self, chat_template: Any, where: Where) -> TokenizerData:
+        """The tokenizer.
 
-    def text(self, key: str) -> str | None:
-        value: str | None = self._find(key, str, "a string")
-        return value
-
-    def flag(self, key: str) -> bool | None:
-        value: bool | None = self._find(key, bool, "true or false")
-        return value
-
-    def token_id(self, key: str, vocab_size: int) -> int | None:
-        value: int | None = self._find(key, int, "an integer")
-        if value is not None and not 0 <= value < vocab_size:
-            raise TokenizerError(
-                f"{self.prefix}{key} {value} is outside the vocabulary of {vocab_size}",
-                where=self.where,
-            )
-        return value
-
-    def items(self, key: str, kinds: tuple[type, ...], size: int | None = None) -> list[Any] | None:
-        """A list of one kind, of `size` items if that is given; an empty one counts as absent."""
-        value: list[Any] | None = self._find(key, list, "a list")
-        if not value:
-            return None
-        if not all(type(item) in kinds for item in value):
-            raise TokenizerError(f"{self.prefix}{key} is not a list of {kinds[0].__name__}",
-                                 where=self.where)  # fmt: skip
-        if size is not None and len(value) != size:
-            raise TokenizerError(
-                f"{self.prefix}{key} has {len(value)} items for {size} tokens", where=self.where
-            )
-        return value
+        Raises:
+            TokenizerError: It is of another kind than BPE.
+        """
+        return TokenizerData(
+            vocabulary=self.vocabulary,
+            merges=self.merges,
+            scores=self.scores or None,
+            model_type=_find_model_type(self.model_type, self.vocabulary, where),
+            pre_type=self.pre_type,
+            token_type=self.token_type or None,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            add_bos=self.add_bos_token,
+            chat_template=chat_template if isinstance(chat_template, str) else None,
+            add_space_prefix=self.add_space_prefix,
+        )
 
 
-def _read_data(
-    values: _Values,
-    vocabulary_key: str,
-    model_key: str,
-    pre_type: str | None,
-    kind_key: str,
-    chat_template: Any,
-) -> TokenizerData | None:
-    """What `.apr` and GGUF have in common.
+class _GgufKeys(
+    _TokenizerKeys, rename={"vocabulary": "tokens", "model_type": "model", "pre_type": "pre"}
+):
+    """The keys of a GGUF file, below "tokenizer.ggml."."""
+
+    # Renaming is for a class's own fields, not for those of its base.
+    vocabulary: list[str] = []
+    model_type: str | None = None
+    pre_type: str | None = None
+
+
+def _read_stored(
+    schema: type[_TokenizerKeys], metadata: Mapping[str, Any], prefix: str, where: Where
+) -> _TokenizerKeys | None:
+    """A tokenizer's keys, null counting as absent; None if there is no vocabulary.
 
     Raises:
         TokenizerError: A value is malformed.
     """
-    vocabulary = values.items(vocabulary_key, (str,))
-    if vocabulary is None:
-        return None
-    size = len(vocabulary)
-    scores = values.items("scores", (float, int), size)
-    return TokenizerData(
-        vocabulary=vocabulary,
-        merges=values.items("merges", (str,)) or [],
-        scores=None if scores is None else [float(score) for score in scores],
-        model_type=_find_model_type(values.text(model_key), vocabulary, values.where),
-        pre_type=pre_type,
-        token_type=values.items(kind_key, (int,), size),
-        bos_token_id=values.token_id("bos_token_id", size),
-        eos_token_id=values.token_id("eos_token_id", size),
-        add_bos=values.flag("add_bos_token"),
-        chat_template=chat_template if isinstance(chat_template, str) else None,
-        add_space_prefix=values.flag("add_space_prefix"),
-    )
+    values = {key.removeprefix(prefix): value for key, value in metadata.items()
+              if key.startswith(prefix) and value is not None}  # fmt: skip
+    held = convert(values, schema, where, prefix=prefix, error=TokenizerError)
+    size = len(held.vocabulary)
+    for key, items in (("scores", held.scores), ("token_type", held.token_type)):
+        if items and size and len(items) != size:
+            raise TokenizerError(f"{prefix}{key} has {len(items)} items for {size} tokens",
+                                 where=where)  # fmt: skip
+    for key, token in (("bos_token_id", held.bos_token_id), ("eos_token_id", held.eos_token_id)):
+        if token is not None and size and not 0 <= token < size:
+            raise TokenizerError(f"{prefix}{key} {token} is outside the vocabulary of {size}",
+                                 where=where)  # fmt: skip
+    return held if size else None
 
 
 def _find_model_type(named: str | None, vocabulary: list[str], where: Where) -> str:
@@ -285,12 +257,3 @@ def _find_model_type(named: str | None, vocabulary: list[str], where: Where) -> 
         return "gpt2"
     raise TokenizerError(f"tokenizer of type {named!r} is not supported", where=where,
                          hint=f"put the model's {TOKENIZER_NAME} beside it")  # fmt: skip
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the tokenizer, or an empty object if it does not exist.
-
-    Raises:
-        FormatError: It is malformed.
-    """
-    return read_object(path, limit_bytes=TOKENIZER_LIMIT_BYTES) if path.exists() else {}

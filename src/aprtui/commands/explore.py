@@ -68,7 +68,7 @@ def choose_settings(args: argparse.Namespace) -> Settings:
     Raises:
         AprError: The settings file cannot be used.
     """
-    from aprtui.settings import load_settings
+    from aprtui.settings_file import load_settings
 
     settings = load_settings()
     return settings if args.theme is None else replace(settings, theme=args.theme)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aprtui.commands.run_options import add_thread_option, whole_number
 
 if TYPE_CHECKING:
-    from aprcore.sweep.cases import Case
     from aprcore.sweep.plan import Sweep
-    from aprcore.sweep.results import CaseResult, ResultsFile
+    from aprcore.sweep.results import ResultsFile
     from aprcore.sweep.run import CaseFinished, Runner, SweepFinished
 
 # More processes would rather share one memory than have more of it, and each holds a layer of its
@@ -138,13 +138,9 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
 
         # What becomes of a lost worker's cases is in the results.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
-
-        def on_cluster(cases: Sequence[Case]) -> Generator[CaseResult]:
-            # A cluster counts one processor per thread of a worker, and that is one case.
-            return run_on_cluster(cases, scheduler=args.scheduler, cache=kept,
-                                  threads=args.threads or 1, warn=_say)  # fmt: skip
-
-        yield on_cluster
+        # A cluster counts one processor per thread of a worker, and that is one case.
+        yield partial(run_on_cluster, scheduler=args.scheduler, cache=kept,
+                      threads=args.threads or 1, warn=_say)  # fmt: skip
         return
     from aprcore.sweep.pool import run_locally
 
@@ -152,12 +148,7 @@ def _make_runner(args: argparse.Namespace, sweep: Sweep) -> Iterator[Runner]:
     jobs = min(args.jobs or min(processors, MOST_DEFAULT_JOBS), len(sweep.cases))
     threads = args.threads or max(1, processors // jobs)
     with tempfile.TemporaryDirectory(prefix="aprtui-sweep-") as folder:
-        cache = kept or Path(folder)
-
-        def locally(cases: Sequence[Case]) -> Generator[CaseResult]:
-            return run_locally(cases, jobs=jobs, cache=cache, threads=threads)
-
-        yield locally
+        yield partial(run_locally, jobs=jobs, cache=kept or Path(folder), threads=threads)
 
 
 def _run_to_end(sweep: Sweep, results: ResultsFile, runner: Runner) -> SweepFinished:
