@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report, StageReport
 from tiny import SIZES, TOKENS, Tensors
 

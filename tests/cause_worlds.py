@@ -17,7 +17,7 @@ from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from tiny import SIZES, Tensors, opened
 
 H, K, D, E, F, V = (SIZES[letter] for letter in "HKDEFV")
@@ -63,7 +63,7 @@ def explained(
     with opened(path) as model:
         profile = Profile(ARITHMETICS[arithmetic], weights_rounded=in_file)
         side = RecordedSide(
-            model.config, model.weights, tokens, len(tokens), profile, read=tensors.get
+            model.graph, model.weights, tokens, len(tokens), profile, read=tensors.get
         )
         expected = side.expect(key)
         assert expected is not None

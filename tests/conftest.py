@@ -55,6 +55,16 @@ def pytest_configure() -> None:
     pytest_textual_snapshot.SVGImageExtension = Pictures
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes minutes, so that no processor waits for it in the end."""
+
+    def seconds(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return 0.0 if marker is None else float(marker.args[0])
+
+    items.sort(key=seconds, reverse=True)
+
+
 def pytest_collection_finish() -> None:
     """Have the collector look less often, and never at what was imported.
 

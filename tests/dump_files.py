@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.source import StageSource
 from aprcore.network.config import ModelConfig
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 VOCAB_SIZE = 96
+FIRST_GEMMA = 200
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,29 @@ def small_model(architecture: str, *, seed: int = 0, num_tokens: int = 7, **sett
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         **({"sliding_window": None} if architecture == "mistral" else {}),
-        **({"head_dim": 8} if architecture == "qwen3" else {}),
+        **({"head_dim": 8} if architecture in ("qwen3", "gemma2") else {}),
+        # Caps so strong that every score and logit feels them.
+        **({"query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "sliding_window": 4,
+            "final_logit_softcapping": 1.5} if architecture == "gemma2" else {}),
     }  # fmt: skip
     return RandomModel(architecture, {**defaults, **settings}, seed, num_tokens)
 
 
 def random_config(seed: int) -> RandomModel:
-    """A recipe of an odd shape; seeds of one residue mod 4 share the architecture."""
+    """A recipe of an odd shape.
+
+    Seeds of one residue mod 4 share the architecture; from `FIRST_GEMMA` on all are Gemma 2.
+    """
     draw = random.Random(seed)
-    architecture = ARCHITECTURES[seed % 4]
+    architecture = "gemma2" if seed >= FIRST_GEMMA else ARCHITECTURES[seed % 4]
     heads = draw.choice([1, 2, 3, 4, 5, 6, 7, 9])
     kv_heads = draw.choice([n for n in (1, 2, 3, heads) if heads % n == 0])
     head_dim = draw.choice([2, 4, 6, 8, 10, 16, 20])
     hidden = heads * draw.choice([4, 6, 8, 12])
-    if architecture != "llama":  # which refuses a hidden size that the heads do not divide
+    if architecture not in (
+        "llama",
+        "gemma2",
+    ):  # which refuse a hidden size that the heads do not divide
         hidden += draw.choice([0, 0, 1, 5])
     settings: dict[str, Any] = {
         "vocab_size": draw.choice([17, 64, VOCAB_SIZE, 131]),
@@ -91,7 +101,30 @@ def random_config(seed: int) -> RandomModel:
         settings["sliding_window"] = draw.choice([None, 65])
     # One token has no causal structure and 65 end a block of 64: more of both than chance gives.
     num_tokens = draw.choice([1, 65, *(draw.randint(1, 65) for _ in range(6))])
+    layers = settings["num_hidden_layers"]
+    window = draw.choice([1, 2, 5, max(1, num_tokens - 1), num_tokens, num_tokens + 3])
+    if architecture == "gemma2":
+        kind = settings["hidden_act"]
+        settings["hidden_activation"] = "gelu_pytorch_tanh" if kind == "silu" else kind
+        settings |= {
+            "num_hidden_layers": layers + 1, "sliding_window": window,
+            "query_pre_attn_scalar": draw.choice([head_dim, 7, 64]),
+            "attn_logit_softcapping": draw.choice([None, 0.7, 5.0, 50.0]),
+            "final_logit_softcapping": draw.choice([None, 4.0, 30.0]),
+        }  # fmt: skip
+    elif architecture != "llama" and has_window(seed):
+        settings |= {"sliding_window": window}
+        if architecture != "mistral":
+            settings |= {"use_sliding_window": True, "max_window_layers": draw.randint(0, layers)}
+        if architecture == "qwen3" and draw.random() < 0.5:
+            kinds = ["sliding_attention", "full_attention"]
+            settings["layer_types"] = [draw.choice(kinds) for _ in range(layers)]
     return RandomModel(architecture, settings, seed, num_tokens)
+
+
+def has_window(seed: int) -> bool:
+    """Whether a recipe that may have windows gets them: every third of 150."""
+    return seed // 4 % 3 == 1
 
 
 def _random_rope(draw: random.Random) -> dict[str, Any]:
@@ -139,7 +172,8 @@ def perturb(model: Any, generator: Any) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
+                is_offset = model.config.model_type == "gemma2"  # it multiplies by 1 + w
+                parameter.copy_((0 if is_offset else 1) + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif "embed_tokens" in name:
@@ -219,7 +253,9 @@ def write_apr(model: Any, path: Path, *, rope_type: int = 2) -> Path:
         "max_position_embeddings": config.max_position_embeddings,
         "rope_theta": rope.pop("rope_theta"), "rope_type": rope_type,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "hidden_act": config.hidden_act, "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": activation(config), "rms_norm_eps": config.rms_norm_eps,
+        **window_metadata(config),
+        **{key: getattr(config, key, None) for key in NUMBERS},
     }  # fmt: skip
     weights = dict(_weights(model))
     if rope_type == 0:
@@ -231,6 +267,26 @@ def write_apr(model: Any, path: Path, *, rope_type: int = 2) -> Path:
     return path
 
 
+NUMBERS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def activation(config: Any) -> str:
+    """The activation function of a transformers configuration."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def window_metadata(config: Any) -> dict[str, Any]:
+    """The windows of a transformers configuration under .apr's keys."""
+    kinds = getattr(config, "layer_types", None)
+    on = config.model_type == "mistral" or "sliding_attention" in (kinds or ())
+    window = getattr(config, "sliding_window", None) if on else None
+    return {"sliding_window": window, "layer_types": kinds if window else None}
+
+
+GEMMA2_NAMES = {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
@@ -260,10 +316,23 @@ def write_gguf(model: Any, path: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_gguf_rope(writer, model)
+    windows = window_metadata(config)
+    if windows["sliding_window"]:
+        writer.add_sliding_window(windows["sliding_window"])
+        if config.model_type != "gemma2" and windows["layer_types"]:
+            flags = [kind == "sliding_attention" for kind in windows["layer_types"]]
+            writer.add_sliding_window_pattern(flags)
+    is_gemma = config.model_type == "gemma2"
+    if is_gemma:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping or 0.0)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
+    names = GGUF_NAMES | (GEMMA2_NAMES if is_gemma else {})
     for name, values in _weights(model):
         if paired:
             values = _paired(name, values, config)
-        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(values))
+        if is_gemma and name.endswith("norm.weight"):
+            values = values + 1
+        writer.add_tensor(_gguf_name(name, names), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -291,19 +360,24 @@ def _add_gguf_rope(writer: Any, model: Any) -> None:
             writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, names: Mapping[str, str]) -> str:
     module, _, kind = name.rpartition(".")
     if module.startswith("model.layers."):
         number, _, inner = module.removeprefix("model.layers.").partition(".")
-        return f"blk.{number}.{GGUF_NAMES[inner]}.{kind}"
-    return f"{GGUF_NAMES[module]}.{kind}"
+        return f"blk.{number}.{names[inner]}.{kind}"
+    return f"{names[module]}.{kind}"
 
 
 def gguf_can_hold(recipe: RandomModel) -> bool:
     """Whether GGUF has keys for all of a recipe: no activation, nor yarn's rarer fields."""
     rare = {"attention_factor", "beta_fast", "mscale", "truncate"}
     rope = recipe.settings["rope_parameters"]
-    return recipe.settings["hidden_act"] == "silu" and not rare & set(rope)
+    settings = recipe.settings
+    if recipe.architecture == "gemma2":
+        usual = settings["query_pre_attn_scalar"] == settings["head_dim"]
+        usual &= settings["hidden_activation"] == "gelu_pytorch_tanh"
+        return usual and not rare & set(rope)
+    return settings["hidden_act"] == "silu" and not rare & set(rope)
 
 
 def head_dim(config: Any) -> int:

@@ -15,6 +15,7 @@ from aprcore.engines.opencl.backend import OpenCLBackend
 from aprcore.engines.opencl.device import open_device
 from aprcore.engines.opencl.program import Programs
 from aprcore.engines.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS
+from aprcore.network.mask import CAUSAL, Mask
 from aprcore.network.rope import Rope
 from closeness import relative_l2
 from stored_weights import fitting_width, random_tensor
@@ -50,11 +51,14 @@ def walk(op: OpenCLBackend) -> None:
         np.testing.assert_array_equal(op.to_host(op.embed(ids, tensor)), cpu.embed(ids, tensor))
     x = draw(5, 24)
     check("rms_norm", [x], weight(24), 1e-5)
-    check("rms_norm", [x], weight(12), 1e-5)
+    check("rms_norm", [x], weight(12), 1e-5, 1.0)
+    check("scale", [x], 3.0)
+    check("soft_cap", [x], 2.0)
     check("add_bias", [x], [weight(9), weight(15)])
     check("rope", [x], np.arange(5), Rope(1e4, 12))
-    check("attention_scores", [x, draw(7, 12)], 2, 1)
-    check("causal_softmax", [draw(2, 5, 7)])
+    for mask in (CAUSAL, Mask(1, 0), Mask(None, None), Mask(2, 1)):
+        check("attention_scores", [x, draw(7, 12)], 2, 1, 0.3, mask)
+        check("masked_softmax", [draw(2, 5, 7)], mask)
     check("weighted_values", [draw(2, 5, 7), draw(7, 12)], 1)
     for kind in ("silu", "gelu", "gelu_pytorch_tanh", "relu"):
         check("activation", [x], kind)

@@ -14,7 +14,7 @@ from aprcore.judging.compare import compare, describe
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.logits import compare_logits
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.pictures import Grid, MapKind
 from aprcore.records.parity import SideJudgment, StageParity
 from aprcore.records.report import (

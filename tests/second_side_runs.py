@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageParity
 from aprcore.records.report import Report
 from aprtui.cli import main

@@ -10,7 +10,7 @@ import numpy as np
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.data_file import DataFile
-from aprcore.quant.types import FORMATS, Layout, storage_size
+from aprcore.quant.types import FORMATS, BlockLayout, storage_size
 
 # Where a block has its half-precision scales: any other byte may be anything.
 SCALES = {
@@ -22,7 +22,11 @@ SCALES = {
 def fitting_width(dtype: str, width: int) -> int:
     """`width`, or the next one that whole blocks hold where the type demands it."""
     row = FORMATS[dtype]
-    return -(-width // row.block_values) * row.block_values if row.layout is Layout.ROWS else width
+    return (
+        -(-width // row.block_values) * row.block_values
+        if row.layout is BlockLayout.ROWS
+        else width
+    )
 
 
 def random_bytes(dtype: str, shape: tuple[int, ...], seed: int, *, wild: bool = False) -> bytes:

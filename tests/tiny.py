@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from aprcore.engines.forward import trace
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.models.model import Model, open_model
-from aprcore.network.graph import STAGES, WEIGHT_SHAPES, Scope, StageKey, resolve_shape
+from aprcore.network.graph import outline
+from aprcore.network.stages import Scope, StageKey, resolve_shape
 
 Float32 = NDArray[np.float32]
 Tensors = dict[StageKey, Float32]
@@ -51,21 +52,22 @@ class ArrayWeight:
 
 
 def draw_weights(
-    seed: int = 0, num_layers: int = NUM_LAYERS, *, has_bias: bool = True
-) -> dict[str, Float32]:
+    seed: int = 0, num_layers: int = NUM_LAYERS, *, has_bias: bool = True,
+    architecture: str = "llama", also: Iterable[str] = (),
+) -> dict[str, Float32]:  # fmt: skip
     """Weights of a Qwen2 at a trained model's scale: norms near one, biases that matter.
 
     Each depends on the seed and its name alone: a model of fewer layers is the start of a longer.
     """
     weights = {}
-    for stage in STAGES:
-        if stage.feature not in (None, "dense", *(["qkv_bias"] if has_bias else [])):
-            continue
-        layers = range(num_layers) if stage.scope is Scope.LAYER else (None,)
-        for layer in layers:
-            for name in stage.weights:
-                prefix = "" if layer is None else f"model.layers.{layer}."
-                shape = resolve_shape(WEIGHT_SHAPES[name], SIZES)
+    graph = outline(num_layers, (*also, *(("qkv_bias",) if has_bias else ())), architecture)
+    for row in (graph.find(key) for key in graph.keys):
+        stage = row.stage
+        layer = row.key.layer if stage.scope is Scope.LAYER else None
+        for use in stage.operation.weights:
+            if use.needed:
+                prefix, name = "" if layer is None else f"model.layers.{layer}.", use.name
+                shape = resolve_shape(use.shape, SIZES)
                 generator = np.random.default_rng([seed, crc32((prefix + name).encode())])
                 noise = generator.standard_normal(shape)
                 if name.endswith("norm.weight"):
@@ -115,7 +117,7 @@ def opened(path: Path) -> Iterator[Model]:
 def trace_model(path: Path, tokens: tuple[int, ...] = TOKENS) -> Tensors:
     """Every stage of the CPU path, by key."""
     with opened(path) as model:
-        stream = trace(model.config, model.weights, NumpyBackend(1), tokens)
+        stream = trace(model.graph, model.weights, NumpyBackend(1), tokens)
         return {key: tensor.copy() for key, tensor in stream}
 
 

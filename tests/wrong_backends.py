@@ -38,16 +38,16 @@ class Race(NumpyBackend):
         super().__init__(1)
         self._draw = np.random.default_rng(0)
 
-    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+    def rms_norm(self, x: Any, weight: Any, eps: float, offset: float = 0.0) -> Any:
         scale = self._draw.choice([1, 2], size=(x.shape[0], 1)).astype(np.float32)
-        return super().rms_norm(x, weight, eps) * scale
+        return super().rms_norm(x, weight, eps, offset) * scale
 
 
 class BlindToTheFirst(NumpyBackend):
     """With a single query, as in decoding, the first position is not attended to."""
 
-    def causal_softmax(self, scores: Any) -> Any:
-        weights = super().causal_softmax(scores)
+    def masked_softmax(self, scores: Any, mask: Any) -> Any:
+        weights = super().masked_softmax(scores, mask)
         if weights.shape[1] == 1:
             weights = weights.copy()
             weights[..., 0] = 0
@@ -130,8 +130,8 @@ WRONG_KERNELS = (
     WrongKernel("wrong stride for grouped kv heads", "attention.cl",
                 "head / (heads / kv_heads), count", "head % kv_heads, count", "attention"),
     WrongKernel("a token does not see itself", "attention.cl",
-                "seen = row % tokens + (positions - tokens) + 1;",
-                "seen = row % tokens + (positions - tokens);", "attn_softmax"),
+                "position = row % tokens + (positions - tokens);",
+                "position = row % tokens + (positions - tokens) - 1;", "attn_softmax"),
     WrongKernel("sums of the lanes race", "common.cl",
                 """        barrier(CLK_LOCAL_MEM_FENCE);
         if (lane < half_way) scratch[lane] += scratch[lane + half_way];""",

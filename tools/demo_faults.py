@@ -24,7 +24,7 @@ from aprcore.formats.apr_writer import AprWriter, TensorEntry
 from aprcore.judging.compare import compare
 from aprcore.models.convert import import_model
 from aprcore.models.model import Model, open_model
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.network.weights import read_all
 from aprcore.records.report import Report
 from aprcore.runs.bisect import run
@@ -202,7 +202,7 @@ def check_sound(model: Model, oracle: TraceDirectory) -> None:
     backend = NumpyBackend()
     tokens = oracle.sidecar.tokens or ()
     ours = (
-        (k, backend.to_host(x)) for k, x in forward(model.config, model.weights, backend, tokens)
+        (k, backend.to_host(x)) for k, x in forward(model.graph, model.weights, backend, tokens)
     )
     for engine, tensors in (
         ("aprcore", ours),

@@ -26,7 +26,7 @@ from aprcore.dumps.writer import TraceWriter
 from aprcore.engines.forward import Floats, forward
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.models.model import open_model
-from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.network.stages import StageKey
 from aprtui.demo import ORACLE, SOUND_MODEL, demo_path, load_faults
 from pseudo_terminal import Terminal
 from screen_files import Cells, draw_screen, look_alike, record_screens
@@ -114,7 +114,7 @@ SCENES = (
                  ("─ layer 2 · attention ─", "token 3, head 1, dim 4", "NMSE")),
             Step("p, w: back, and why", "pw",
                  ("─ layer 2 · attn_scores ─", "[6 Why]", "The engine computes this stage wrongly",
-                  "how query heads are mapped to kv heads", "and 57 more"),
+                  "how query heads are mapped to kv heads", "more, further off"),
                  picture="why"),
             Step("2: how far off each token is", "2",
                  ("[2 Tokens]", '10 "="', "0.3433921"), picture="tokens"),
@@ -256,16 +256,16 @@ def write_dump(model: Path, directory: Path) -> None:
         attention=None, versions={}, created_utc=None,
     )  # fmt: skip
     with open_model(model) as opened, TraceWriter(directory, sidecar) as writer:
-        config = opened.config
-        sizes = config.sizes(len(tokens))
+        graph = opened.graph
+        sizes = opened.config.sizes(len(tokens))
         stored: dict[StageKey, Floats] = {}
-        for key in stage_keys(config.num_layers, config.features):
+        for key in graph.keys:
             stage = forward(
-                config, opened.weights, ReferenceBackend(), tokens,
+                graph, opened.weights, ReferenceBackend(), tokens,
                 wants={key}.__contains__, given=stored,
             )  # fmt: skip
             x = next(value for _, value in stage).astype(np.float32)
-            stored[key] = x.reshape(resolve_shape(BY_NAME[key.stage].shape, sizes))
+            stored[key] = x.reshape(graph.shape(key, sizes))
             writer.write(key, stored[key])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aprcore.models.model import Model
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.network.weights import read_all
 
 

@@ -30,7 +30,7 @@ from aprtui.commands import (
     trace,
 )
 
-# Exit codes (DESIGN.md): 0 nothing wrong found, 1 a divergence was found.
+# Exit codes (docs/contracts/exit-codes.yaml): 0 nothing wrong found, 1 a divergence was found.
 UNUSABLE = 2
 # As shells report a signal: 128 + SIGINT, 128 + SIGPIPE. Not 0: nobody has seen the verdict.
 INTERRUPTED, BROKEN_PIPE = 130, 141

@@ -10,9 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from aprcore.network.graph import BY_NAME
+from aprcore.ground.visible import visible
+from aprcore.network.graph import known_stages
 from aprcore.records import telling
-from aprcore.records.telling import format_ratio, format_value, visible
+from aprcore.records.telling import format_ratio, format_value
 from aprtui.formatting import format_short
 from aprtui.judgments import judgment_lines, parity_lines
 from aprtui.rows import summarise_layer
@@ -108,7 +109,7 @@ def describe_layer(state: RunState, layer: int, paint: Paint) -> RenderableType:
 
 def describe_pending(stage: str, paint: Paint) -> RenderableType:
     """A stage that is not judged yet."""
-    return Group(Text(BY_NAME[stage].title), _mark(PENDING, paint))
+    return Group(Text(known_stages()[stage].title), _mark(PENDING, paint))
 
 
 def describe_verdict(report: StageReport, paint: Paint) -> RenderableType:
@@ -163,7 +164,7 @@ def describe_figures(report: StageReport, header: RunHeader, paint: Paint) -> Re
 
 
 def _heading(report: StageReport, paint: Paint) -> Text:
-    row = BY_NAME[report.key.stage]
+    row = known_stages()[report.key.stage]
     text = Text(row.title)
     if report.layout is not None:
         text.append(f"  {telling.format_shape(report.layout.shape)}", "bold")

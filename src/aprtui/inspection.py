@@ -153,7 +153,7 @@ def _describe_run(config: ModelConfig) -> dict[str, Any]:
     fields = describe_config(config)
     # How files store rows is undone on opening; what runs has one order.
     del fields["rope_type"], fields["model_type"]
-    fields |= {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
+    fields |= config.found_in_tensors
     if config.rope.divisors is not None:
         fields["rope_divisors"] = list(config.rope.divisors)
     return fields

@@ -1,12 +1,13 @@
-"""Following an inherited error upstream, through the table of stages, to where it began."""
+"""Following an inherited error upstream, through the graph, to where it began."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from aprcore.network.graph import StageKey, computation_order, input_keys, stage_keys
+from aprcore.network.graph import Graph, computation_order, outline
+from aprcore.network.stages import StageKey
+from aprcore.records.report import RunHeader
 from aprtui.run_state import RunState
 
 # Verdicts by word: the engine need not be imported to paint the first screen. What has one of these
@@ -57,49 +58,46 @@ def spoiled_by(state: RunState, key: StageKey) -> tuple[StageKey, ...]:
     header = state.header
     if header is None or _word(state, key) not in CARRIES_ON:
         return ()
-    features = _features(header.keys)
-    readers: dict[StageKey, list[StageKey]] = {}
-    for reader in stage_keys(header.num_layers, features | {"dense", "experts"}):
-        for source in input_keys(reader, header.num_layers, features):
-            readers.setdefault(source, []).append(reader)
+    graph = _graph(header)
     found: set[StageKey] = set()
     visited: set[StageKey] = set()
-    unseen = list(readers.get(key, ()))
+    unseen = list(graph.readers(key))
     while unseen:
         reader = unseen.pop()
         if reader in visited:
             continue
         visited.add(reader)
         if reader not in state.reports:
-            unseen.extend(readers.get(reader, ()))
+            unseen.extend(graph.readers(reader))
         elif _word(state, reader) in CARRIES_ON:
             found.add(reader)
     return tuple(sorted(found, key=computation_order))
 
 
 def _ancestors(state: RunState, key: StageKey) -> dict[StageKey, StageKey]:
-    """The stages that an error may have come from, each with the one that reads it."""
+    """The stages on the ways an error may have come by, each with the one that reads it.
+
+    A way ends with the first stage that carries nothing on: it is here, and is nobody's fault.
+    """
     header = state.header
     if header is None:
         return {}
-    features = _features(header.keys)
-    parents: dict[StageKey, StageKey] = {}
-    unseen = deque([key])
-    while unseen:
-        reader = unseen.popleft()
-        for source in input_keys(reader, header.num_layers, features):
-            if source in parents or source == key:
-                continue
-            # An unrecorded stage has no verdict; its inputs may.
-            if source not in state.reports or _word(state, source) in CARRIES_ON:
-                parents[source] = reader
-                unseen.append(source)
-    return parents
+
+    def carries_on(source: StageKey) -> bool:
+        # An unrecorded stage has no verdict; its inputs may.
+        return source not in state.reports or _word(state, source) in CARRIES_ON
+
+    return dict(_graph(header).ancestors(key, carries_on))
 
 
-def _features(keys: Iterable[StageKey]) -> frozenset[str]:
-    """What decides which of two stages is read: where there is a bias, what follows reads it."""
-    return frozenset({"qkv_bias"} if any(key.stage == "qkv_bias" for key in keys) else ())
+def _graph(header: RunHeader) -> Graph:
+    """What reads what in a run; its model may not be at hand."""
+    return _outline(header.num_layers, frozenset(k.stage for k in header.keys), header.architecture)
+
+
+@lru_cache(maxsize=4)
+def _outline(num_layers: int, names: frozenset[str], architecture: str | None) -> Graph:
+    return outline(num_layers, names, architecture)
 
 
 def _word(state: RunState, key: StageKey) -> str | None:

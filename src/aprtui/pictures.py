@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from textual.message import Message
 
 if TYPE_CHECKING:
-    from aprcore.network.graph import StageKey
+    from aprcore.network.stages import StageKey
     from aprcore.pictures import TensorPair
     from aprcore.records.report import StageReport
     from aprcore.records.tensor_source import TensorSource

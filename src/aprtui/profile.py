@@ -12,7 +12,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import JUDGMENTS, SEVERITY, error_of
 from aprtui.measures import BASIS, Measure
 from aprtui.run_state import RunState

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import Layer, cosine_rank, rank_of
 from aprtui.measures import BASIS, JUDGMENTS, Measure
 from aprtui.run_state import RunState

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.measures import BASIS, Measure, measures_of, view_of
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ class RunState:
     @property
     def logits(self) -> LogitsReport | None:
         """What the head says, once it is judged."""
-        report = self.reports.get(StageKey(None, "lm_head"))
-        return None if report is None else report.logits
+        found = (report.logits for report in reversed(self.reports.values()) if report.logits)
+        return next(found, None)
 
     @property
     def exit_code(self) -> int:

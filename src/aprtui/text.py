@@ -6,7 +6,7 @@ direction mark that makes the line read otherwise.
 
 from __future__ import annotations
 
-from aprcore.records.telling import visible
+from aprcore.ground.visible import visible
 
 # Characters of an error. Two lists of some thousand token ids must fit: a user compares them.
 ERROR_LIMIT = 20_000

@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from aprcore.causes.records import CauseTried
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.ground.visible import visible
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 from aprcore.records import telling
-from aprcore.records.telling import Line, format_ratio, visible
+from aprcore.records.telling import Line, format_ratio
 from aprtui.lineage import Lineage, trace_upstream
 from aprtui.run_state import RunState
 from aprtui.theme import Paint, mark_of
@@ -197,7 +199,7 @@ def _finding(report: StageReport) -> Iterator[Line]:
                    f" {report.key.stage} on that side to have it judged.",)  # fmt: skip
         case "SHAPE":
             yield (f"The sizes differ: {report.reason}.",)
-            expected = BY_NAME[report.key.stage].shape
+            expected = known_stages()[report.key.stage].shape
             yield (f"The stage is {expected} (T tokens, H heads, K kv heads, D head dim,"
                    " E hidden, F ffn, V vocab): look at what one side leaves out.",)  # fmt: skip
         case "LAYOUT":

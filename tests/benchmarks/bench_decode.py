@@ -42,7 +42,7 @@ from aprcore.engines.decode import Decoder
 from aprcore.models.model import open_model
 from aprtui.demo import demo_path
 model = open_model(demo_path() / "sound.apr")
-decoder = Decoder(model.config, model.weights, Engine(op))
+decoder = Decoder(model.graph, model.weights, Engine(op))
 laps = [opened - started]
 for _ in range(2):
     lap = time.perf_counter()
@@ -79,7 +79,7 @@ def decoding(title: str, path: Path, tokens: Sequence[int], steps: int) -> list[
         open_engine("opencl") as device,
         open_engine("numpy") as cpu,
     ):
-        decoders = [Decoder(model.config, model.weights, engine) for engine in (device, cpu)]
+        decoders = [Decoder(model.graph, model.weights, engine) for engine in (device, cpu)]
         runs = [timed(decode(decoder, tokens, steps)) for decoder in decoders]
         laps = interleave(runs, REPEATS)
         differences = [difference(decoder) for decoder in decoders]

@@ -19,7 +19,8 @@ from figures import Figure, interleave, median_ratio, milliseconds, report, time
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import BY_NAME, Scope, StageKey, stage_keys
+from aprcore.network.graph import known_stages, outline
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report, StageReport
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
@@ -63,15 +64,17 @@ def make(root: Path) -> None:
     sidecar = Sidecar(tokens=TOKENS, dtype="float32", backend="made-up")
     with TraceWriter(root / "A", sidecar) as ours, TraceWriter(root / "B", sidecar) as theirs:
         for key in keys():
-            x = random.standard_normal(SHAPES.get(BY_NAME[key.stage].shape, SHAPE), np.float32)
+            x = random.standard_normal(
+                SHAPES.get(known_stages()[key.stage].shape, SHAPE), np.float32
+            )
             theirs.write(key, x)
             ours.write(key, x * (1 + np.float32(3e-7) * random.standard_normal(x.shape, x.dtype)))
 
 
 def keys() -> list[StageKey]:
     """The first tensors of a model that is deep enough; all of them lie in a layer's folder."""
-    every = stage_keys(FILES, ("qkv_bias", "dense"))
-    return list(islice((k for k in every if BY_NAME[k.stage].scope is not Scope.MODEL), FILES))
+    every = outline(FILES, ("qkv_bias",)).keys
+    return list(islice((k for k in every if k.layer is not None), FILES))
 
 
 def compare_all(root: Path) -> None:

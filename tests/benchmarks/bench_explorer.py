@@ -30,7 +30,8 @@ from aprcore.dumps.writer import TraceWriter
 from aprcore.judging.compare import compare
 from aprcore.judging.layouts import Layout, layout_of
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.network.graph import known_stages, outline
+from aprcore.network.stages import Scope, StageKey, resolve_shape
 from aprcore.pictures import MemoryPlane, TensorPair
 from aprcore.records.report import Report, RunHeader, Side, StageReport
 from aprcore.runs.request import Request
@@ -97,7 +98,7 @@ def first_paint(folder: Path, runs: int) -> tuple[float, float]:
     random = np.random.default_rng(0)
     for path in paths:
         with TraceWriter(path, Sidecar(tokens=tuple(range(7)))) as writer:
-            for key in stage_keys(2, ("dense",)):
+            for key in outline(2, ()).keys:
                 writer.write(key, random.standard_normal((7, 8)).astype(np.float32))
     # As installed: compiled, which Textual is already.
     environment = os.environ | {"PYTHONPYCACHEPREFIX": str(folder / "compiled")}
@@ -321,7 +322,7 @@ def large_files(folder: Path) -> tuple[StageReport, TensorSource]:
     for name in ("trace", "oracle"):
         path = folder / f"{name}.bin"
         write_stage_file(path, 0, np.concatenate([head + n for n in range(MAP_SHAPE[0])]))
-        planes.append(FilePlane(path, key, layout, HEADER.size))
+        planes.append(FilePlane(path, None, layout, HEADER.size))
         head = head * np.float32(1.001)
 
     class Files:
@@ -356,8 +357,12 @@ class MadeUpTensors:
 
 def large_run(request: Request) -> Iterator[Any]:
     """A finished run of 80 layers with every stage; a seventh of them fails."""
-    features = {stage.feature for stage in BY_NAME.values() if stage.feature is not None}
-    keys = tuple(stage_keys(LARGE_LAYERS, features))
+    layers = range(LARGE_LAYERS)
+    stages = known_stages().values()
+    keys = tuple(
+        [StageKey(n, s.name) for n in layers for s in stages if s.scope is Scope.LAYER]
+        + [StageKey(None, s.name) for s in stages if s.scope is Scope.MODEL]
+    )
     side = Side("made-up", "made-up", "float32")
     tokens = tuple(range(LARGE_SIZES["T"]))
     texts = tuple(f" word{n}" for n in tokens)
@@ -371,7 +376,7 @@ def large_run(request: Request) -> Iterator[Any]:
     for number, key in enumerate(keys):
         if key.stage not in made:
             layout = layout_of(key, LARGE_SIZES, math.prod(
-                resolve_shape(BY_NAME[key.stage].shape, LARGE_SIZES)
+                resolve_shape(known_stages()[key.stage].shape, LARGE_SIZES)
             ))  # fmt: skip
             report = StageReport(key, layout, Verdict.PASS, "made up")
             trace, oracle = tensors.open(report).both()
@@ -386,13 +391,13 @@ def large_run(request: Request) -> Iterator[Any]:
 
 def streaming_run(request: Request) -> Iterator[Any]:
     """A run of 28 layers of 20 stages and more, a stage every few milliseconds, without end."""
-    keys = tuple(stage_keys(LAYERS, ("qkv_bias", "dense")))
+    keys = outline(LAYERS, ("qkv_bias",)).keys
     side = Side("made-up", "made-up", "float32")
     yield RunHeader(side, side, None, None, LAYERS, None, None, None, keys, 1e-4, None)
     random = np.random.default_rng(0)
     while True:
         for number, key in enumerate(keys):
-            shape = resolve_shape(BY_NAME[key.stage].shape, SIZES)
+            shape = resolve_shape(known_stages()[key.stage].shape, SIZES)
             layout = layout_of(key, SIZES, math.prod(shape))
             oracle = random.standard_normal(layout.shape).astype(np.float32).reshape(-1)
             noise = 1e-7 if number % 7 else 1e-2

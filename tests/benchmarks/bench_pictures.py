@@ -88,12 +88,12 @@ def look(folder: Path) -> dict[str, Any]:
     """Pan over the huge tensor at every zoom from the whole to single values."""
     from aprcore.dumps.stage_file import HEADER
     from aprcore.judging.layouts import Layout
-    from aprcore.network.graph import StageKey
+    from aprcore.network.stages import StageKey
     from aprcore.pictures import FilePlane, HeatMap, MapKind, TensorPair
 
     key = StageKey(0, "attn_scores")  # the scores: what lies above the diagonal is masked
     layout = Layout(SHAPE, SHAPE, ("head", "token", "position"))
-    planes = [FilePlane(folder / name, key, layout, HEADER.size) for name in FILES]
+    planes = [FilePlane(folder / name, None, layout, HEADER.size) for name in FILES]
     pair = TensorPair(key, planes[0], planes[1])
     laps: dict[str, list[float]] = {}
     works: dict[str, list[float]] = {}
@@ -148,7 +148,7 @@ def pan(heat_map: Any, cell_rows: int, cell_columns: int) -> list[tuple[float, f
 
 def first_pictures() -> list[Figure]:
     """From the end of a run to the map of a stage that nobody kept."""
-    from aprcore.network.graph import StageKey
+    from aprcore.network.stages import StageKey
     from aprcore.pictures import HeatMap
     from aprcore.records.report import Report, StageReport
     from aprcore.runs.bisect import bisect

@@ -77,7 +77,7 @@ def judge(folder: Path) -> tuple[Report, tuple[StageMap, ...]]:
     path = tiny.write_model(folder / "model.apr", num_layers=LAYERS)
     oracle = tiny.write_stages(folder / "oracle", tiny.trace_model(path, tokens), tokens=tokens)
     with tiny.opened(path) as model:
-        stream = trace(model.config, model.weights, WrongStride(1), tokens)
+        stream = trace(model.graph, model.weights, WrongStride(1), tokens)
         wrong = {key: tensor.copy() for key, tensor in stream}
     dump = tiny.write_stages(folder / "dump", wrong, tokens=tokens)
     request = Request(model=path, trace=dump, oracle=oracle)

@@ -12,7 +12,7 @@ import pytest
 
 from aprcore.judging.layouts import interleavings
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report
 from aprcore.records.report_json import to_json
 from aprcore.runs.bisect import run

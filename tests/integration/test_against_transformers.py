@@ -11,20 +11,21 @@ from aprcore.engines.forward import forward
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.judging.compare import compare
 from aprcore.models.model import open_model
-from aprcore.network.graph import BY_NAME, StageKey
-from models import build, gguf_can_hold, random_config, save, write_apr, write_gguf
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
+from models import FIRST_GEMMA, build, gguf_can_hold, random_config, save, write_apr, write_gguf
 
 pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
 pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
 
-from aprcore.dumps.capture import capture
+from aprcore.dumps.capture import capture, run_model
 from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers
 
 # Float32 on both sides, only the order of additions differs; the worst seen is 2.8e-6.
 RELATIVE_L2_BOUND = 1e-5
 
-QUICK_SEEDS = range(40)
-ALL_SEEDS = range(200)
+QUICK_SEEDS = (*range(40), *range(FIRST_GEMMA, FIRST_GEMMA + 10))
+ALL_SEEDS = range(FIRST_GEMMA + 50)
 
 
 def capture_all(model, tokens) -> dict[StageKey, np.ndarray]:
@@ -38,10 +39,10 @@ def assert_trace_matches(path: Path, tokens, oracle: dict[StageKey, np.ndarray])
     backend = NumpyBackend()
     seen = []
     with open_model(path) as model:
-        for key, array in forward(model.config, model.weights, backend, tokens):
+        for key, array in forward(model.graph, model.weights, backend, tokens):
             x = backend.to_host(array)
             seen.append(key)
-            if BY_NAME[key.stage].last_token:
+            if known_stages()[key.stage].last_token:
                 x = x[0]  # [1, V]: the one token that it is computed for
             assert x.shape == oracle[key].shape, key
             result = compare(x, oracle[key])
@@ -55,7 +56,9 @@ def assert_trace_matches(path: Path, tokens, oracle: dict[StageKey, np.ndarray])
 def check_random_model(seed: int, folder: Path) -> None:
     recipe = random_config(seed)
     model = build(recipe)
+    plain = run_model(model, recipe.tokens)[0, -1].numpy()
     oracle = capture_all(model, recipe.tokens)
+    assert np.array_equal(oracle[StageKey(None, "lm_head")], plain)
     assert_trace_matches(save(model, folder / "hf"), recipe.tokens, oracle)
     # Residues mod 4 are architectures, so halves are taken of blocks of four.
     rope_type = 0 if seed // 4 % 2 else 2
@@ -72,7 +75,7 @@ def test_random_models(seed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", ALL_SEEDS[len(QUICK_SEEDS) :])
+@pytest.mark.parametrize("seed", sorted({*ALL_SEEDS} - {*QUICK_SEEDS}))
 def test_more_random_models(seed, tmp_path):
     check_random_model(seed, tmp_path)
 
@@ -80,7 +83,14 @@ def test_more_random_models(seed, tmp_path):
 def test_the_random_models_cover_what_they_should():
     recipes = [random_config(seed) for seed in ALL_SEEDS]
     assert recipes == [random_config(seed) for seed in ALL_SEEDS]
-    for some in (recipes, recipes[: len(QUICK_SEEDS)]):
+
+    def is_narrow(recipe):
+        window = recipe.settings.get("sliding_window")
+        return window is not None and window < recipe.num_tokens
+
+    for some in (recipes, [recipes[seed] for seed in QUICK_SEEDS]):
+        narrow = [recipe.architecture for recipe in some if is_narrow(recipe)]
+        assert set(narrow) == {"mistral", "qwen2", "qwen3", "gemma2"}
         settings = [recipe.settings for recipe in some]
         heads = [(s["num_attention_heads"], s["num_key_value_heads"]) for s in settings]
         assert any(h % 2 and h > 1 for h, _ in heads)
@@ -93,6 +103,8 @@ def test_the_random_models_cover_what_they_should():
         assert any(s.get("attention_bias") for s in settings)
         assert any(s.get("mlp_bias") for s in settings)
     assert {recipe.num_tokens for recipe in recipes} >= {1, 65}
+    assert sum(r.settings.get("sliding_window") is not None for r in recipes[:FIRST_GEMMA]) >= 50
+    assert sum(recipe.architecture == "gemma2" for recipe in recipes) == 50
     assert sum(map(gguf_can_hold, recipes)) >= 50
 
 

@@ -13,7 +13,7 @@ from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
 from aprcore.ground.errors import TruncatedError
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report, RunHeader
 from aprcore.runs.bisect import bisect, run
 from aprcore.runs.request import Request

@@ -12,7 +12,7 @@ import pytest
 from aprcore.dumps.plan import Plan
 from aprcore.ground.errors import PlanError
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageParity
 from aprcore.records.report import DeviceOpened, Report, RunHeader, StageReport
 from aprcore.runs.bisect import bisect, run

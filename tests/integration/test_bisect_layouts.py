@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
 from bisect_runs import LAYOUTS, Q, everywhere, found_at, heads_first, pairs, verdicts

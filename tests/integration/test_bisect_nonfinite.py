@@ -9,7 +9,7 @@ import pytest
 
 from aprcore.dumps.plan import Plan
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
 from bisect_runs import EMBEDDING, LOGITS, SCORES, SOFTMAX, found_at, masked, only_pass, verdicts

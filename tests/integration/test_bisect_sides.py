@@ -13,7 +13,7 @@ from aprcore.dumps.plan import Plan
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.ground.errors import AprError, OracleError, PlanError, TokenizerError
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
 from bisect_runs import LOGITS, T, everywhere, heads_first, only_pass

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 from aprtui.cli import main
 from tiny import (
     SIZES,
@@ -139,9 +140,10 @@ class TestArguments:
             (["bisect", "x", "--prompt", ""], ["prompt is empty"]),
             (["bisect", "x", "--prompt", "a", "--tokens", "1"], ["not allowed with"]),
             (["bisect", "x", "--layers", "3..1"], ["'3..1'", "END", "START"]),
-            (["bisect", "x", "--stages", "a,,b"], ["unknown stage 'a'", *BY_NAME]),
+            (["bisect", "x", "--stages", "a,,b"], ["unknown stage 'a'", *known_stages()]),
             (["bisect", "x", "--threads", "0"], ["'0'"]),
-            (["trace", "x", "--save-tensor", "attn_nrm"], ["unknown stage 'attn_nrm'", *BY_NAME]),
+            (["trace", "x", "--save-tensor", "attn_nrm"],
+             ["unknown stage 'attn_nrm'", *known_stages()]),
             (["trace", "x", "--save-tensor", "attn_norm,,lm_head"], ["empty stage name"]),
             (["trace", "x", "--save-tensor", "all", "--save-tensor-layers", "-1..2"],
              ["save-tensor-layers"]),
@@ -176,7 +178,7 @@ class TestFiles:
             ("none", ["none", "does not exist"]),
             ("empty", ["empty", "holds no stage files"]),
             ("file", ["file", "is not a directory"]),
-            ("bad-sidecar", ["_trace.json", "not valid JSON"]),
+            ("bad-sidecar", ["_trace.json", "not JSON"]),
             ("truncated", ["layer-1/ffn_up.bin", "99 bytes"]),
             ("moved", ["layer-2/ffn_up.bin", "layer 1", "layer 2"]),
             ("other-prompt", ["[1, 2, 3, 4, 5]", "[5, 0, 39, 7, 7]"]),

@@ -13,7 +13,7 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.ground.errors import AprError, PlanError
 from aprcore.judging.verdict import Verdict
 from aprcore.models.model import open_model
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
 from aprtui.cli import main

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from models import build, save, small_model, write_gguf
 from tiny import TOKENS, trace_model, write_model, write_stages
 

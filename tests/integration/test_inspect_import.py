@@ -49,8 +49,8 @@ def test_inspect_shows_what_is_stored(hostile_name: Path) -> None:
     assert "tokenizer.vocabulary 99 items" in lines
     assert 'flags ["HAS_VOCAB", "ROW_MAJOR"]' in lines
     assert (
-        "cannot be run architecture 'none' is not supported; supported are llama, mistral, "
-        "qwen2, qwen3"
+        "cannot be run architecture 'none' is not supported; supported are llama, gemma2, "
+        "mistral, qwen2, qwen3"
     ) in lines
     assert "\x1b" not in done.stdout
 

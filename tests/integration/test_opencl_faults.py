@@ -32,7 +32,7 @@ from aprcore.engines.opencl.device import list_devices, open_device
 from aprcore.engines.opencl.errors import KernelBuildError
 from aprcore.engines.opencl.program import Programs, read_source
 from aprcore.models.model import open_model
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity_report import ParityReport
 from aprcore.runs.fallback import GuardedDecoder
 from aprcore.runs.parity_gate import ParityRequest, check_parity
@@ -268,7 +268,7 @@ from aprcore.models.model import open_model
 digest = hashlib.sha256()
 device = open_device(None, lanes=int(sys.argv[2]))
 with open_model(sys.argv[1]) as model, OpenCLBackend(device) as op:
-    for _, tensor in trace(model.config, model.weights, op, range(40, 57)):
+    for _, tensor in trace(model.graph, model.weights, op, range(40, 57)):
         digest.update(tensor.tobytes())
     print(op.device.tuning.lanes, op.device.info.compute_units, digest.hexdigest())
 """
@@ -376,7 +376,7 @@ class TestNotFinite:
         tokens = tuple((7 if i == num_tokens // 2 else i % 6) for i in range(num_tokens))
         with opened(path) as model, np.errstate(all="ignore"):
             sides = [
-                dict(trace(model.config, model.weights, op, tokens))
+                dict(trace(model.graph, model.weights, op, tokens))
                 for op in (NumpyBackend(1), backend(lanes))
             ]
         assert list(sides[0]) == list(sides[1])
@@ -455,11 +455,12 @@ WAITING = """
 import os, signal, sys, threading, time
 import numpy as np
 from aprcore.engines.opencl.backend import OpenCLBackend
+from aprcore.network.mask import CAUSAL
 
 op = OpenCLBackend()
 q, k = (op.from_host(np.ones((int(sys.argv[1]), heads * 512))) for heads in (4, 1))
-op.to_host(op.attention_scores(op.rows(q, 0, 2), op.rows(k, 0, 2), 4, 1))
-scores = op.attention_scores(q, k, 4, 1)
+op.to_host(op.attention_scores(op.rows(q, 0, 2), op.rows(k, 0, 2), 4, 1, 1.0, CAUSAL))
+scores = op.attention_scores(q, k, 4, 1, 1.0, CAUSAL)
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
 started = time.monotonic()
 try:
@@ -523,7 +524,7 @@ class TestWrongKernel:
                 return [event.token for event in events if isinstance(event, TokenChosen)]
 
             def decoder(engine: Engine) -> Decoder:
-                return Decoder(model.config, model.weights, engine)
+                return Decoder(model.graph, model.weights, engine)
 
             cpu = Engine(NumpyBackend(1))
             reasons: list[str] = []

@@ -15,7 +15,8 @@ import pytest
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
 from aprcore.ground.errors import AprError, FormatError, OracleError, PlanError, TraceError
-from aprcore.network.graph import StageKey, stage_keys
+from aprcore.network.graph import outline
+from aprcore.network.stages import StageKey
 from models import ARCHITECTURES, build, save, save_tokenizer, small_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
@@ -71,8 +72,8 @@ def test_the_pass_is_bit_equal_to_eager(architecture, num_tokens):
 def test_every_stage_of_the_table_in_its_shape(architecture):
     recipe = small_model(architecture, num_key_value_heads=1)
     tensors = capture_all(build(recipe), recipe.tokens)
-    features = {"dense"} | ({"qkv_bias"} if architecture == "qwen2" else set())
-    assert set(tensors) == set(stage_keys(2, features))
+    also = ("qkv_bias",) if architecture == "qwen2" else ()
+    assert set(tensors) == set(outline(2, also, architecture).keys)
     tokens, heads, dim = recipe.num_tokens, 4, 8
     shapes = {
         "embedding": (tokens, 32), "qkv_matmul": (tokens, (heads + 2) * dim),
@@ -171,21 +172,26 @@ def test_a_layer_range_beyond_the_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "settings"),
+    ("architecture", "settings", "windowed"),
     [
-        ("mistral", {"sliding_window": 5}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+        ("mistral", {"sliding_window": 5}, {0, 1}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, {1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+         {0, 1}),
+        ("gemma2", {"sliding_window": 5}, {0}),
     ],
-)
-def test_a_sliding_window_that_is_reached_is_refused(architecture, settings):
+)  # fmt: skip
+def test_a_sliding_window_is_captured_as_it_is(architecture, settings, windowed):
     model = build(small_model(architecture, **settings))
-    with pytest.raises(OracleError, match="6 tokens are more than its sliding window of 5"):
-        capture_all(model, range(6))
-    full = build(small_model(architecture))
-    within = capture_all(model, range(5))
-    unwindowed = capture_all(full, range(5))
-    assert all(np.array_equal(x, unwindowed[key]) for key, x in within.items())
+    for num_tokens in (4, 5, 6, 17):
+        tensors = capture_all(model, range(num_tokens))
+        for layer in range(2):
+            weights = tensors[StageKey(layer, "attn_softmax")]
+            seen = (weights > 0).sum(axis=-1)[0]
+            expected = np.arange(1, num_tokens + 1)
+            assert np.array_equal(seen, np.minimum(expected, 5) if layer in windowed else expected)
+            scores = tensors[StageKey(layer, "attn_scores")]
+            assert not scores[weights == 0].any()
 
 
 def test_a_window_that_is_off_is_no_obstacle():

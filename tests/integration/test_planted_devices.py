@@ -15,7 +15,7 @@ from aprcore.engines.engine import Engine
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.ground.errors import BackendError
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageParity
 from aprcore.records.report import PathRejected, Report, RunHeader, StageReport
 from aprcore.runs import second_side

@@ -10,7 +10,7 @@ import pytest
 from aprcore.ground.errors import PlanError, WeightError
 from aprcore.judging.verdict import Verdict
 from aprcore.models.convert import import_model
-from aprcore.network.graph import BY_NAME
+from aprcore.network.graph import known_stages
 from aprcore.records.report import Report
 from aprcore.records.report_json import to_json
 from aprcore.runs.bisect import run
@@ -84,4 +84,6 @@ def test_weights_that_cannot_be_the_reference(folder: Path, tmp_path: Path) -> N
 
 def test_the_stages_measured_are_those_with_weights(folder: Path) -> None:
     report = judge(folder, reference_weights=folder / "float.apr")
-    assert all(BY_NAME[s.key.stage].weights for s in report.stages if s.quantisation)
+    assert all(
+        known_stages()[s.key.stage].operation.weights for s in report.stages if s.quantisation
+    )

@@ -20,7 +20,7 @@ from aprcore.engines.decode import Decoder
 from aprcore.engines.engine import Engine, open_engine
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.ground.errors import OracleError
-from aprcore.network.graph import StageKey, stage_keys
+from aprcore.network.stages import StageKey
 from aprcore.records.parity_report import ParityReport
 from aprcore.runs import parity_gate as gate
 from aprcore.runs.bisect import run as bisect_run
@@ -30,7 +30,7 @@ from aprtui.cli import main
 from aprtui.demo import demo_path
 from models import build, random_config, write_apr
 from opencl_device import obstacle
-from tiny import NUM_LAYERS, SIZES, TOKENS, embedded_tokenizer, leftovers, opened, write_model
+from tiny import SIZES, TOKENS, embedded_tokenizer, leftovers, opened, write_model
 from wrong_backends import NotFinite, WrongStride
 
 DEMO = demo_path() / "sound.apr"
@@ -98,7 +98,7 @@ class TestText:
         ids = [int(word) for word in out.split()]
         assert len(ids) == 4
         with opened(path) as model, open_engine("numpy") as engine:
-            logits = Decoder(model.config, model.weights, engine).feed([*TOKENS, *ids[:3]]).logits
+            logits = Decoder(model.graph, model.weights, engine).feed([*TOKENS, *ids[:3]]).logits
         assert ids[3] == int(logits.argmax())
 
     def test_what_the_model_writes_cannot_move_the_cursor(
@@ -159,9 +159,9 @@ class TestTraceStep:
         assert sidecar.tokens is not None and len(sidecar.tokens) == 1
         assert directory.shape(StageKey(1, "attn_softmax")) == (SIZES["H"], 1, past + 1)
         with opened(tiny) as model:
-            assert directory.keys() == tuple(stage_keys(NUM_LAYERS, model.config.features))
+            assert directory.keys() == tuple(model.graph.keys)
             with open_engine("numpy") as engine:
-                whole = Decoder(model.config, model.weights, engine)
+                whole = Decoder(model.graph, model.weights, engine)
                 logits = whole.feed([*sidecar.history, *sidecar.tokens]).logits
         np.testing.assert_allclose(directory.read(StageKey(None, "lm_head")), logits, atol=1e-5)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.cli import main
 from aprtui.commands import sweep
 from opencl_device import obstacle

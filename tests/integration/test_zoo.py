@@ -15,6 +15,12 @@ from zoo.run import outcomes
 from zoo.trial import Case, Outcome
 
 FAST_GROUNDS = ("qwen2", "demo")
+# Of what only Gemma 2 and models with windows have, one each.
+FAST_GEMMA = (
+    "sound gemma/Q4_K/bfloat16/T33", "window-short@0 gemma/F32/float32/T9",
+    "cap-after-mask@0 gemma/F32/float32/T9", "attn-post-norm-missing@1 gemma/F32/float32/T9",
+    "embedding-unscaled@0 gemma/F32/float32/T9", "file-norms-raised@0 gemma/F32/float32/T9",
+)  # fmt: skip
 
 
 def sample(cases: tuple[Case, ...], step: int) -> list[Case]:
@@ -62,7 +68,7 @@ def test_the_corpus_is_as_large_as_it_should_be():
     single = corpus.single_faults()
     assert len(single) >= 80
     assert len(corpus.sound_pairs()) >= 40
-    assert len(corpus.several_faults()) == 60
+    assert len(corpus.several_faults()) == 90
     assert 3 * sum(case.is_local for case in single) >= len(single)
 
 
@@ -73,6 +79,13 @@ def test_a_part_of_the_zoo(judged: Callable[[Iterable[Case]], list[Outcome]]):
         *sample(corpus.sound_pairs(), 2),
     ]
     check(judged(cases), OF_ANY_PART)
+
+
+def test_windows_and_gemma(judged: Callable[[Iterable[Case]], list[Outcome]]):
+    every = {case.name: case for case in (*corpus.single_faults(), *corpus.sound_pairs())}
+    found = judged([every[name] for name in FAST_GEMMA])
+    check(found, OF_ANY_PART)
+    assert all(o.cause_hit for o in found if o.case.faults)
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import pytest
 
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.network.graph import known_stages, outline
+from aprcore.network.stages import StageKey, resolve_shape
 from aprcore.records.report import Report, RunHeader, StageReport
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
@@ -35,8 +36,8 @@ def sound_tensors() -> Tensors:
     """Every tensor of a pass, at random."""
     random = np.random.default_rng(7)
     tensors = {}
-    for key in stage_keys(LAYERS, ("qkv_bias", "dense")):
-        shape = resolve_shape(BY_NAME[key.stage].shape, SIZES)
+    for key in outline(LAYERS, (), "llama").including(["qkv_bias"]).keys:
+        shape = resolve_shape(known_stages()[key.stage].shape, SIZES)
         tensors[key] = random.standard_normal(shape).astype(np.float32)
     return tensors
 

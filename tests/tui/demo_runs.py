@@ -9,10 +9,10 @@ import numpy as np
 
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.engines.base import Site
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.models.model import open_model
-from aprcore.network.graph import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
+from aprcore.network.backend import Site
+from aprcore.network.stages import StageKey, resolve_shape
 from aprcore.runs.request import Request
 from aprtui.demo import demo_path, load_faults
 from conftest import PROMPT
@@ -53,12 +53,10 @@ def dump(model: Path, backend: ReferenceBackend, *left_out: str) -> Path:
     )
     made: dict[StageKey, Any] = {}
     with open_model(model) as opened, TraceWriter(folder, sidecar) as writer:
-        config = opened.config
-        for key in stage_keys(config.num_layers, config.features):
-            stage = BY_NAME[key.stage]
-            inputs = [
-                made[source] for source in input_keys(key, config.num_layers, config.features)
-            ]
+        config, graph = opened.config, opened.graph
+        for key in graph.keys:
+            stage = graph.stage(key)
+            inputs = [made[source] for source in graph.inputs(key)]
             if stage.last_token:
                 inputs = [x[-1:] for x in inputs]
             positions = np.arange(len(TOKENS))

@@ -13,7 +13,7 @@ from textual.binding import Binding
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp

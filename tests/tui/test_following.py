@@ -9,7 +9,8 @@ import demo_runs
 from driving import drive, explorer_of, press
 from textual.pilot import Pilot
 
-from aprcore.network.graph import StageKey, computation_order, input_keys
+from aprcore.network.graph import computation_order, outline
+from aprcore.network.stages import StageKey
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.widgets.tabs import DetailTab
@@ -43,10 +44,10 @@ class TestUpstream:
             header = explorer.state.header
             assert header is not None
             # Every step goes from a stage to one of its inputs, past those that nobody recorded.
-            features = {"qkv_bias"} if any(k.stage == "qkv_bias" for k in header.keys) else set()
+            graph = outline(header.num_layers, {key.stage for key in header.keys})
             for reader, source in pairwise(seen):
                 assert reader is not None and source is not None
-                assert source in input_keys(reader, header.num_layers, features)
+                assert source in graph.inputs(reader)
                 assert verdict(pilot, source) != "PASS"
             assert explorer.navigation.breadcrumb.way == tuple(seen)
 

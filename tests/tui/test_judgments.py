@@ -10,7 +10,7 @@ import pytest
 from demo_runs import ODD_STAGE, fused_run, kernel_run, model_run, odd_run
 from driving import settle, then_press
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.budget import Budget, Budgets
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp

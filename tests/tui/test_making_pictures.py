@@ -14,7 +14,7 @@ from textual import events
 from textual.pilot import Pilot
 
 from aprcore.ground.errors import TraceError
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.pictures import TensorPair
 from aprcore.records.report import StageReport
 from aprcore.runs.request import Request

@@ -12,7 +12,7 @@ from textual.binding import Binding
 from textual.command import CommandList, CommandPalette, Provider
 from textual.pilot import Pilot
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.keys import EXPLORER_KEYS

@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
 from aprcore.engines.opencl.device import DeviceInfo
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageParity
 from aprcore.records.report import DeviceOpened, PathRejected, Report, RunEvent, RunHeader
 from aprcore.runs.bisect import bisect

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from textual.pilot import Pilot
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.app import ExplorerApp
 from aprtui.profile import LEAST, MOST, Curve, by_layer, gather, height_of, points_of
 from aprtui.run_state import RunState

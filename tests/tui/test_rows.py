@@ -18,7 +18,7 @@ from rich.console import Console
 
 import aprtui
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader, StageReport
 from aprcore.records.telling import (
     SEVERITY,

@@ -17,7 +17,7 @@ from driving import come_to_rest, drive, explorer_of, press, settle, until
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Static
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.saved_run import SavedRun, save_run
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request

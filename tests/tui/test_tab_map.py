@@ -12,7 +12,7 @@ from tab_views import lines_of, map_of
 from textual.pilot import Pilot
 
 from aprcore.judging.layouts import Layout
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.pictures import HeatMap, MapKind, MemoryPlane, TensorPair, levels_of
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp

@@ -11,7 +11,7 @@ from tab_views import lines_of, pictures_of, values_of
 from textual.pilot import Pilot
 
 from aprcore.judging.layouts import Layout
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.places import parse_place

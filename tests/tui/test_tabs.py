@@ -12,7 +12,7 @@ from driving import come_to_rest, drive, explorer_of, press, settle, then_press
 from tab_views import lines_of, map_of, pictures_of, values_of
 from textual.pilot import Pilot
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.settings import Settings

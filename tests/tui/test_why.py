@@ -12,7 +12,7 @@ from driving import come_to_rest, drive, explorer_of, finish, press
 from rich.console import Console
 from textual.pilot import Pilot
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import finding_of, format_times
 from aprcore.runs.budget import Budget, Budgets
 from aprtui.app import ExplorerApp

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from tiny import edited, trace_model, write_model, write_stages
 
 UP = StageKey(1, "ffn_up")

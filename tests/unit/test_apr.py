@@ -27,7 +27,7 @@ from aprcore.ground.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from aprcore.quant.types import FORMATS, Layout, storage_size
+from aprcore.quant.types import FORMATS, BlockLayout, storage_size
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared is absent")
@@ -219,9 +219,9 @@ class TestReading:
 def shapes_of(dtype: str) -> st.SearchStrategy[tuple[int, ...]]:
     row = FORMATS[dtype]
     leading = st.lists(st.integers(1, 4), max_size=2)
-    if row.layout in (Layout.PLAIN, Layout.FLAT, Layout.SCALED):
+    if row.layout in (BlockLayout.PLAIN, BlockLayout.FLAT, BlockLayout.SCALED):
         return leading.flatmap(lambda dims: st.just(tuple(dims)))
-    if row.layout is Layout.PADDED_ROWS:
+    if row.layout is BlockLayout.PADDED_ROWS:
         last = st.integers(1, 600)
     else:
         last = st.integers(1, 3).map(lambda blocks: blocks * row.block_values)

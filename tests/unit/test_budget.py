@@ -15,10 +15,11 @@ from aprcore.ground.errors import AprError, PlanError
 from aprcore.judging.compare import compare
 from aprcore.judging.noise import Assessment, TensorPart
 from aprcore.judging.verdict import Judgment, Verdict
-from aprcore.network.graph import BY_NAME, Scope, StageKey
+from aprcore.network.graph import known_stages, outline
+from aprcore.network.stages import Scope, StageKey
 from aprcore.records.report import RunHeader, Side, StageReport
 from aprcore.records.telling import format_tolerance
-from aprcore.runs.budget import MODULES, Budgets, own_error, parse_budgets, run_dtype, settle
+from aprcore.runs.budget import Budgets, known_modules, own_error, parse_budgets, run_dtype, settle
 
 KEY = StageKey(3, "ffn_out")
 
@@ -59,11 +60,35 @@ class TestPatterns:
         assert find(f"{pattern}=1e-3") is None
 
     def test_every_alias_names_stages(self) -> None:
-        for alias, stages in MODULES.items():
-            assert alias not in BY_NAME
+        for alias, stages in known_modules().items():
+            if alias in known_stages() or not alias.islower():
+                continue
             for name in stages:
-                layer = None if BY_NAME[name].scope is Scope.MODEL else 0
+                layer = None if known_stages()[name].scope is Scope.MODEL else 0
                 assert find(f"{alias}=0.5", key=StageKey(layer, name)) == 0.5
+
+    @pytest.mark.parametrize(
+        ("module", "stages"),
+        [
+            ("embed_tokens", {"embedding"}), ("token_embd", {"embedding"}),
+            ("input_layernorm", {"attn_norm"}), ("q_proj", {"qkv_matmul", "qkv_bias"}),
+            ("qkv_proj", {"qkv_matmul", "qkv_bias"}), ("o_proj", {"attn_out"}),
+            ("attn_output", {"attn_out"}), ("gate_proj", {"ffn_gate"}), ("up_proj", {"ffn_up"}),
+            ("down_proj", {"ffn_out"}), ("ffn_down", {"ffn_out"}), ("act_fn", {"ffn_silu"}),
+            ("ffn_swiglu", {"ffn_swigl"}), ("output_norm", {"final_norm"}),
+            ("logits", {"lm_head"}),
+        ],
+    )  # fmt: skip
+    def test_modules_of_other_engines(self, module: str, stages: set[str]) -> None:
+        assert stages <= set(known_modules()[module])
+
+    def test_a_module_means_what_it_makes_in_the_model(self) -> None:
+        budgets = parse_budgets(["post_attention_layernorm=1"])
+        for architecture, stage in (("llama", "ffn_norm"), ("gemma2", "attn_post_norm")):
+            found = budgets.resolved(outline(2, (), architecture))
+            assert found.find(StageKey(1, stage), "float32") == 1
+            for other in {"ffn_norm", "attn_post_norm"} - {stage}:
+                assert found.find(StageKey(1, other), "float32") is None
 
     def test_the_most_specific_counts_then_the_last(self) -> None:
         options = ["layer3.ffn_out=4", "ffn_out=3", "layer3.*=2", "*=1"]
@@ -94,7 +119,7 @@ class TestPatterns:
         assert found.options[0].relative_l2 >= 0
 
     @given(
-        st.sampled_from([s for s in BY_NAME.values() if s.scope is Scope.LAYER]),
+        st.sampled_from([s for s in known_stages().values() if s.scope is Scope.LAYER]),
         st.integers(0, 999), st.floats(0, 1e300),
         st.sampled_from(["{1}", "layer{0}.{1}", "layer-{0}/{1}", "layer*.{1}", "layer{0}.*", "*"]),
     )  # fmt: skip
@@ -105,9 +130,9 @@ class TestPatterns:
 
     def test_a_layer_that_is_not_there(self) -> None:
         budgets = parse_budgets(["layer3.ffn_out=1"])
-        budgets.check(4)
+        budgets.resolved(outline(4, ()))
         with pytest.raises(PlanError, match="for layer 3, but the layers are 0 to 2"):
-            budgets.check(3)
+            budgets.resolved(outline(3, ()))
 
 
 class TestToleranceFile:

@@ -13,7 +13,7 @@ from aprcore.causes import explain_nonfinite
 from aprcore.engines.estimate import Profile
 from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.replay import RecordedSide
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from cause_worlds import (
     LAYER,
     TOKENS,
@@ -231,7 +231,7 @@ def test_an_overflow_is_named(path: Path, world: World) -> None:
         observed = powers / powers.sum(axis=2, keepdims=True)
     with opened(path) as model:
         profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
-        side = RecordedSide(model.config, model.weights, TOKENS, T, profile, read=tensors.get)
+        side = RecordedSide(model.graph, model.weights, TOKENS, T, profile, read=tensors.get)
         found = explain_nonfinite(side, StageKey(LAYER, "attn_softmax"), observed)
     assert found is not None
     assert {c.name for c in found.named} == {

@@ -19,8 +19,9 @@ from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
 from aprcore.network.config import ModelConfig
-from aprcore.network.graph import StageKey
+from aprcore.network.graph import Graph
 from aprcore.network.rope import Rope
+from aprcore.network.stages import StageKey
 from cause_worlds import (
     ATTENTION,
     LAYER,
@@ -108,7 +109,7 @@ def test_a_wrong_decoder_is_named(tmp_path: Path) -> None:
         x = generator.standard_normal((T, width)).astype(np.float32)
         read = {StageKey(LAYER, "ffn_swigl"): x}.get
         profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
-        side = RecordedSide(config, {weight.name: weight}, None, T, profile, read=read)
+        side = RecordedSide(Graph(config), {weight.name: weight}, None, T, profile, read=read)
         key = StageKey(LAYER, "ffn_out")
         expected = side.expect(key)
         assert expected is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aprcore.judging.noise import assess
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from cause_worlds import (
     LAYER,
     TOKENS,

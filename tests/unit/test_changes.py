@@ -9,7 +9,7 @@ import pytest
 
 from aprcore.judging.compare import compare
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.changes import NOTABLE_FACTOR, Change, compare_runs
 from aprcore.records.report import Report, RunHeader, Side, StageReport
 

@@ -9,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aprcore.ground.errors import AprError, ConfigError
-from aprcore.network.config import ARCHITECTURES, ModelConfig
-from aprcore.network.dialects import APR_KEYS, declare_apr, declare_gguf, declare_huggingface
+from aprcore.network.architectures import COMPUTED as ARCHITECTURES
+from aprcore.network.config import ModelConfig
+from aprcore.network.dialects import (
+    APR_KEYS,
+    ARITHMETIC_KEYS,
+    GGUF_ARITHMETIC_KEYS,
+    declare_apr,
+    declare_gguf,
+    declare_huggingface,
+)
 
 HF: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -64,7 +72,8 @@ def test_absent_keys_mean_what_transformers_means(architecture: str, absent: str
         with pytest.raises(ConfigError):
             declare_huggingface({"model_type": architecture, **values}, None)
         return
-    floored = theirs.hidden_size % theirs.num_attention_heads and architecture != "qwen3"
+    has_own = architecture in ("qwen3", "gemma2")  # their head's size does not follow
+    floored = theirs.hidden_size % theirs.num_attention_heads and not has_own
     if floored or theirs.num_attention_heads % theirs.num_key_value_heads:
         # transformers rounds the head's size down, or fails only when it runs.
         with pytest.raises(ConfigError, match="not a multiple"):
@@ -82,8 +91,13 @@ def test_absent_keys_mean_what_transformers_means(architecture: str, absent: str
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     heads = theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == getattr(theirs, "head_dim", heads)
+    kinds = getattr(theirs, "layer_types", None)
     window = getattr(theirs, "sliding_window", None)
-    assert ours.sliding_window == window
+    for layer in range(min(ours.num_layers, 40)):
+        on = kinds is None or kinds[layer] == "sliding_attention"
+        assert ours.windows[layer % len(ours.windows)] == (window if on else None)
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        assert ours.numbers.get(key) == getattr(theirs, key, None)
 
 
 @pytest.mark.parametrize("field", APR_KEYS)
@@ -98,7 +112,8 @@ def test_every_alias_of_apr_is_read(field: str) -> None:
             {**kept, **others, alias: value}, None, gguf_names=False, embedding_rows=None
         )
         configs.append(declared.config)
-    assert {getattr(config, field) for config in configs} == {value}
+    name = "window" if field == "sliding_window" else field
+    assert {getattr(config, name) for config in configs} == {value}
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "llama", "LLAMA"])
@@ -156,7 +171,7 @@ def test_llama3_limits_must_be_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "window"),
+    ("architecture", "changes", "windows"),
     [
         ("mistral", {"sliding_window": 64}, 64),
         ("mistral", {"sliding_window": None}, None),
@@ -164,15 +179,63 @@ def test_llama3_limits_must_be_in_order() -> None:
         ("llama", {"sliding_window": 64}, None),
         ("qwen2", {"sliding_window": 64}, None),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, None),
-        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, 64),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
+         (None, None, 64)),
         ("qwen3", {"sliding_window": 64, "use_sliding_window": True,
                    "layer_types": ["full_attention"] * 3}, None),
         ("qwen3", {"sliding_window": 64, "use_sliding_window": True,
-                   "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, 64),
+                   "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+         (None, 64, None)),
+        ("gemma2", {"sliding_window": 64}, (64, None, 64)),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, None),
     ],
 )  # fmt: skip
-def test_sliding_window(architecture: str, changes: dict[str, Any], window: int | None) -> None:
-    assert hf(model_type=architecture, **changes).sliding_window == window
+def test_sliding_window(architecture: str, changes: dict[str, Any], windows: Any) -> None:
+    found = hf(model_type=architecture, **changes).windows
+    expected = windows if isinstance(windows, tuple) else (windows,) * 3
+    assert tuple(found[layer % len(found)] for layer in range(3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows"),
+    [
+        (None, (8, 8, 8)), (3, (8, 8, None)), (2, (8, None, 8)), (1, (8, 8, 8)), (0, (None,) * 3),
+        ([True, False, True], (8, None, 8)), ([0, 1, 0], (None, 8, None)),
+    ],
+)  # fmt: skip
+def test_the_pattern_of_a_gguf_window(pattern: Any, windows: tuple[int | None, ...]) -> None:
+    changes = {} if pattern is None else {"attention.sliding_window_pattern": pattern}
+    found = gguf(**{"attention.sliding_window": 8, **changes}).windows
+    assert tuple(found[layer % len(found)] for layer in range(3)) == windows
+
+
+@pytest.mark.parametrize("pattern", [[True], "x", -1, 4, [True, 2.0, False]])
+def test_other_patterns_are_refused(pattern: Any) -> None:
+    with pytest.raises(ConfigError, match="sliding_window_pattern"):
+        gguf(**{"attention.sliding_window": 8, "attention.sliding_window_pattern": pattern})
+
+
+def test_attention_in_both_directions_is_read_from_every_dialect() -> None:
+    assert not hf(is_causal=False).is_causal
+    assert not apr(is_causal=False).is_causal
+    assert not gguf(**{"attention.causal": False}).is_causal
+    assert hf().is_causal and apr(is_causal=True).is_causal and gguf().is_causal
+
+
+@pytest.mark.parametrize("key", sorted(ARITHMETIC_KEYS))
+def test_a_key_that_changes_the_arithmetic_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is .*which no stage of llama describes"):
+        hf(**{key: 2})
+    for neutral in (None, *ARITHMETIC_KEYS[key]):
+        assert hf(**{key: neutral}) == hf()
+
+
+@pytest.mark.parametrize("key", sorted(GGUF_ARITHMETIC_KEYS))
+def test_and_so_is_one_of_gguf(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"qwen2\.{key} is .*which no stage of qwen2 describes"):
+        gguf(**{key: 2})
+    for neutral in GGUF_ARITHMETIC_KEYS[key]:
+        assert gguf(**{key: neutral}) == gguf()
 
 
 def test_promises_of_a_config() -> None:

@@ -242,7 +242,7 @@ class TestConfig:
     def test_absent_values_are_left_out(self, huggingface: Path) -> None:
         with open_model(huggingface) as model:
             config = dataclasses.replace(
-                model.config, rope=Rope(1e4, D, scaling=RopeScaling()), sliding_window=None
+                model.config, rope=Rope(1e4, D, scaling=RopeScaling()), windows=(None,)
             )
         assert None not in describe_config(config).values()
         assert "rope_scaling" not in describe_config(config)

@@ -16,7 +16,7 @@ from aprcore.judging.compare import compare
 from aprcore.judging.logits import compare_logits
 from aprcore.judging.verdict import Verdict
 from aprcore.models.model import Model, open_model
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
@@ -41,7 +41,7 @@ def oracle() -> TraceDirectory:
 def last_logits(model: Model, tokens: list[int]) -> np.ndarray:
     backend = NumpyBackend()
     key = StageKey(None, "lm_head")
-    passed = dict(forward(model.config, model.weights, backend, tokens, lambda k: k == key))
+    passed = dict(forward(model.graph, model.weights, backend, tokens, lambda k: k == key))
     return backend.to_host(passed[key])
 
 
@@ -66,7 +66,7 @@ def tensors_of(fault: DemoFault, tokens: tuple[int, ...]):
         return
     backend = NumpyBackend()
     with open_model(fault.model) as model:
-        for key, x in forward(model.config, model.weights, backend, tokens):
+        for key, x in forward(model.graph, model.weights, backend, tokens):
             yield key, backend.to_host(x)
 
 
@@ -93,7 +93,7 @@ def test_every_byte_can_be_encoded(sound):
 def test_the_sound_model_agrees_with_its_oracle(sound, oracle):
     backend = NumpyBackend()
     seen = set()
-    for key, x in forward(sound.config, sound.weights, backend, oracle.sidecar.tokens):
+    for key, x in forward(sound.graph, sound.weights, backend, oracle.sidecar.tokens):
         assert compare(backend.to_host(x), oracle.read(key)).relative_l2 <= 1e-5, key
         seen.add(key)
     assert seen == set(oracle.counts)

@@ -18,7 +18,8 @@ from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
 from aprcore.models.model import Model
-from aprcore.network.graph import StageKey, computation_order
+from aprcore.network.graph import computation_order
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report
 from aprcore.runs.bisect import bisect
 from aprcore.runs.request import Request
@@ -37,20 +38,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def in_float64(model: Model) -> Tensors:
     """A pass in float64 whose tensors are rounded to float32 when they are written."""
-    stream = trace(model.config, model.weights, ReferenceBackend(), TOKENS)
+    stream = trace(model.graph, model.weights, ReferenceBackend(), TOKENS)
     return {key: tensor.astype(np.float32) for key, tensor in stream}
 
 
 @pytest.fixture(scope="module")
 def in_float32(model: Model) -> Tensors:
-    stream = trace(model.config, model.weights, NumpyBackend(1), TOKENS)
+    stream = trace(model.graph, model.weights, NumpyBackend(1), TOKENS)
     return {key: tensor.copy() for key, tensor in stream}
 
 
 def blamed(model: Model, tensors: Tensors, arithmetic: Arithmetic) -> set[str]:
     """Stages whose output rounding does not explain."""
     side = RecordedSide(
-        model.config, model.weights, TOKENS, len(TOKENS),
+        model.graph, model.weights, TOKENS, len(TOKENS),
         Profile(arithmetic, weights_rounded=False), read=tensors.get,
     )  # fmt: skip
     found = set()
@@ -66,8 +67,7 @@ def blamed(model: Model, tensors: Tensors, arithmetic: Arithmetic) -> set[str]:
 
 def detect(model: Model, tensors: Tensors, dtype: str | None = None) -> tuple[Arithmetic, int, int]:
     return detect_arithmetic(
-        model.config, model.weights, TOKENS, len(TOKENS), tensors, model.config.features,
-        tensors.get, dtype,
+        model.graph, model.weights, TOKENS, len(TOKENS), tensors, tensors.get, dtype,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 from aprcore.dumps.stage_file import write_stage_file
 from aprcore.ground.errors import AprError
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs.diff import Diff, diff_paths, to_json
 from tiny import draw_weights, write_model, write_stages
 

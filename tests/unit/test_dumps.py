@@ -17,7 +17,8 @@ from aprcore.dumps.name_map import read_name_map
 from aprcore.dumps.names import Reading, known_dialects, mapped_dialect, resolve
 from aprcore.dumps.open import TensorDump, is_tensor_file, open_dump
 from aprcore.ground.errors import AprError, FormatError, PlanError, TraceError
-from aprcore.network.graph import BY_NAME, Scope, StageKey
+from aprcore.network.graph import Graph, known_stages, outline
+from aprcore.network.stages import Scope, StageKey
 from dump_files import to_bfloat16, write_safetensors
 from tiny import write_stages
 
@@ -25,15 +26,19 @@ NORM = StageKey(3, "attn_norm")
 ONES = np.ones((2, 3), np.float32)
 
 
+def graph(has_qkv_bias: bool = False) -> Graph:
+    return outline(9, ("qkv_bias",) if has_qkv_bias else (), "llama")
+
+
 def resolved(*names: str, has_qkv_bias: bool = False) -> dict[StageKey, tuple[str, ...]]:
-    recipes, _ = resolve(names, known_dialects(names, has_qkv_bias=has_qkv_bias))
+    recipes, _ = resolve(names, known_dialects(names, graph(has_qkv_bias)))
     return {key: recipe.names for key, recipe in recipes.items()}
 
 
 class TestNames:
     @pytest.mark.parametrize("end", ["", ".bin"])
     def test_our_own(self, end: str) -> None:
-        for stage in BY_NAME.values():
+        for stage in known_stages().values():
             layer = {Scope.LAYER: 3, Scope.FIRST_LAYER: 0, Scope.MODEL: None}[stage.scope]
             key = StageKey(layer, stage.name)
             assert resolved(key.path + end) == {key: (key.path + end,)}
@@ -100,7 +105,7 @@ class TestNames:
         ],
     )  # fmt: skip
     def test_what_is_no_stage(self, name: str) -> None:
-        recipes, ignored = resolve([name], known_dialects([name], has_qkv_bias=False))
+        recipes, ignored = resolve([name], known_dialects([name], graph()))
         assert (recipes, ignored) == ({}, (name,))
 
     @pytest.mark.parametrize(("biased", "stage"), [(False, "qkv_matmul"), (True, "qkv_bias")])
@@ -116,20 +121,20 @@ class TestNames:
 
     def test_a_second_name_for_the_same_is_no_stranger(self) -> None:
         names = ("model.layers.3.self_attn", "model.layers.3.self_attn.o_proj")
-        recipes, ignored = resolve(names, known_dialects(names, has_qkv_bias=False))
+        recipes, ignored = resolve(names, known_dialects(names, graph()))
         assert recipes[StageKey(3, "attn_out")].names == names[1:]
         assert ignored == ()
 
     def test_scores_need_the_queries(self) -> None:
         assert resolved("kq-3") == {}
         names = ("kq-3", "Qcur-3")
-        recipes, _ = resolve(names, known_dialects(names, has_qkv_bias=False))
+        recipes, _ = resolve(names, known_dialects(names, graph()))
         assert recipes[StageKey(3, "attn_scores")] == (names, Reading.SCORES)
 
     @given(st.lists(st.text("abc.-/{}[]()*+0123456789layer", min_size=1), max_size=6))
     def test_any_name_at_all(self, names: list[str]) -> None:
         names = list(dict.fromkeys(names))
-        recipes, ignored = resolve(names, known_dialects(names, has_qkv_bias=False))
+        recipes, ignored = resolve(names, known_dialects(names, graph()))
         used = {name for recipe in recipes.values() for name in recipe.names}
         assert used | set(ignored) <= set(names)
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from aprcore.engines.decode import (
-    LOGITS,
     Decoder,
     Ending,
-    Outcome,
+    PassOutcome,
     StepRequest,
     StepTraced,
     TextEnded,
@@ -29,23 +28,25 @@ from aprcore.engines.decode import (
 from aprcore.engines.engine import Engine, open_engine
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.engines.reference import ReferenceBackend
-from aprcore.ground.errors import BackendError, ConfigError, TokenizerError
+from aprcore.ground.errors import BackendError, TokenizerError
 from aprcore.models.model import Model, open_model
-from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey, resolve_shape
 from aprtui.demo import demo_path
 from closeness import assert_close
 from models import build, random_config, write_apr
-from tiny import NUM_LAYERS, SIZES, TOKENS, embedded_tokenizer, opened, write_model
+from tiny import SIZES, TOKENS, embedded_tokenizer, opened, write_model
 
 # Float32 sums in another order, and float64 ones.
 BOUNDS = {"numpy": 1e-5, "reference": 1e-12}
+LOGITS = StageKey(None, "lm_head")
 ENGINES = [Engine(NumpyBackend(1)), Engine(ReferenceBackend())]
 # Two of each architecture, among them every kind of RoPE scaling.
 SEEDS = (0, 1, 2, 3, 8, 13, 18, 23)
 
 
 def decoder(model: Model, engine: Engine = ENGINES[0]) -> Decoder:
-    return Decoder(model.config, model.weights, engine)
+    return Decoder(model.graph, model.weights, engine)
 
 
 def assert_cache_changes_nothing(model: Model, engine: Engine, tokens: Sequence[int]) -> None:
@@ -94,13 +95,13 @@ class TestCache:
         cached = decoder(tiny)
         cached.feed(TOKENS[:-1])
         step = dict(cached.stages(TOKENS[-1:]))
-        assert list(step) == list(stage_keys(NUM_LAYERS, tiny.config.features))
+        assert list(step) == list(tiny.graph.keys)
         sizes = SIZES | {"T": 1, "S": len(TOKENS)}
         for key, tensor in step.items():
-            assert tensor.shape == resolve_shape(BY_NAME[key.stage].shape, sizes), key
+            assert tensor.shape == resolve_shape(known_stages()[key.stage].shape, sizes), key
             last = whole[key][..., -1:, :] if tensor.ndim > 1 else whole[key]
             assert_close(tensor, last, 1e-5)
-        # As FORMATS.md says: scores and softmax are H,1,n+1.
+        # As docs/formats.md says: scores and softmax are H,1,n+1.
         assert step[StageKey(0, "attn_scores")].shape == (SIZES["H"], 1, len(TOKENS))
 
     def test_looking_at_a_step_does_not_take_it(self, tiny: Model) -> None:
@@ -142,12 +143,6 @@ class TestCache:
         assert not bare.stages
         assert list(keeping.stages) == [wanted]
 
-    def test_the_window_counts_what_is_cached(self, tiny: Model) -> None:
-        narrow = Decoder(replace(tiny.config, sliding_window=4), tiny.weights, ENGINES[0])
-        narrow.feed(TOKENS[:4])
-        with pytest.raises(ConfigError, match="window of 4 tokens, and 5"):
-            narrow.feed(TOKENS[4:])
-
 
 class Script:
     """A source whose choices are written down, and which notes what it is fed."""
@@ -158,11 +153,11 @@ class Script:
         self.choices = choices
         self.fed: list[tuple[int, ...]] = []
 
-    def feed(self, tokens: Sequence[int], wants: Any = nothing) -> Outcome:
+    def feed(self, tokens: Sequence[int], wants: Any = nothing) -> PassOutcome:
         choice = self.choices[len(self.fed)]
         self.fed.append(tuple(tokens))
         logits = np.eye(10)[choice]
-        return Outcome(logits, {LOGITS: logits} if wants(LOGITS) else {})
+        return PassOutcome(logits, {LOGITS: logits} if wants(LOGITS) else {})
 
 
 class TestText:
@@ -179,10 +174,6 @@ class TestText:
         events = list(generate(Script(4, 0, 6), (1,), 9, stop_tokens={0}))
         assert events == [TokenChosen(0, 4), TextEnded(Ending.END_OF_TEXT, 1)]
 
-    def test_it_ends_where_the_window_does(self) -> None:
-        events = list(generate(Script(4, 5, 6, 7), (1, 2), 9, window=4))
-        assert events[-1] == TextEnded(Ending.WINDOW, 3)
-
     def test_a_traced_step_knows_its_history(self) -> None:
         script = Script(4, 5, 6)
         events = list(generate(script, (1, 2), 3, traced=StepRequest(1)))
@@ -191,7 +182,7 @@ class TestText:
         assert list(traced.stages) == [LOGITS]
 
     def test_nan_is_not_chosen(self) -> None:
-        assert Outcome(np.array([1.0, np.nan, 3.0, 3.0])).choice == 2
+        assert PassOutcome(np.array([1.0, np.nan, 3.0, 3.0])).choice == 2
 
     def test_the_demo_answers(self) -> None:
         with open_model(demo_path() / "sound.apr") as model, open_engine("numpy") as engine:

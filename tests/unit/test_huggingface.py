@@ -124,6 +124,7 @@ def test_pickled_weights_get_a_hint(folder: Path) -> None:
         (b'{"\xff": {}}', FormatError, "not UTF-8"),
         (b"[" * 100_000, FormatError, "deeply"),
         (b'{"x":' + b"9" * 5000 + b"}", FormatError, "not JSON"),
+        (b'{"x": {}, "x": {}}', FormatError, "'x' appears twice"),
         ({"x": []}, FormatError, "'x' is [], not a table"),
         ({"x": {"dtype": "F32", "shape": [1]}}, FormatError, "'x': data_offsets is missing"),
         ({"x": entry("F32", [-1], 0, 4)}, FormatError, "'x': shape[0] is -1, not an integer >= 0"),

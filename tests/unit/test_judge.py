@@ -22,7 +22,7 @@ from aprcore.judging.verdict import (
     decide,
     within,
 )
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 ORACLE = np.array([3, 4, 0, 12], np.float32)  # of length 13
 NAN = np.array([3, np.nan, 0, 12], np.float32)
@@ -167,7 +167,7 @@ def expected_verdict(
     traced: int, oracle: int, finite: bool, oracle_finite: bool, layout: bool,
     kernel: str | None, model: str | None, error: str | None, inputs_pass: bool,
 ) -> Verdict | None:  # fmt: skip
-    """The order of DESIGN.md, as a list of who speaks when all before are silent."""
+    """The order of verdicts, as a list of who speaks when all before are silent."""
     compared = error is not None
     judged = kernel is not None or model is not None
     speakers = (

@@ -31,7 +31,7 @@ def test_a_pass_stays_in_range(tmp_path: Path) -> None:
                 values = weight.read(0, weight.shape[0]) * math.sqrt(weight.shape[1])
                 assert abs(float(values.mean())) < 0.02, name
                 assert float(values.std()) == pytest.approx(1, rel=0.05), name
-        for key, tensor in trace(model.config, model.weights, NumpyBackend(1), (1, 2, 3)):
+        for key, tensor in trace(model.graph, model.weights, NumpyBackend(1), (1, 2, 3)):
             largest = float(np.abs(tensor).max())
             assert 1e-3 < largest < 1e3, key
 

@@ -13,19 +13,21 @@ from aprcore.judging.layouts import (
     infer_sizes,
     last_token,
     layout_of,
-    zero_above_diagonal,
+    zero_masked,
 )
-from aprcore.network.graph import BY_NAME, Scope, StageKey, resolve_shape
+from aprcore.network.graph import known_stages
+from aprcore.network.operations import Scores
+from aprcore.network.stages import Scope, StageKey, resolve_shape
 
 sizes = st.fixed_dictionaries(
     {letter: st.integers(1, 6) for letter in ("K", "E", "F", "V", "k")}
     | {"T": st.integers(1, 5), "G": st.integers(1, 3), "half": st.integers(1, 4)}
 ).map(lambda s: {**s, "S": s["T"], "H": s["K"] * s["G"], "D": 2 * s["half"]})
-stage_names = st.sampled_from(list(BY_NAME))
+stage_names = st.sampled_from(list(known_stages()))
 
 
 def key_of(name: str) -> StageKey:
-    return StageKey(None if BY_NAME[name].scope is Scope.MODEL else 0, name)
+    return StageKey(None if known_stages()[name].scope is Scope.MODEL else 0, name)
 
 
 def numbered(layout: Layout) -> np.ndarray:
@@ -34,7 +36,9 @@ def numbered(layout: Layout) -> np.ndarray:
 
 
 def canonical(name: str, sizes: dict[str, int]) -> Layout:
-    return layout_of(key_of(name), sizes, int(np.prod(resolve_shape(BY_NAME[name].shape, sizes))))
+    return layout_of(
+        key_of(name), sizes, int(np.prod(resolve_shape(known_stages()[name].shape, sizes)))
+    )
 
 
 @given(stage_names, sizes)
@@ -58,9 +62,10 @@ def test_a_size_that_is_unknown_or_does_not_fit_leaves_one_axis(known: dict[str,
 
 @given(sizes)
 def test_sizes_are_inferred_from_a_full_dump(sizes: dict[str, int]) -> None:
-    present = [name for name, stage in BY_NAME.items() if stage.feature in (None, "dense")]
+    present = [name for name, stage in known_stages().items() if stage.operation is not None]
     counts = {
-        key_of(name): int(np.prod(resolve_shape(BY_NAME[name].shape, sizes))) for name in present
+        key_of(name): int(np.prod(resolve_shape(known_stages()[name].shape, sizes)))
+        for name in present
     }
     found = infer_sizes(counts, sizes["T"])
     assert dict(found) == {letter: sizes[letter] for letter in "TSHKDEFV"}
@@ -84,24 +89,26 @@ class TestMask:
         x = numbered(layout)
         above = ~np.tril(np.ones(layout.shape, bool)).reshape(-1)
         dumped = np.where(above, np.float32(junk), x)
-        found = zero_above_diagonal(key_of("attn_scores"), dumped, layout)
+        found = zero_masked(Scores(1.0), dumped, layout)
         np.testing.assert_array_equal(found, np.where(above, 0, x))
         assert found.dtype == np.float32
 
     def test_a_decoding_step_sees_every_position(self) -> None:
         layout = layout_of(StageKey(0, "attn_scores"), {"H": 2, "T": 1, "S": 5}, 10)
         x = numbered(layout)
-        np.testing.assert_array_equal(zero_above_diagonal(StageKey(0, "attn_scores"), x, layout), x)
+        np.testing.assert_array_equal(zero_masked(Scores(1.0), x, layout), x)
 
     @given(stage_names.filter(lambda name: name != "attn_scores"), sizes)
     def test_other_stages_are_passed_through(self, name: str, sizes: dict[str, int]) -> None:
         layout = canonical(name, sizes)
         x = numbered(layout)
-        assert zero_above_diagonal(key_of(name), x, layout) is x
+        assert zero_masked(known_stages()[name].operation, x, layout) is x
 
 
 def readings(name: str, x: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    return dict(alternatives(key_of(name), np.ascontiguousarray(x).reshape(-1), layout))
+    return dict(
+        alternatives(known_stages()[name].operation, np.ascontiguousarray(x).reshape(-1), layout)
+    )
 
 
 class TestAlternatives:

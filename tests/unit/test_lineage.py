@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import pytest
 
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey, parse_path, stage_keys
+from aprcore.network.graph import outline, parse_path
+from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader, Side, StageReport
 from aprtui.lineage import CARRIES_ON, spoiled_by, trace_upstream
 from aprtui.run_state import RunState
 
 DIVERGE = ("FAIL", "NONFINITE", "SHAPE")
-FEATURES = frozenset({"qkv_bias", "dense"})
+FEATURES = frozenset({"qkv_bias"})
 
 
 def key_of(path: str) -> StageKey:
@@ -24,13 +25,13 @@ def key_of(path: str) -> StageKey:
 
 def state_of(
     words: Mapping[str, str | None], *, unrecorded: tuple[str, ...] = (),
-    features: frozenset[str] = FEATURES,
+    features: frozenset[str] = FEATURES, architecture: str | None = None,
 ) -> RunState:  # fmt: skip
     """A run of two layers in which every stage passes but these."""
-    keys = tuple(stage_keys(2, features))
+    keys = tuple(outline(2, features).keys)
     side = Side("m.apr", "float32")
     state = RunState()
-    state.open(RunHeader(side, side, "m.apr", None, 2, None, None, None, keys, 1e-4, None))
+    state.open(RunHeader(side, side, "m.apr", architecture, 2, None, None, None, keys, 1e-4, None))
     for key in keys:
         word = words.get(key.path, "PASS")
         if key.path not in unrecorded:
@@ -89,7 +90,7 @@ class TestUpstream:
 
     def test_the_shortest_way_is_taken(self) -> None:
         # The residual reads the layer's input itself, which attention reads as well.
-        keys = [key.path for key in stage_keys(2, FEATURES)]
+        keys = [key.path for key in outline(2, FEATURES).keys]
         residual = "layer-0/post_attn_residual"
         between = keys[1 : keys.index(residual)]
         words = {"layer-0/embedding": "FAIL", residual: "INHERITED"}
@@ -110,7 +111,7 @@ class TestUpstream:
 
     def test_the_first_of_several_faults_is_the_origin(self) -> None:
         words = {SCORES: "FAIL", "layer-0/ffn_out": "NONFINITE", "layer-1/ffn_norm": "FAIL"}
-        keys = [key.path for key in stage_keys(2, FEATURES)]
+        keys = [key.path for key in outline(2, FEATURES).keys]
         after = keys[keys.index("layer-0/ffn_out") :]
         state = state_of(dict.fromkeys(after, "INHERITED") | words)
         assert blamed(state, ATTENTION) == ["layer-0/ffn_out", SCORES]
@@ -129,7 +130,7 @@ class TestUpstream:
 
     @pytest.mark.parametrize(
         ("features", "source"),
-        [(FEATURES, "qkv_bias"), (frozenset({"dense"}), "qkv_matmul")],
+        [(FEATURES, "qkv_bias"), (frozenset(), "qkv_matmul")],
     )
     def test_where_there_is_a_bias_it_is_what_is_read(
         self, features: frozenset[str], source: str
@@ -141,6 +142,21 @@ class TestUpstream:
         assert [key.path for key in spoiled_by(state, key_of(f"layer-1/{source}"))] == []
         state = state_of(words | {query: "INHERITED"}, features=features)
         assert [key.path for key in spoiled_by(state, key_of(f"layer-1/{source}"))] == [query]
+
+    def test_a_stage_that_only_the_architecture_tells_of_is_on_the_way(self) -> None:
+        words = {"layer-1/attn_out": "FAIL", "layer-1/post_attn_residual": "INHERITED"}
+        state = state_of(words, architecture="gemma2")
+        assert way(state, "layer-1/post_attn_residual") == [
+            "layer-1/post_attn_residual", "layer-1/attn_post_norm", "layer-1/attn_out",
+        ]  # fmt: skip
+        assert way(state_of(words), "layer-1/post_attn_residual") == [
+            "layer-1/post_attn_residual", "layer-1/attn_out",
+        ]  # fmt: skip
+
+    def test_what_follows_the_layers_reads_the_last_one(self) -> None:
+        last = "layer-1/post_ffn_residual"
+        state = state_of({last: "FAIL", "final_norm": "INHERITED", "lm_head": "INHERITED"})
+        assert way(state, "lm_head") == ["lm_head", "final_norm", last]
 
     def test_before_the_files_are_open_nothing_is_known(self) -> None:
         assert trace_upstream(RunState(), key_of(SCORES)) is None
@@ -173,11 +189,11 @@ class TestDownstream:
         state = state_of({"layer-0/post_ffn_residual": "NOISE"} | dict.fromkeys(last, "INHERITED"))
         assert self.spoiled(state, "layer-0/post_ffn_residual") == last
 
-    @pytest.mark.parametrize("feature", ["dense", "experts"])
+    @pytest.mark.parametrize("feature", ["qkv_bias", "moe_router"])
     def test_readers_of_either_kind_of_feed_forward_network(self, feature: str) -> None:
         readers = [
             key.path
-            for key in stage_keys(2, {feature})
+            for key in outline(2, {feature}).keys
             if key.layer == 1 and key.stage in ("ffn_gate", "ffn_up", "moe_router", "moe_ffn_out")
         ]
         words = {"layer-1/ffn_norm": "FAIL"} | dict.fromkeys(readers, "INHERITED")

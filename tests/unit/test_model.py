@@ -1,4 +1,4 @@
-"""Opening models of every format: names, order of rows, and what the table of stages demands."""
+"""Opening models of every format: names, order of rows, and what the stages demand."""
 
 from __future__ import annotations
 

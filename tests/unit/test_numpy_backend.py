@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.engines.reference import ReferenceBackend
+from aprcore.network.mask import CAUSAL
 from aprcore.network.rope import Rope, RopeScaling
 from aprcore.network.weights import CHUNK_BYTES
 from closeness import FLOAT32_ROUNDOFF as U
 from closeness import assert_close
+from masks import Seen, seen
 from tiny import ArrayWeight
 
 OP = NumpyBackend(2)
@@ -66,12 +68,38 @@ def test_embed_is_exact(seed: int, count: int, rows: int, width: int) -> None:
     assert_close(OP.embed(ids, table), table.values[ids], 0)
 
 
-@given(seeds, tokens, st.integers(1, 4), st.integers(1, 600), st.sampled_from([1e-4, 1, 1e15]))
+@given(
+    seeds, tokens, st.integers(1, 4), st.integers(1, 600), st.sampled_from([1e-4, 1, 1e15]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)  # fmt: skip
 @some
-def test_rms_norm(seed: int, count: int, heads: int, size: int, scale: float) -> None:
+def test_rms_norm(
+    seed: int, count: int, heads: int, size: int, scale: float, offset: float
+) -> None:
     x = draw(seed, count, heads * size, scale=scale)
-    # The root halves the error of the sum; sum, mean, eps, root, quotient and two products follow.
-    check("rms_norm", [x], weight(seed, size), 1e-6, bound=(size / 2 + 8) * U)
+    # The root halves the error of the sum; sum, mean, eps, root, quotient and two products follow,
+    # and the sum of gain and offset.
+    check("rms_norm", [x], weight(seed, size), 1e-6, offset, bound=(size / 2 + 9) * U)
+
+
+@given(seeds, tokens, st.sampled_from([0.0, -3.0, 0.1, 896**0.5]))
+@some
+def test_scale(seed: int, count: int, factor: float) -> None:
+    check("scale", [draw(seed, count, 33)], factor, bound=2 * U)
+
+
+@given(seeds, tokens, st.sampled_from([0.3, 30, 50]), st.sampled_from([1e-6, 0.1, 1, 30, 1e4]))
+@some
+def test_soft_cap(seed: int, count: int, cap: float, scale: float) -> None:
+    check("soft_cap", [draw(seed, count, 33, scale=scale)], cap, bound=8 * U)
+
+
+@pytest.mark.parametrize("cap", [0.3, 50.0])
+def test_soft_cap_of_extremes(cap: float) -> None:
+    x = np.array([-np.inf, -3e38, -1e4, -1e-30, -0.0, 0.0, 1e-30, 1e4, 3e38, np.inf, np.nan])
+    with np.errstate(over="ignore"):
+        found = OP.soft_cap(x.astype(np.float32), cap)
+    np.testing.assert_allclose(found, cap * np.tanh(x / cap), rtol=4 * U)
 
 
 @given(seeds, tokens, st.integers(1, 700), st.lists(st.integers(1, 40), min_size=1, max_size=3))
@@ -121,50 +149,61 @@ def test_rope(
 
 
 heads = st.sampled_from([(1, 1), (5, 1), (6, 2), (7, 7)])
-spans = st.sampled_from([(1, 1), (2, 2), (13, 13), (1, 12), (4, 9)])
 dims = st.integers(1, 40)
 
 
-@given(seeds, heads, spans, dims)
+@given(seeds, heads, seen(), dims, st.sampled_from([1.0, 0.3]))
 @some
 def test_attention_scores(
-    seed: int, heads: tuple[int, int], span: tuple[int, int], dim: int
+    seed: int, heads: tuple[int, int], where: Seen, dim: int, scale: float
 ) -> None:
-    (num_heads, num_kv_heads), (count, positions) = heads, span
+    (num_heads, num_kv_heads), (count, positions) = heads, where.span
     q, k = draw(seed, count, num_heads * dim), draw(seed + 1, positions, num_kv_heads * dim)
-    size = EXACT.attention_scores(*(np.abs(x).astype(np.float64) for x in (q, k)), *heads)
-    check("attention_scores", [q, k], *heads, bound=(dim + 2) * U, size=size)
+    rest = (*heads, scale, where.mask)
+    size = EXACT.attention_scores(*(np.abs(x).astype(np.float64) for x in (q, k)), *rest)
+    check("attention_scores", [q, k], *rest, bound=(dim + 2) * U, size=size)
+    assert (OP.attention_scores(q, k, *rest)[:, where.hidden()] == 0).all()
 
 
-@given(seeds, heads, spans, st.sampled_from([1e-3, 1, 50, 1e4, 1e37]))
+@given(seeds, heads, seen(), st.sampled_from([1e-3, 1, 50, 1e4, 1e37]))
 @some
-def test_softmax(seed: int, heads: tuple[int, int], span: tuple[int, int], scale: float) -> None:
-    scores = draw(seed, heads[0], *span, scale=scale)
+def test_softmax(seed: int, heads: tuple[int, int], where: Seen, scale: float) -> None:
+    scores = draw(seed, heads[0], *where.span, scale=scale)
     # exp of a difference that is off by u |d| is off by u |d| exp(-|d|), at most 0.4 u.
-    check("causal_softmax", [scores], bound=(span[1] + 8) * U)
+    check("masked_softmax", [scores], where.mask, bound=(where.positions + 8) * U)
 
 
-@given(spans)
-def test_softmax_looks_at_nothing_above_the_diagonal(span: tuple[int, int]) -> None:
-    scores = draw(0, 2, *span)
-    above = np.triu(np.ones(span, bool), span[1] - span[0] + 1)
-    junk = scores.copy()
-    junk[:, above] = np.nan
-    found = OP.causal_softmax(junk)
-    np.testing.assert_array_equal(found, OP.causal_softmax(scores))
-    assert (found[:, above] == 0).all()
-
-
-@given(seeds, heads, spans, dims)
+@given(seen())
 @some
-def test_weighted_values(
-    seed: int, heads: tuple[int, int], span: tuple[int, int], dim: int
-) -> None:
-    softmax = EXACT.causal_softmax(draw(seed, heads[0], *span).astype(np.float64))
-    softmax = softmax.astype(np.float32)
-    v = draw(seed + 1, span[1], heads[1] * dim)
+def test_softmax_looks_at_nothing_that_is_masked(where: Seen) -> None:
+    scores, hidden = draw(0, 2, *where.span), where.hidden()
+    junk = scores.copy()
+    junk[:, hidden] = np.nan
+    found = OP.masked_softmax(junk, where.mask)
+    np.testing.assert_array_equal(found, OP.masked_softmax(scores, where.mask))
+    assert (found[:, hidden] == 0).all()
+
+
+@given(seen(), st.data())
+@some
+def test_softmax_keeps_a_nan_that_is_seen(where: Seen, data: st.DataObject) -> None:
+    scores, hidden = draw(0, 2, *where.span), where.hidden()
+    token = data.draw(st.integers(0, where.tokens - 1))
+    scores[1, token, data.draw(st.sampled_from(np.flatnonzero(~hidden[token]).tolist()))] = np.nan
+    found = OP.masked_softmax(scores, where.mask)
+    assert np.isnan(found[1, token, ~hidden[token]]).all()
+    found[1, token] = 0
+    assert np.isfinite(found).all()
+
+
+@given(seeds, heads, seen(), dims)
+@some
+def test_weighted_values(seed: int, heads: tuple[int, int], where: Seen, dim: int) -> None:
+    softmax = draw(seed, heads[0], *where.span).astype(np.float64)
+    softmax = EXACT.masked_softmax(softmax, where.mask).astype(np.float32)
+    v = draw(seed + 1, where.positions, heads[1] * dim)
     size = EXACT.weighted_values(*(np.abs(x).astype(np.float64) for x in (softmax, v)), heads[1])
-    check("weighted_values", [softmax, v], heads[1], bound=span[1] * U, size=size)
+    check("weighted_values", [softmax, v], heads[1], bound=where.positions * U, size=size)
 
 
 @given(seeds, tokens, st.sampled_from([1e-3, 1, 10, 1e3]))
@@ -196,11 +235,15 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     rows = CHUNK_BYTES // 4 // width * 4 + 3
     weights = [weight(0, rows, width), weight(1, 9, width)]
     x = draw(2, 5, width)
+
+    def scores(op: NumpyBackend) -> np.ndarray:
+        return op.attention_scores(x, x, 7, 7, 0.1, CAUSAL)
+
     operations: list[Callable[[NumpyBackend], np.ndarray]] = [
         lambda op: op.linear(x, weights),
         lambda op: op.linear(x[:1], weights),
-        lambda op: op.attention_scores(x, x, 7, 7),
-        lambda op: op.weighted_values(op.causal_softmax(op.attention_scores(x, x, 7, 7)), x, 7),
+        scores,
+        lambda op: op.weighted_values(op.masked_softmax(scores(op), CAUSAL), x, 7),
     ]
     for operation in operations:
         first = operation(NumpyBackend(1))

@@ -15,7 +15,7 @@ from aprcore.engines.forward import AHEAD, forward, trace
 from aprcore.engines.opencl.backend import OpenCLBackend
 from aprcore.ground.errors import BackendError
 from aprcore.models.model import Model
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.network.weights import Weight
 from opencl_device import backend, require_device
 from tiny import NUM_LAYERS, TOKENS, opened, write_model
@@ -71,7 +71,7 @@ def test_the_next_weights_are_read_while_this_layer_is_computed(
     """Pieces of whole weights, three of them at a time: after each product the next three come."""
     weights = watch(model)
     with OpenCLBackend(backend().device, budget_bytes=budget_bytes) as op:
-        stream = forward(model.config, weights, op, TOKENS)
+        stream = forward(model.graph, weights, op, TOKENS)
         seen = {}
         for key, _ in stream:
             seen[key] = True
@@ -90,19 +90,19 @@ def test_the_next_weights_are_read_while_this_layer_is_computed(
 
 def test_a_pass_that_was_given_up_does_not_confuse_the_next(model: Model) -> None:
     with OpenCLBackend(backend().device, budget_bytes=0, piece_bytes=4000) as op:
-        whole = {k: x.copy() for k, x in trace(model.config, model.weights, op, TOKENS)}
-        stream = trace(model.config, model.weights, op, TOKENS)
+        whole = {k: x.copy() for k, x in trace(model.graph, model.weights, op, TOKENS)}
+        stream = trace(model.graph, model.weights, op, TOKENS)
         for _ in range(10):
             next(stream)
         stream.close()
-        for key, tensor in trace(model.config, model.weights, op, TOKENS):
+        for key, tensor in trace(model.graph, model.weights, op, TOKENS):
             np.testing.assert_array_equal(tensor, whole[key], err_msg=str(key))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, AHEAD, 1000])
 def test_running_ahead_changes_nothing(model: Model, ahead: int) -> None:
-    expected = list(trace(model.config, model.weights, backend(), TOKENS, ahead=0))
-    found = list(trace(model.config, model.weights, backend(), TOKENS, ahead=ahead))
+    expected = list(trace(model.graph, model.weights, backend(), TOKENS, ahead=0))
+    found = list(trace(model.graph, model.weights, backend(), TOKENS, ahead=ahead))
     assert [key for key, _ in found] == [key for key, _ in expected]
     for (key, ours), (_, theirs) in zip(found, expected):
         np.testing.assert_array_equal(ours, theirs, err_msg=str(key))
@@ -110,11 +110,11 @@ def test_running_ahead_changes_nothing(model: Model, ahead: int) -> None:
 
 def test_the_device_is_some_stages_ahead_and_not_more(model: Model) -> None:
     with Counting() as op:
-        stream = trace(model.config, model.weights, op, TOKENS, ahead=2)
+        stream = trace(model.graph, model.weights, op, TOKENS, ahead=2)
         assert next(stream)[0] == StageKey(0, "embedding")
         assert op.norms == 1  # attn_norm and the product after it
         stream.close()
-        timed = Decoder(model.config, model.weights, Engine(op)).stages(TOKENS)
+        timed = Decoder(model.graph, model.weights, Engine(op)).stages(TOKENS)
         op.norms = 0
         next(timed)
         assert op.norms == 0  # who times a stage must not pay for the next
@@ -124,7 +124,7 @@ def test_what_was_made_before_an_error_still_comes(model: Model) -> None:
     with Counting(failing=3) as op:  # the first norm of layer 1
         found = []
         with pytest.raises(BackendError, match="out of memory"):
-            for key, _ in trace(model.config, model.weights, op, TOKENS):
+            for key, _ in trace(model.graph, model.weights, op, TOKENS):
                 found.append(key)
         assert found[-1] == StageKey(0, "post_ffn_residual")
         assert op.norms == 3

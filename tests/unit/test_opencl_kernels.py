@@ -19,10 +19,12 @@ from aprcore.engines.opencl.backend import OpenCLBackend
 from aprcore.engines.opencl.stored_rows import BLOCK_FORMATS, FLOAT_FORMATS, row_source
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.models.names import RowSlice, SplitHalves
+from aprcore.network.mask import CAUSAL, Mask
 from aprcore.network.rope import Rope, RopeScaling
 from aprcore.network.weights import Weight, read_all
 from closeness import FLOAT32_ROUNDOFF as U
 from closeness import assert_close
+from masks import SOME_SEEN, Seen, seen
 from opencl_device import backend, require_device
 from stored_weights import fitting_width, random_bytes, random_tensor, stored_tensor
 from tiny import ArrayWeight
@@ -36,12 +38,14 @@ EXPANDED_ON_HOST = ("F64", "Q2_K", "IQ4_NL")
 
 CPU = NumpyBackend(2)
 EXACT = ReferenceBackend()
+WINDOW = Mask(2, 0)
 
 seeds = st.integers(0, 2**32)
 widths = st.one_of(st.integers(1, 70), st.integers(200, 800))
 # Each number of tokens up to 8 is a kernel of its own, and all above 8 share another.
 some_tokens = st.sampled_from([1, 7, 9, 16, 33])
 some = settings(max_examples=12, deadline=None)
+many = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -231,14 +235,44 @@ def test_embed_of_float_rows_is_exact(seed: int, count: int, rows: int, width: i
 
 @given(
     seeds, st.sampled_from(ALL_LANES), st.integers(1, 17), st.integers(1, 4), st.integers(1, 600),
-    st.sampled_from([1e-4, 1, 1e15]),
+    st.sampled_from([1e-4, 1, 1e15]), st.sampled_from([0.0, 0.5, 1.0]),
 )  # fmt: skip
 @some
 def test_rms_norm(
-    seed: int, lanes: int | None, count: int, heads: int, size: int, scale: float
+    seed: int, lanes: int | None, count: int, heads: int, size: int, scale: float, offset: float
 ) -> None:
     x = draw(seed, count, heads * size, scale=scale)
-    check("rms_norm", [x], weight(seed, size), 1e-6, bound=(size / 2 + 8) * U, lanes=lanes)
+    bound = (size / 2 + 9) * U
+    check("rms_norm", [x], weight(seed, size), 1e-6, offset, bound=bound, lanes=lanes)
+
+
+@given(
+    seeds, st.sampled_from(ALL_LANES), st.integers(1, 17), st.integers(1, 70),
+    st.sampled_from([0.0, -3.0, 0.1, 896**0.5]),
+)  # fmt: skip
+@some
+def test_scale(seed: int, lanes: int | None, count: int, width: int, factor: float) -> None:
+    x = draw(seed, count, width)
+    np.testing.assert_array_equal(run(backend(lanes), "scale", [x], factor), CPU.scale(x, factor))
+
+
+@given(
+    seeds, st.sampled_from(ALL_LANES), st.integers(1, 17), st.integers(1, 70),
+    st.sampled_from([0.3, 30, 50]), st.sampled_from([1e-6, 0.1, 1, 30, 1e4]),
+)  # fmt: skip
+@some
+def test_soft_cap(
+    seed: int, lanes: int | None, count: int, width: int, cap: float, scale: float
+) -> None:
+    check("soft_cap", [draw(seed, count, width, scale=scale)], cap, bound=18 * U, lanes=lanes)
+
+
+@pytest.mark.parametrize("lanes", ALL_LANES)
+@pytest.mark.parametrize("cap", [0.3, 50.0])
+def test_soft_cap_of_extremes(cap: float, lanes: int | None) -> None:
+    x = np.array([-np.inf, -3e38, -1e4, -1e-30, -0.0, 0.0, 1e-30, 1e4, 3e38, np.inf, np.nan])
+    found = run(backend(lanes), "soft_cap", [x.astype(np.float32)], cap)
+    np.testing.assert_allclose(found, cap * np.tanh(x / cap), rtol=18 * U)
 
 
 @given(
@@ -293,39 +327,55 @@ def test_rope(
 
 
 heads = st.sampled_from([(1, 1), (5, 1), (6, 2), (7, 7)])
-spans = st.sampled_from([(1, 1), (2, 2), (13, 13), (1, 12), (4, 9), (33, 33)])
 
 
-@given(seeds, st.sampled_from(ALL_LANES), heads, spans, st.integers(1, 40))
-@some
+@given(
+    seeds, st.sampled_from(ALL_LANES), heads, seen(), st.integers(1, 40),
+    st.sampled_from([1.0, 0.3]),
+)  # fmt: skip
+@many
 def test_attention(
-    seed: int, lanes: int | None, heads: tuple[int, int], span: tuple[int, int], dim: int
+    seed: int, lanes: int | None, heads: tuple[int, int], where: Seen, dim: int, scale: float
 ) -> None:
-    (num_heads, num_kv_heads), (count, positions) = heads, span
+    (num_heads, num_kv_heads), (count, positions) = heads, where.span
     q, k = draw(seed, count, num_heads * dim), draw(seed + 1, positions, num_kv_heads * dim)
-    size = EXACT.attention_scores(*(np.abs(x).astype(np.float64) for x in (q, k)), *heads)
-    check("attention_scores", [q, k], *heads, bound=(dim + 2) * U, size=size, lanes=lanes)
-    softmax = EXACT.causal_softmax(draw(seed, num_heads, *span).astype(np.float64))
-    softmax = softmax.astype(np.float32)
+    rest = (*heads, scale, where.mask)
+    size = EXACT.attention_scores(*(np.abs(x).astype(np.float64) for x in (q, k)), *rest)
+    check("attention_scores", [q, k], *rest, bound=(dim + 2) * U, size=size, lanes=lanes)
+    found = run(backend(lanes), "attention_scores", [q, k], *rest)
+    assert (found[:, where.hidden()] == 0).all()
+    softmax = draw(seed, num_heads, *where.span).astype(np.float64)
+    softmax = EXACT.masked_softmax(softmax, where.mask).astype(np.float32)
     size = EXACT.weighted_values(*(np.abs(x).astype(np.float64) for x in (softmax, k)), heads[1])
     bound = (positions + 1) * U
     check("weighted_values", [softmax, k], heads[1], bound=bound, size=size, lanes=lanes)
 
 
 @given(
-    seeds, st.sampled_from(ALL_LANES), heads, spans, st.sampled_from([1e-3, 1, 50, 1e4, 1e37])
+    seeds, st.sampled_from(ALL_LANES), heads, seen(), st.sampled_from([1e-3, 1, 50, 1e4, 1e37])
 )  # fmt: skip
-@some
+@many
 def test_softmax(
-    seed: int, lanes: int | None, heads: tuple[int, int], span: tuple[int, int], scale: float
+    seed: int, lanes: int | None, heads: tuple[int, int], where: Seen, scale: float
 ) -> None:
-    scores = draw(seed, heads[0], *span, scale=scale)
-    check("causal_softmax", [scores], bound=(span[1] + 8) * U, lanes=lanes)
-    above = np.triu(np.ones(span, bool), span[1] - span[0] + 1)
+    scores, hidden = draw(seed, heads[0], *where.span, scale=scale), where.hidden()
+    bound = (where.positions + 8) * U
+    check("masked_softmax", [scores], where.mask, bound=bound, lanes=lanes)
     junk = scores.copy()
-    junk[:, above] = np.nan
-    found = run(backend(lanes), "causal_softmax", [junk])
-    np.testing.assert_array_equal(found, run(backend(lanes), "causal_softmax", [scores]))
+    junk[:, hidden] = np.nan
+    found = run(backend(lanes), "masked_softmax", [junk], where.mask)
+    plain = run(backend(lanes), "masked_softmax", [scores], where.mask)
+    np.testing.assert_array_equal(found, plain)
+    assert (found[:, hidden] == 0).all()
+
+
+@pytest.mark.parametrize("lanes", ALL_LANES)
+def test_bounds_of_any_size_are_no_bounds(lanes: int | None) -> None:
+    op, scores = backend(lanes), draw(0, 2, 5, 9)
+    everything = run(op, "masked_softmax", [scores], Mask(None, None))
+    for bound in (8, 2**31, 2**32 - 1, 2**32, 2**70):
+        found = run(op, "masked_softmax", [scores], Mask(bound, bound))
+        np.testing.assert_array_equal(found, everything)
 
 
 @given(seeds, st.integers(1, 17), st.sampled_from([1e-3, 1, 10, 1e3]))
@@ -357,15 +407,19 @@ def test_other_operations_pass_non_finite_values_on(value: float, lanes: int | N
     x = draw(0, 6, 24)
     x[2, 5] = value
     rope, places = Rope(1e4, 8), np.arange(6)
-    softmax = CPU.causal_softmax(CPU.attention_scores(draw(1, 6, 24), draw(2, 6, 24), 3, 3))
+    softmax = CPU.masked_softmax(draw(1, 3, 6, 6), CAUSAL)
+    masks = (CAUSAL, WINDOW, Mask(None, None), Mask(1, 1))
     cases: list[tuple[str, list[np.ndarray], tuple[Any, ...]]] = [
         ("rms_norm", [x], (weight(0, 8), 1e-5)),
-        ("rms_norm", [x], (weight(0, 24), 1e-5)),
+        ("rms_norm", [x], (weight(0, 24), 1e-5, 1.0)),
+        ("scale", [x], (0.5,)),
+        ("soft_cap", [x], (30.0,)),
         ("add_bias", [x], ([weight(0, 24)],)),
         ("rope", [x], (places, rope)),
-        ("attention_scores", [x, draw(3, 6, 24)], (3, 3)),
-        ("attention_scores", [draw(3, 6, 24), x], (3, 3)),
-        ("causal_softmax", [x.reshape(4, 6, 6)], ()),
+        *(("attention_scores", [x, draw(3, 6, 24)], (3, 3, 0.3, mask)) for mask in masks),
+        *(("attention_scores", [draw(3, 6, 24), x], (3, 3, 0.3, mask)) for mask in masks),
+        *(("masked_softmax", [x.reshape(4, 6, 6)], (mask,)) for mask in masks),
+        *(("masked_softmax", [x.T.reshape(4, 6, 6)], (mask,)) for mask in masks),
         ("weighted_values", [softmax, x], (3,)),
         ("add", [x, x], ()),
         ("multiply", [x, x], ()),
@@ -395,12 +449,17 @@ def test_every_operation_repeats_bit_for_bit(lanes: int | None) -> None:
     x = draw(0, 33, 280)
     rope, places = Rope(1e4, 40), np.arange(33)
     gain = weight(0, 280)
+
+    def scores(x: Any) -> Any:
+        return op.attention_scores(x, x, 7, 7, 0.2, WINDOW)
+
     operations: list[Callable[[Any], Any]] = [
-        lambda x: op.rms_norm(x, gain, 1e-6),
+        lambda x: op.rms_norm(x, gain, 1e-6, 1.0),
+        lambda x: op.soft_cap(x, 30.0),
         lambda x: op.rope(x, places, rope),
-        lambda x: op.attention_scores(x, x, 7, 7),
-        lambda x: op.causal_softmax(op.attention_scores(x, x, 7, 7)),
-        lambda x: op.weighted_values(op.attention_scores(x, x, 7, 7), x, 7),
+        scores,
+        lambda x: op.masked_softmax(scores(x), WINDOW),
+        lambda x: op.weighted_values(scores(x), x, 7),
         lambda x: op.activation(x, "silu"),
     ]
     for operation in operations:
@@ -425,9 +484,11 @@ def test_work_groups_of_every_size_agree(dtype: str) -> None:
         difference = np.linalg.norm(run(op, "linear", [x], [tensor]).astype(np.float64) - product)
         assert difference <= 2 * PRODUCT_BOUND * size, lanes
         assert_close(run(op, "rms_norm", [x], gain, 1e-5), norm, (rows + 16) * U)
-        scores = run(op, "attention_scores", [x[:, :280], x[:, :280]], 7, 7)
-        softmax = run(op, "causal_softmax", [scores])
-        assert_close(softmax, run(alone, "causal_softmax", [scores]), (7 + 16) * U)
+        for where in SOME_SEEN:
+            scores = draw(0, 3, *where.span)
+            softmax = run(op, "masked_softmax", [scores], where.mask)
+            expected = run(alone, "masked_softmax", [scores], where.mask)
+            assert_close(softmax, expected, (where.positions + 16) * U)
 
 
 def test_inputs_are_not_written_into() -> None:
@@ -440,6 +501,8 @@ def test_inputs_are_not_written_into() -> None:
         lambda: op.linear(there, [weight(0, 9, 40)]),
         lambda: op.add_bias(there, [weight(0, 40)]),
         lambda: op.activation(there, "silu"),
+        lambda: op.scale(there, 2.0),
+        lambda: op.soft_cap(there, 2.0),
         lambda: op.rope(there, np.arange(5), Rope(1e4, 8)),
     ):
         operation()

@@ -15,7 +15,7 @@ from aprcore.engines.engine import Engine
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.ground.errors import BackendError, PlanError
 from aprcore.models.model import Model, open_model
-from aprcore.network.graph import StageKey, stage_keys
+from aprcore.network.stages import StageKey
 from aprcore.records.parity_report import CacheParity, ParityReport, StepParity, to_json
 from aprcore.runs.fallback import GuardedDecoder, RejectedError, open_decoder, rejection_line
 from aprcore.runs.parity_gate import (
@@ -26,7 +26,7 @@ from aprcore.runs.parity_gate import (
     compare_step,
 )
 from aprtui.commands import parity as command
-from tiny import NUM_LAYERS, TOKENS, opened, write_model
+from tiny import TOKENS, opened, write_model
 from wrong_backends import (
     BlindToTheFirst,
     MissingTail,
@@ -197,7 +197,7 @@ class TestGate:
     def test_every_stage_of_every_step_can_be_judged(self, path: Path, model: Model) -> None:
         report = report_of(path, stages=True)
         assert not report.diverges
-        keys = list(stage_keys(NUM_LAYERS, model.config.features))
+        keys = list(model.graph.keys)
         assert [stage.key for stage in report.stages] == keys * (DEFAULT_STEPS + 1)
         for stage in report.stages:
             assert stage.tested.kernel is not None and stage.comparison is not None
@@ -257,12 +257,12 @@ class TestFallback:
         return [event.token for event in events if isinstance(event, TokenChosen)]
 
     def guarded(self, model: Model, backend: NumpyBackend, reasons: list[str]) -> GuardedDecoder:
-        trusted, tested = (Decoder(model.config, model.weights, e) for e in (CPU, Engine(backend)))
+        trusted, tested = (Decoder(model.graph, model.weights, e) for e in (CPU, Engine(backend)))
         return GuardedDecoder(trusted, tested, reasons.append)
 
     @pytest.fixture(scope="class")
     def expected(self, model: Model) -> list[int]:
-        return self.text(model, Decoder(model.config, model.weights, CPU))
+        return self.text(model, Decoder(model.graph, model.weights, CPU))
 
     def test_a_sound_device_goes_on_alone(self, model: Model, expected: list[int]) -> None:
         class Counting(NumpyBackend):
@@ -275,7 +275,7 @@ class TestFallback:
         reasons: list[str] = []
         cpu, device = Counting(1), Counting(1)
         trusted, tested = (
-            Decoder(model.config, model.weights, Engine(backend)) for backend in (cpu, device)
+            Decoder(model.graph, model.weights, Engine(backend)) for backend in (cpu, device)
         )
         source = GuardedDecoder(trusted, tested, reasons.append)
         assert self.text(model, source) == expected
@@ -309,9 +309,9 @@ class TestFallback:
         class Late(NumpyBackend):
             """Breaks down at a length that the gate does not reach."""
 
-            def causal_softmax(self, scores: Any) -> Any:
+            def masked_softmax(self, scores: Any, mask: Any) -> Any:
                 lost = np.float32(np.nan if scores.shape[2] > len(TOKENS) + DEFAULT_STEPS else 1)
-                return super().causal_softmax(scores) * lost
+                return super().masked_softmax(scores, mask) * lost
 
         reasons: list[str] = []
         guarded = self.guarded(model, Late(1), reasons)
@@ -321,7 +321,7 @@ class TestFallback:
 
     def test_stages_come_from_whoever_ran_the_step(self, model: Model) -> None:
         wanted = StageKey(0, "attention")
-        sound = Decoder(model.config, model.weights, CPU).feed(TOKENS, wanted.__eq__)
+        sound = Decoder(model.graph, model.weights, CPU).feed(TOKENS, wanted.__eq__)
         rejected = self.guarded(model, WrongStride(1), []).feed(TOKENS, wanted.__eq__)
         np.testing.assert_array_equal(rejected.stages[wanted], sound.stages[wanted])
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from aprcore.dumps.stage_file import HEADER, write_stage_file
 from aprcore.ground.errors import AprError, TraceError, TruncatedError
 from aprcore.judging.compare import compare
-from aprcore.judging.layouts import Layout, zero_above_diagonal
-from aprcore.network.graph import StageKey
+from aprcore.judging.layouts import Layout, zero_masked
+from aprcore.network.operations import Scores
+from aprcore.network.stages import StageKey
 from aprcore.pictures import (
     OUTLIER_RMS,
     Cancelled,
@@ -151,7 +152,7 @@ class TestMaps:
         planes = []
         for name, x in (("a", a), ("b", b)):
             write_stage_file(folder / name, KEY.layer, x)
-            planes.append(FilePlane(folder / name, KEY, matrix_layout(*shape), HEADER.size))
+            planes.append(FilePlane(folder / name, None, matrix_layout(*shape), HEADER.size))
         pair = TensorPair(KEY, *planes)
         kinds = (MapKind.DIFF, MapKind.ORACLE)
         flat = views(matrix_layout(*shape))[-1]
@@ -333,7 +334,7 @@ class TestViews:
         layout = Layout((count,), (count,), ("index",))
         x = draw((count,), 4)
         write_stage_file(tmp_path / "x", KEY.layer, x)
-        plane = FilePlane(tmp_path / "x", KEY, layout, HEADER.size)
+        plane = FilePlane(tmp_path / "x", None, layout, HEADER.size)
         heat_map = HeatMap(TensorPair(KEY, plane, None), MapKind.TRACE)
         rows, columns = heat_map.shape
         assert rows * columns > DIRECT_VALUES
@@ -386,8 +387,8 @@ class TestFiles:
         dumped = draw(shape, 3, bad=20)
         path = tmp_path_factory.mktemp("scores") / "s.bin"
         write_stage_file(path, SCORES.layer, dumped)
-        plane = FilePlane(path, SCORES, layout, HEADER.size)
-        whole = zero_above_diagonal(SCORES, dumped.reshape(-1), layout).reshape(plane.shape)
+        plane = FilePlane(path, Scores(1.0), layout, HEADER.size)
+        whole = zero_masked(Scores(1.0), dumped.reshape(-1), layout).reshape(plane.shape)
         assert np.count_nonzero(whole) < np.count_nonzero(dumped)
         rows, columns = plane.shape
         top, bottom = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
@@ -403,15 +404,15 @@ class TestFiles:
     def test_another_size_than_the_run_saw_is_an_error(self, tmp_path: Path) -> None:
         write_stage_file(tmp_path / "x", 1, np.zeros(7, np.float32))
         with pytest.raises(TraceError, match="changed since the run"):
-            FilePlane(tmp_path / "x", KEY, matrix_layout(2, 4), HEADER.size)
+            FilePlane(tmp_path / "x", None, matrix_layout(2, 4), HEADER.size)
 
     def test_a_file_that_is_gone_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(AprError, match="no such file"):
-            FilePlane(tmp_path / "x", KEY, matrix_layout(2, 4), HEADER.size)
+            FilePlane(tmp_path / "x", None, matrix_layout(2, 4), HEADER.size)
 
     def test_so_is_one_that_shrinks_while_it_is_open(self, tmp_path: Path) -> None:
         write_stage_file(tmp_path / "x", 1, np.ones(8, np.float32))
-        plane = FilePlane(tmp_path / "x", KEY, matrix_layout(2, 4), HEADER.size)
+        plane = FilePlane(tmp_path / "x", None, matrix_layout(2, 4), HEADER.size)
         heat_map = HeatMap(TensorPair(KEY, plane, None), MapKind.TRACE)
         with (tmp_path / "x").open("r+b") as file:
             file.truncate(20)

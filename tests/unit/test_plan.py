@@ -1,4 +1,4 @@
-"""Stage lists, layer ranges and token lists as FORMATS.md has them."""
+"""Stage lists, layer ranges and token lists as docs/formats.md has them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from aprcore.dumps.plan import (
     parse_tokens,
 )
 from aprcore.ground.errors import PlanError
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 
 blanks = st.text(" \t", max_size=3)
 any_case = st.sampled_from([str.lower, str.upper, str.title, str.swapcase])
-stage_lists = st.lists(st.sampled_from(list(BY_NAME)), min_size=1, max_size=6)
+stage_lists = st.lists(st.sampled_from(list(known_stages())), min_size=1, max_size=6)
 
 # More digits than Python converts, and than any layer or token has.
 ENDLESS = "9" * 5000
@@ -38,14 +39,14 @@ class TestStages:
 
     @pytest.mark.parametrize("text", ["all", "ALL", " All\t"])
     def test_all(self, text: str) -> None:
-        assert parse_stages(text) == tuple(BY_NAME)
+        assert parse_stages(text) == tuple(known_stages())
 
     @given(stage_lists, st.data())
     def test_an_empty_item_is_refused(self, names: list[str], data: st.DataObject) -> None:
         names.insert(data.draw(st.integers(0, len(names))), data.draw(blanks))
         with pytest.raises(PlanError, match="empty stage name") as caught:
             parse_stages(",".join(names))
-        assert all(name in str(caught.value) for name in BY_NAME)
+        assert all(name in str(caught.value) for name in known_stages())
 
     @given(stage_lists, st.sampled_from(["attn", "embedding.", "*", "all", "attn_norm attn_out"]))
     def test_an_unknown_item_is_refused_and_the_names_are_listed(
@@ -54,7 +55,7 @@ class TestStages:
         with pytest.raises(PlanError, match="unknown stage") as caught:
             parse_stages(",".join([*names, wrong]))
         assert wrong in str(caught.value)
-        assert all(name in str(caught.value) for name in BY_NAME)
+        assert all(name in str(caught.value) for name in known_stages())
 
     def test_an_alias_stands_for_its_stage(self) -> None:
         assert parse_stages("layer_output") == ("post_ffn_residual",)
@@ -62,7 +63,7 @@ class TestStages:
     @given(st.text(max_size=40))
     def test_any_text_gives_names_or_one_error(self, text: str) -> None:
         try:
-            assert set(parse_stages(text)) <= set(BY_NAME)
+            assert set(parse_stages(text)) <= set(known_stages())
         except PlanError as error:
             assert len(str(error).splitlines()) == 1
 
@@ -135,7 +136,7 @@ class TestTokens:
 
 class TestPlan:
     @given(
-        stage_lists, st.sampled_from(list(BY_NAME)), st.integers(0, 5), st.integers(0, 5),
+        stage_lists, st.sampled_from(list(known_stages())), st.integers(0, 5), st.integers(0, 5),
         st.integers(1, 5),
     )  # fmt: skip
     def test_layers_bind_layers_and_not_the_whole_model(
@@ -148,7 +149,7 @@ class TestPlan:
         assert plan.wants(StageKey(None, name)) == (name in names)
 
     def test_the_default_wants_everything(self) -> None:
-        assert all(Plan().wants(StageKey(99, name)) for name in BY_NAME)
+        assert all(Plan().wants(StageKey(99, name)) for name in known_stages())
 
 
 def test_an_empty_prompt_is_refused_and_blanks_are_not() -> None:

@@ -12,6 +12,7 @@ from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.ground.precision import ARITHMETICS
+from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from closeness import assert_close
 from tiny import ArrayWeight
@@ -60,9 +61,14 @@ OPERATIONS: dict[str, Callable[[Any, Callable[[np.ndarray], Any]], Any]] = {
     "rows": lambda op, wrap: op.rows(wrap(array(10, 9, 5)), 1, 4),
     "rope": lambda op, wrap: op.rope(wrap(array(11, 9, 24)), POSITIONS, ROPE),
     "attention_scores": lambda op, wrap: op.attention_scores(
-        wrap(array(12, 9, 24)), wrap(array(13, 9, 8)), 6, 2
+        wrap(array(12, 9, 24)), wrap(array(13, 9, 8)), 6, 2, 0.3, Mask(4)
     ),
-    "causal_softmax": lambda op, wrap: op.causal_softmax(wrap(array(14, 3, 9, 9))),
+    "masked_softmax": lambda op, wrap: op.masked_softmax(wrap(array(14, 3, 9, 9)), Mask(4)),
+    "soft_cap": lambda op, wrap: op.soft_cap(wrap(3 * array(22, 9, 5)), 1.5),
+    "scale": lambda op, wrap: op.scale(wrap(array(23, 9, 5)), 7.3),
+    "rms_norm by 1 + w": lambda op, wrap: op.rms_norm(
+        wrap(array(24, 9, 16)), weight(25, 16), 1e-5, 1.0
+    ),
     "weighted_values": lambda op, wrap: op.weighted_values(
         wrap(np.abs(array(15, 6, 9, 9))), wrap(array(16, 9, 8)), 2
     ),

@@ -8,9 +8,9 @@ import pytest
 from gguf.quants import _type_traits
 
 from aprcore.ground.errors import UnsupportedError
-from aprcore.quant.types import FORMATS, Layout, dequantize, find_format, locate, storage_size
+from aprcore.quant.types import FORMATS, BlockLayout, dequantize, find_format, locate, storage_size
 
-BLOCKED = (Layout.ROWS, Layout.PADDED_ROWS)
+BLOCKED = (BlockLayout.ROWS, BlockLayout.PADDED_ROWS)
 GGML = sorted(name for name, row in FORMATS.items() if row.layout in BLOCKED)
 
 
@@ -87,7 +87,7 @@ def test_bfloat16_is_the_upper_half_of_float32() -> None:
 
 
 def apr_q4_value(blocks: bytes, index: int) -> float:
-    """One value, written straight from the words of FORMATS.md."""
+    """One value, written straight from the words of docs/formats.md."""
     block = blocks[index // 32 * 18 :][:18]
     scale = np.frombuffer(block[:2], "<f2")[0]
     if not np.isfinite(scale) or abs(scale) < 2**-14:

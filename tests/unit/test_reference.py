@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aprcore.engines.reference import ReferenceBackend
+from aprcore.network.mask import CAUSAL
 from aprcore.network.rope import Rope, RopeScaling
 from aprcore.network.weights import CHUNK_BYTES
 from closeness import assert_close
+from masks import SOME_SEEN, Seen, seen
 from tiny import ArrayWeight
 
 torch = pytest.importorskip("torch")
@@ -47,10 +51,24 @@ class TestRows:
 
     @pytest.mark.parametrize("size", [1, 6, 1500])
     @pytest.mark.parametrize("heads", [1, 3])
-    def test_rms_norm(self, tokens: int, size: int, heads: int) -> None:
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
+    def test_rms_norm(self, tokens: int, size: int, heads: int, offset: float) -> None:
         gain, x = weight(size), 30 * draw(tokens, heads * size)
-        expected = F.rms_norm(T(x).view(tokens, heads, size), (size,), wide(gain), 1e-5)
-        assert_close(OP.rms_norm(x, gain, 1e-5), expected.view(tokens, -1), BOUND)
+        expected = F.rms_norm(T(x).view(tokens, heads, size), (size,), offset + wide(gain), 1e-5)
+        assert_close(OP.rms_norm(x, gain, 1e-5, offset), expected.view(tokens, -1), BOUND)
+
+    @pytest.mark.parametrize("factor", [0.0, -3.0, 0.1, 896**0.5])
+    def test_scale(self, tokens: int, factor: float) -> None:
+        x = draw(tokens, 9)
+        assert_close(OP.scale(x, factor), factor * T(x), 0)
+
+    @pytest.mark.parametrize("cap", [0.3, 30.0, 50.0])
+    @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1, 30, 1e4])
+    def test_soft_cap(self, tokens: int, cap: float, scale: float) -> None:
+        x = scale * draw(tokens, 200)
+        with np.errstate(over="raise", invalid="raise"):
+            found = OP.soft_cap(x, cap)
+        assert_close(found, cap * torch.tanh(T(x) / cap), BOUND)
 
     @pytest.mark.parametrize("columns", [1, 6, 1500])
     def test_linear_side_by_side(self, tokens: int, columns: int) -> None:
@@ -89,55 +107,56 @@ class TestRows:
 
 
 HEADS = [(1, 1), (6, 1), (6, 2), (6, 6)]
+DIM = 10
+
+
+def check_attention(num_heads: int, num_kv_heads: int, where: Seen, scale: float) -> None:
+    """Hold each of its three operations, and all of them, against torch's."""
+    tokens, positions = where.span
+    hidden = T(where.hidden())
+    q = draw(tokens, num_heads * DIM)
+    k, v = (draw(positions, num_kv_heads * DIM, seed=seed) for seed in (1, 2))
+    queries, *shared = (T(x).view(x.shape[0], -1, DIM).transpose(0, 1) for x in (q, k, v))
+    keys, values = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in shared)
+
+    scores = OP.attention_scores(q, k, num_heads, num_kv_heads, scale, where.mask)
+    expected = (torch.matmul(queries, keys.transpose(1, 2)) * scale).masked_fill(hidden, 0)
+    assert_close(scores, expected, BOUND)
+
+    high = 100 * draw(num_heads, tokens, positions)
+    softmax = OP.masked_softmax(high, where.mask)
+    expected = F.softmax(T(high).masked_fill(hidden, -torch.inf), dim=-1)
+    assert_close(softmax, expected, BOUND)
+    assert (softmax[:, where.hidden()] == 0).all()
+
+    weights = draw(num_heads, tokens, positions, seed=3)  # on every position, masked or not
+    expected = torch.matmul(T(weights), values).transpose(0, 1).reshape(tokens, -1)
+    assert_close(OP.weighted_values(weights, v, num_kv_heads), expected, BOUND)
+
+    parts = [x[None] for x in (queries, keys, values)]
+    whole = F.scaled_dot_product_attention(*parts, attn_mask=~hidden, scale=scale)
+    found = OP.weighted_values(OP.masked_softmax(scores, where.mask), v, num_kv_heads)
+    assert_close(found, whole[0].transpose(0, 1).reshape(tokens, -1), BOUND)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
-@pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (7, 7), (1, 9), (4, 9)])
-class TestAttention:
-    """A pass of T tokens that sees S positions: a full one, and decoding with a cache."""
-
-    DIM = 10
-
-    def test_scores(self, num_heads: int, num_kv_heads: int, tokens: int, positions: int) -> None:
-        q, k = draw(tokens, num_heads * self.DIM), draw(positions, num_kv_heads * self.DIM)
-        queries = T(q).view(tokens, num_heads, self.DIM).transpose(0, 1)
-        keys = T(k).view(positions, num_kv_heads, self.DIM).transpose(0, 1)
-        keys = keys.repeat_interleave(num_heads // num_kv_heads, dim=0)
-        expected = torch.matmul(queries, keys.transpose(1, 2)) / self.DIM**0.5
-        expected = expected.masked_fill(above_diagonal(tokens, positions), 0)
-        assert_close(OP.attention_scores(q, k, num_heads, num_kv_heads), expected, BOUND)
-
-    def test_softmax(self, num_heads: int, num_kv_heads: int, tokens: int, positions: int) -> None:
-        scores = 100 * draw(num_heads, tokens, positions)
-        masked = T(scores).masked_fill(above_diagonal(tokens, positions), -torch.inf)
-        found = OP.causal_softmax(scores)
-        assert_close(found, F.softmax(masked, dim=-1), BOUND)
-        assert (found[:, above_diagonal(tokens, positions).numpy()] == 0).all()
-
-    def test_values(self, num_heads: int, num_kv_heads: int, tokens: int, positions: int) -> None:
-        softmax, v = draw(num_heads, tokens, positions), draw(positions, num_kv_heads * self.DIM)
-        values = T(v).view(positions, num_kv_heads, self.DIM).transpose(0, 1)
-        values = values.repeat_interleave(num_heads // num_kv_heads, dim=0)
-        expected = torch.matmul(T(softmax), values).transpose(0, 1).reshape(tokens, -1)
-        assert_close(OP.weighted_values(softmax, v, num_kv_heads), expected, BOUND)
-
-    def test_all_three_are_torchs_attention(
-        self, num_heads: int, num_kv_heads: int, tokens: int, positions: int
-    ) -> None:
-        q = draw(tokens, num_heads * self.DIM)
-        k, v = (draw(positions, num_kv_heads * self.DIM, seed=seed) for seed in (1, 2))
-        parts = [T(x).view(x.shape[0], -1, self.DIM).transpose(0, 1)[None] for x in (q, k, v)]
-        expected = F.scaled_dot_product_attention(
-            *parts, attn_mask=~above_diagonal(tokens, positions), enable_gqa=True
-        )
-        softmax = OP.causal_softmax(OP.attention_scores(q, k, num_heads, num_kv_heads))
-        found = OP.weighted_values(softmax, v, num_kv_heads)
-        assert_close(found, expected[0].transpose(0, 1).reshape(tokens, -1), BOUND)
+@pytest.mark.parametrize("where", SOME_SEEN, ids=str)
+def test_attention(num_heads: int, num_kv_heads: int, where: Seen) -> None:
+    check_attention(num_heads, num_kv_heads, where, DIM**-0.5)
 
 
-def above_diagonal(tokens: int, positions: int) -> Any:
-    """Positions after the query, of which the last is the last position."""
-    return torch.ones(tokens, positions, dtype=torch.bool).triu(positions - tokens + 1)
+@given(st.sampled_from(HEADS), seen(), st.sampled_from([1.0, 256**-0.5, DIM**-0.5]))
+@settings(max_examples=60, deadline=None)
+def test_attention_within_any_window(heads: tuple[int, int], where: Seen, scale: float) -> None:
+    check_attention(*heads, where, scale)
+
+
+def test_softmax_of_what_is_seen_keeps_its_nan() -> None:
+    scores = draw(2, 3, 3)
+    scores[0, 1, 0] = np.nan
+    found = OP.masked_softmax(scores, CAUSAL)
+    assert np.isnan(found[0, 1, :2]).all()
+    assert np.isfinite(found[:, [0, 2]]).all() and np.isfinite(found[1]).all()
 
 
 @pytest.mark.skipif(

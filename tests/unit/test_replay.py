@@ -16,7 +16,8 @@ from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide, expect_both
 from aprcore.models.model import Model
-from aprcore.network.graph import StageKey, computation_order
+from aprcore.network.graph import computation_order
+from aprcore.network.stages import StageKey
 from tiny import TOKENS, Tensors, opened, trace_model, write_model
 
 SOUND = Profile(ARITHMETICS["f32"], weights_rounded=False)
@@ -42,7 +43,7 @@ def make_side(
     model: Model, tensors: Tensors, tokens: tuple[int, ...] | None = TOKENS
 ) -> RecordedSide:
     return RecordedSide(
-        model.config, model.weights, tokens, len(TOKENS), SOUND, read=lambda key: tensors.get(key)
+        model.graph, model.weights, tokens, len(TOKENS), SOUND, read=lambda key: tensors.get(key)
     )  # fmt: skip
 
 
@@ -121,9 +122,9 @@ def test_both_sides_at_once_are_each_side_alone(model: Model, tensors: Tensors) 
 
 def test_earlier_layers_are_forgotten(model: Model) -> None:
     """What is held stays that of one layer, however deep the model."""
-    side = RecordedSide(model.config, model.weights, TOKENS, len(TOKENS), SOUND)
+    side = RecordedSide(model.graph, model.weights, TOKENS, len(TOKENS), SOUND)
     held = []
-    for key, x in trace(model.config, model.weights, NumpyBackend(1), TOKENS):
+    for key, x in trace(model.graph, model.weights, NumpyBackend(1), TOKENS):
         side.enter(key)
         assert side.expect(key) is not None
         side.record(key, x)

@@ -16,7 +16,7 @@ from aprcore.judging.compare import compare, describe
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.logits import compare_logits
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import LogitsReport, Report, RunHeader, Side, StageReport
 from aprcore.records.report_json import json_ready, stage_to_json, to_json
 

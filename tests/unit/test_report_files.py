@@ -12,7 +12,7 @@ import pytest
 
 from aprcore.ground.errors import AprError
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import GLYPHS, SEVERITY
 from aprcore.reports.files import check_report_path, write_report
 from aprcore.reports.maps import (

@@ -10,7 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.reports.markdown import MOST_CHARACTERS, code, escape, paragraph
 from report_runs import COMMAND, NAMES, reports, without_model, written
 

@@ -13,7 +13,7 @@ import pytest
 
 from aprcore.judging.compare import compare
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.report import (
     Report,
 )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from aprcore.ground.errors import AprError, FormatError
 from aprcore.judging.layouts import Layout
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records import saved_run
 from aprcore.records.report import Report, Side
 from aprcore.records.report_json import to_json

@@ -17,7 +17,8 @@ from aprcore.dumps.trace import record_trace
 from aprcore.dumps.writer import TraceWriter
 from aprcore.ground.precision import ARITHMETICS
 from aprcore.models.model import open_model
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 from aprtui.demo import demo_path, load_faults
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "trace.schema.json").read_text("utf-8"))
@@ -68,7 +69,7 @@ def test_a_sidecar_that_records_nothing_is_valid(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_a_valid_path() -> None:
-    paths = [StageKey(12, name).path for name in BY_NAME] + list(BY_NAME)
+    paths = [StageKey(12, name).path for name in known_stages()] + list(known_stages())
     VALIDATOR.validate(
         {
             "schema": SIDECAR_SCHEMA,

@@ -1,33 +1,36 @@
-"""The table of stages, held against FORMATS.md and against itself."""
+"""The graph of stages, held against docs/formats.md and against itself."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aprcore.ground.errors import PlanError
+from aprcore.network.architectures import ARCHITECTURES
 from aprcore.network.graph import (
+    Graph,
+    computation_order,
+    find_stage,
+    known_stages,
+    outline,
+    parse_path,
+)
+from aprcore.network.mask import CAUSAL, Mask
+from aprcore.network.stages import (
     ALIASES,
-    BY_NAME,
-    LAYER_INPUT,
-    QKV,
-    STAGES,
-    WEIGHT_SHAPES,
     Scope,
     StageKey,
     axis_names,
-    computation_order,
-    find_stage,
-    input_keys,
-    parse_path,
     resolve_factors,
     resolve_shape,
-    stage_keys,
 )
+from masks import Seen
 
-# FORMATS.md, "Canonical layouts", in its notation and in the order of computation (there the
-# experts follow the residual). S stands for the second T of the scores, n + 1 when decoding.
+# docs/formats.md, "Stages and canonical layouts", in its notation and in the order of computation
+# (there the experts follow the feed-forward network). S stands for the second T of the scores,
+# n + 1 when decoding.
 FORMATS_TABLE = {
     "embedding": "T,E",
     "attn_norm": "T,E",
@@ -56,45 +59,45 @@ FORMATS_TABLE = {
 
 SIZES = {"T": 7, "S": 11, "H": 4, "K": 2, "D": 6, "E": 20, "F": 28, "V": 40, "k": 3}
 
-names = st.sampled_from(list(BY_NAME))
+names = st.sampled_from(list(known_stages()))
+
+
+STAGES = tuple(known_stages().values())
 
 
 def test_names_and_shapes_are_those_of_the_format() -> None:
-    assert {stage.name: stage.shape for stage in STAGES} == FORMATS_TABLE
-    assert [stage.name for stage in STAGES] == list(FORMATS_TABLE)
+    found = {stage.name: stage.shape for stage in STAGES}
+    assert found == FORMATS_TABLE | {"attn_post_norm": "T,E", "ffn_post_norm": "T,E"}
 
 
 def test_whole_model_stages_are_the_last_two_and_the_embedding_is_first() -> None:
     assert [s.name for s in STAGES if s.scope is Scope.MODEL] == ["final_norm", "lm_head"]
     assert [s.name for s in STAGES if s.scope is Scope.FIRST_LAYER] == ["embedding"]
+    assert [s.name for s in (STAGES[0], *STAGES[-2:])] == ["embedding", "final_norm", "lm_head"]
 
 
-def test_a_stage_reads_only_stages_above_it() -> None:
-    above: set[str] = set()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_order_of_computation_fits_every_architecture(architecture: str) -> None:
+    graph = outline(3, known_stages(), architecture)
+    assert list(graph.keys) == sorted(graph.keys, key=computation_order)
+
+
+def test_every_weight_has_a_shape() -> None:
     for stage in STAGES:
-        sources = [name for name in stage.reads if name not in (LAYER_INPUT, QKV)]
-        assert set(sources) <= above, stage.name
-        above.add(stage.name)
-
-
-def test_every_weight_has_a_shape_and_every_shape_a_weight() -> None:
-    used = {name for stage in STAGES for name in (*stage.weights, *stage.optional)}
-    assert used == set(WEIGHT_SHAPES)
-    for shape in WEIGHT_SHAPES.values():
-        assert all(size > 0 for size in resolve_shape(shape, SIZES))
+        for use in stage.operation.weights if stage.operation is not None else ():
+            assert all(size > 0 for size in resolve_shape(use.shape, SIZES))
 
 
 def test_only_expert_stages_have_no_operation() -> None:
     assert {s.name for s in STAGES if s.operation is None} == {
         "moe_router", "moe_router_indices", "moe_ffn_out"
     }  # fmt: skip
-    assert all(s.feature == "experts" for s in STAGES if s.operation is None)
     assert all(stage.title for stage in STAGES)
 
 
 @given(names, st.integers(0, 2**32))
 def test_paths_round_trip(name: str, layer: int) -> None:
-    scope = BY_NAME[name].scope
+    scope = known_stages()[name].scope
     number = {Scope.MODEL: None, Scope.FIRST_LAYER: 0, Scope.LAYER: layer}[scope]
     key = StageKey(number, name)
     assert parse_path(key.path) == key
@@ -103,7 +106,7 @@ def test_paths_round_trip(name: str, layer: int) -> None:
 
 @given(st.text(max_size=30))
 def test_any_text_is_a_path_or_is_none(text: str) -> None:
-    assert parse_path(text) is None or text.rpartition("/")[2] in {*BY_NAME, *ALIASES}
+    assert parse_path(text) is None or text.rpartition("/")[2] in {*known_stages(), *ALIASES}
 
 
 @pytest.mark.parametrize(
@@ -127,43 +130,120 @@ def test_spellings_of_other_engines() -> None:
 def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
     with pytest.raises(PlanError, match="unknown stage 'attn_nrm'") as caught:
         find_stage("attn_nrm")
-    for name in BY_NAME:
+    for name in known_stages():
         assert name in str(caught.value)
 
 
-@given(
-    st.integers(0, 4),
-    st.sets(st.sampled_from(["dense", "qkv_bias", "experts"])),
-)
-def test_keys_come_in_the_order_of_computation(num_layers: int, features: set[str]) -> None:
-    keys = list(stage_keys(num_layers, features))
+graphs = st.builds(
+    outline, st.integers(0, 4), st.sampled_from([(), ("qkv_bias",)]),
+    st.sampled_from(list(ARCHITECTURES)),
+)  # fmt: skip
+
+
+@given(graphs)
+def test_keys_come_in_the_order_of_computation(graph: Graph) -> None:
+    keys = list(graph.keys)
     assert keys == sorted(set(keys), key=computation_order)
-    assert {key.layer for key in keys} == {*range(num_layers), None}
-    for stage in STAGES:
-        exists = stage.feature is None or stage.feature in features
-        times = {Scope.MODEL: 1, Scope.FIRST_LAYER: min(1, num_layers), Scope.LAYER: num_layers}
-        assert [k.stage for k in keys].count(stage.name) == exists * times[stage.scope]
+    assert {key.layer for key in keys} == {*range(graph.num_layers), None}
+    assert all(key in graph for key in keys)
 
 
-@given(st.integers(1, 4), st.sampled_from([{"dense"}, {"dense", "qkv_bias"}]))
-def test_inputs_are_made_before_they_are_read(num_layers: int, features: set[str]) -> None:
+@given(graphs)
+def test_inputs_are_made_before_they_are_read_and_readers_are_the_way_back(graph: Graph) -> None:
     made: set[StageKey] = set()
-    for key in stage_keys(num_layers, features):
-        assert set(input_keys(key, num_layers, features)) <= made, key
+    for key in graph.keys:
+        assert graph.num_layers == 0 or set(graph.inputs(key)) <= made, key
+        assert all(key in graph.readers(source) for source in graph.inputs(key) if made)
         made.add(key)
 
 
+@given(graphs)
+def test_readers_are_those_that_have_it_among_their_inputs_in_order(graph: Graph) -> None:
+    for source in graph.keys:
+        found = [key for key in graph.keys if source in graph.inputs(key)]
+        assert list(graph.readers(source)) == found
+
+
+def test_ancestors_come_nearest_first_once_each_and_only_through_what_goes_on() -> None:
+    graph = outline(2, (), "llama")
+
+    def ancestors(path: str, stops: str = "") -> list[tuple[str, str]]:
+        key = parse_path(path)
+        assert key is not None
+        found = graph.ancestors(key, lambda source: source.path != stops)
+        return [(source.path, reader.path) for source, reader in found]
+
+    assert ancestors("layer-0/attention") == [
+        ("layer-0/attn_softmax", "layer-0/attention"),
+        ("layer-0/qkv_matmul", "layer-0/attention"),
+        ("layer-0/attn_scores", "layer-0/attn_softmax"),
+        ("layer-0/attn_norm", "layer-0/qkv_matmul"),
+        ("layer-0/q_post_rope", "layer-0/attn_scores"),
+        ("layer-0/k_post_rope", "layer-0/attn_scores"),
+        ("layer-0/embedding", "layer-0/attn_norm"),
+    ]
+    assert ancestors("layer-0/attention", stops="layer-0/attn_softmax") == [
+        ("layer-0/attn_softmax", "layer-0/attention"),
+        ("layer-0/qkv_matmul", "layer-0/attention"),
+        ("layer-0/attn_norm", "layer-0/qkv_matmul"),
+        ("layer-0/embedding", "layer-0/attn_norm"),
+    ]
+    assert ancestors("layer-0/embedding") == []
+    assert {source for source, _ in ancestors("lm_head")} == {key.path for key in graph.keys} - {
+        "lm_head"
+    }
+
+
 def test_layers_are_chained_by_the_residual_stream() -> None:
+    graph = outline(3, (), "llama")
+
     def inputs(layer: int | None, stage: str) -> list[str]:
-        return [key.path for key in input_keys(StageKey(layer, stage), 3, {"dense"})]
+        return [key.path for key in graph.inputs(StageKey(layer, stage))]
 
     assert inputs(0, "attn_norm") == ["layer-0/embedding"]
     assert inputs(2, "attn_norm") == ["layer-1/post_ffn_residual"]
     assert inputs(None, "final_norm") == ["layer-2/post_ffn_residual"]
     assert inputs(None, "lm_head") == ["final_norm"]
     assert inputs(1, "attention") == ["layer-1/attn_softmax", "layer-1/qkv_matmul"]
-    with_bias = input_keys(StageKey(1, "attention"), 3, {"dense", "qkv_bias"})
-    assert with_bias[1] == StageKey(1, "qkv_bias")
+    assert inputs(3, "attention") == []
+    with_bias = graph.including(["qkv_bias", "attn_norm"])
+    assert with_bias.inputs(StageKey(1, "attention"))[1] == StageKey(1, "qkv_bias")
+    assert [graph.is_stream(StageKey(n, s)) for n, s in (
+        (0, "embedding"), (1, "post_ffn_residual"), (1, "post_attn_residual"), (None, "lm_head"),
+    )] == [True, True, False, False]  # fmt: skip
+
+
+def test_an_outline_takes_the_architecture_that_has_most_of_the_stages() -> None:
+    assert outline(2, {"attn_norm"}).config.architecture == "llama"
+    assert outline(2, {"attn_norm", "ffn_post_norm"}).config.architecture == "gemma2"
+    assert outline(2, {"moe_router", "attn_norm"}).config.architecture == "experts"
+    assert outline(2, {"attn_norm"}, "gemma2").config.architecture == "gemma2"
+    assert outline(2, {"attn_norm"}, "no such").config.architecture == "llama"
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.sampled_from([None, 0, 1, 3, 9]),
+       st.sampled_from([None, 0, 2, 9]))  # fmt: skip
+def test_a_mask_is_an_interval_about_the_query(
+    queries: int, past: int, behind: int | None, ahead: int | None
+) -> None:
+    mask = Mask(behind, ahead)
+    allowed = mask.allowed(queries, past + queries)
+    for row in range(queries):
+        first, stop = mask.span(past + row, past + queries)
+        assert [i for i, seen in enumerate(allowed[row]) if seen] == list(range(first, stop))
+        assert allowed[row, past + row]  # a token sees itself
+    hidden = Seen(queries, past + queries, mask).hidden()
+    assert np.array_equal(allowed, ~hidden)
+
+
+def test_masks_in_words() -> None:
+    assert Mask(None, 0) == CAUSAL
+    assert [Mask(*x).is_causal for x in ((None, 0), (3, 0), (None, None), (3, 1))] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert CAUSAL.describe() == "causal"
+    assert Mask(7, 0).describe() == "causal, a window of 8"
+    assert Mask(None, None).describe() == "in both directions"
 
 
 def test_shapes_in_numbers() -> None:

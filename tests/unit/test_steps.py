@@ -12,7 +12,7 @@ from aprcore.ground.data_file import DataFile
 from aprcore.models.names import RowSlice, SplitHalves
 from aprcore.quant.quantise import QUANTISED, measure_rounding, quantise
 from aprcore.quant.steps import step_squares
-from aprcore.quant.types import FORMATS, Layout, dequantize, storage_size
+from aprcore.quant.types import FORMATS, BlockLayout, dequantize, storage_size
 
 ROWS, K, T = 384, 256, 48
 
@@ -159,7 +159,7 @@ def test_any_bytes_have_finite_steps(dtype: str) -> None:
     row = FORMATS[dtype]
     rng = np.random.default_rng(7)
     raw = rng.integers(0, 256, storage_size(dtype, (64, 256)), dtype=np.uint8)
-    raw = raw[4:] if row.layout is Layout.SCALED else raw
+    raw = raw[4:] if row.layout is BlockLayout.SCALED else raw
     for scale in (0.5, np.inf, np.nan):
         squares, group = step_squares(dtype, raw, 64 * 256, row_length=256, scale=scale)
         assert squares.shape == (64, -(-256 // group))

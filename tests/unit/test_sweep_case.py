@@ -15,7 +15,7 @@ import pytest
 from aprcore.engines.engine import Engine
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.ground.errors import BackendError
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.runs import second_side
 from aprcore.sweep.cases import CaseSettings, make_request
 from aprcore.sweep.plan import read_sweep

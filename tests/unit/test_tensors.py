@@ -17,7 +17,7 @@ from aprcore.dumps.plan import Plan
 from aprcore.ground.errors import AprError
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.pictures import FilePlane, HeatMap, MapKind, MemoryPlane, Plane
 from aprcore.records.report import Report, StageReport
 from aprcore.runs.bisect import bisect

@@ -20,7 +20,7 @@ from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.stage_file import read_stage_file, write_stage_file
 from aprcore.dumps.writer import TraceWriter
 from aprcore.ground.errors import AprError, FormatError, TraceError, TruncatedError
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from tiny import leftovers, write_stages
 
 NORM = StageKey(0, "attn_norm")
@@ -30,7 +30,7 @@ VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 def aprt(layer: int, values: bytes, count: int | None = None) -> bytes:
-    """An APRT file made from FORMATS.md alone."""
+    """An APRT file made from docs/formats.md alone."""
     return (
         b"APRT" + struct.pack("<II", layer, len(values) // 4 if count is None else count) + values
     )

@@ -170,6 +170,7 @@ Q, K, V, O = (f"self_attn.{c}_proj.weight" for c in "qkvo")
 QB, KB, VB = (f"self_attn.{c}_proj.bias" for c in "qkv")
 GATE, UP, DOWN = (f"mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
 ATTN, FFN = "input_layernorm.weight", "post_attention_layernorm.weight"
+EVERY_NORM = "attn_norm|q_post_rope|k_post_rope|attn_post_norm|ffn_norm|ffn_post_norm|final_norm"
 
 
 def _pair_rows(rows: Float32, heads: int) -> Float32:
@@ -223,8 +224,8 @@ plant("file-layer-down", "ffn_out", "layer", take_from(DOWN, 1))
 plant("file-layer-q", "qkv_matmul", "layer", take_from(Q, 1))
 plant("file-layer-norm", "attn_norm", "layer|norm", take_from(ATTN, 1))
 plant("file-norms-swapped", "attn_norm|ffn_norm", "norm|weight|swap|layer", swap(ATTN, FFN))
-plant("file-norm-ones", "ffn_norm", "weight|gain", change(FFN, np.ones_like))
-plant("file-norm-plus-one", "attn_norm", "+ 1|- 1", change(ATTN, lambda w: w + 1))
+plant("file-norm-ones", "ffn_norm|attn_post_norm", "weight|gain", change(FFN, np.ones_like))
+plant("file-norm-plus-one", "attn_norm", "+ 1|- 1|1 + w", change(ATTN, lambda w: w + 1))
 plant("file-norm-minus-one", "ffn_norm", "- 1|+ 1|weight",
       change(FFN, lambda w: w - 1))  # fmt: skip
 plant("file-final-norm-ones", "final_norm", "weight|gain",
@@ -242,19 +243,80 @@ plant("file-head-tied", "lm_head", "tied|embedding",
 plant("file-theta", "q_post_rope|k_post_rope", "theta", declare(rope_theta=7e5), everywhere=True)
 plant("file-scaling-lost", "q_post_rope|k_post_rope", "scaling", declare(rope_scaling=None),
       everywhere=True)  # fmt: skip
-plant("file-eps", "attn_norm|q_post_rope|k_post_rope|ffn_norm|final_norm", "eps",
+plant("file-eps", EVERY_NORM, "eps",
       declare(rms_norm_eps=1e-2), everywhere=True)  # fmt: skip
 plant("file-act", "ffn_silu", "gelu|silu", declare(hidden_act="gelu_pytorch_tanh"), everywhere=True)
 
+# What a config says of windows and of Gemma 2.
+
+POST_ATTN, POST_FFN = "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
+SEEN = "attn_scores|attn_softmax"
+WINDOW, TYPES = "sliding_window", "layer_types"
+
+
+def _other_window(function: Callable[[int], int]) -> Spoil:
+    def spoil(d: Draft, n: int) -> None:
+        d.metadata[WINDOW] = function(d.metadata[WINDOW])
+
+    return spoil
+
+
+def _shift_layer_types(d: Draft, n: int) -> None:
+    kinds = d.metadata[TYPES]
+    d.metadata[TYPES] = [*kinds[1:], kinds[0]]
+
+
+def _raise_norms(d: Draft, n: int) -> None:
+    """As GGUF stores them: 1 + w."""
+    for name in d.weights:
+        if name.endswith("norm.weight"):
+            d.put(None, name, d.get(None, name) + 1)
+
+
+plant("file-window-lost", SEEN, "last|window", declare(sliding_window=None, layer_types=None),
+      everywhere=True)  # fmt: skip
+plant("file-window-short", SEEN, "window off by one", _other_window(lambda w: w - 1),
+      everywhere=True)  # fmt: skip
+plant("file-window-long", SEEN, "window off by one", _other_window(lambda w: w + 1),
+      everywhere=True)  # fmt: skip
+plant("file-window-halved", SEEN, "window of", _other_window(lambda w: w // 2),
+      everywhere=True)  # fmt: skip
+plant("file-window-unasked", SEEN, "no window", declare(sliding_window=4), everywhere=True)
+plant("file-layers-shifted", SEEN, "other layers|no window", _shift_layer_types, everywhere=True)
+plant("file-causal", SEEN, "no causal mask", declare(is_causal=True), everywhere=True)
+plant("file-bidirectional", SEEN, "a causal mask", declare(is_causal=False), everywhere=True)
+plant("file-cap-lost", "attn_scores", "soft cap of 3 ", declare(attn_logit_softcapping=None),
+      everywhere=True)  # fmt: skip
+plant("file-cap-other", "attn_scores", "soft cap of 3 ", declare(attn_logit_softcapping=50.0),
+      everywhere=True)  # fmt: skip
+plant("file-logit-cap-lost", "lm_head", "soft cap of 10 ", declare(final_logit_softcapping=None),
+      everywhere=True)  # fmt: skip
+plant("file-logit-cap-other", "lm_head", "soft cap of 10 ", declare(final_logit_softcapping=30.0),
+      everywhere=True)  # fmt: skip
+plant("file-query-scalar", "attn_scores", "attention scale", declare(query_pre_attn_scalar=64),
+      everywhere=True)  # fmt: skip
+plant("file-norms-raised", EVERY_NORM, "1 + w", _raise_norms, everywhere=True)
+plant("file-norm-raised", "attn_norm", "1 + w", change(ATTN, lambda w: w + 1))
+plant("file-post-norm-raised", "ffn_post_norm", "1 + w", change(POST_FFN, lambda w: w + 1))
+plant("file-post-norms-swapped", "attn_post_norm|ffn_post_norm", "norm weight stored as",
+      swap(POST_ATTN, POST_FFN))  # fmt: skip
+plant("file-post-norm-lost", "attn_post_norm", "norm weight",
+      change(POST_ATTN, np.zeros_like))  # fmt: skip
+plant("file-embedding-unscaled", "embedding", "scaled|factor", change(
+    EMBEDDING, lambda w: w / np.float32(np.sqrt(w.shape[1])), layer=False))  # fmt: skip
+plant("file-act-silu", "ffn_silu", "gelu", declare(hidden_act="silu"), everywhere=True)
+
 # Local ones.
 
+plant("file-post-norm-tail", "attn_post_norm", "zero|column|block|weight",
+      change(POST_ATTN, zero(np.s_[-4:])))  # fmt: skip
 plant("file-rows-zero", "ffn_gate", "zero|row|column|block", change(GATE, zero(np.s_[-8:])))
 plant("file-row-zero", "attn_out", "zero|row|column|value", change(O, zero(np.s_[11])))
 plant("file-columns-zero", "ffn_out", "zero|column|block|reduction|inner|input",
       change(DOWN, zero(np.s_[:, -32:])))  # fmt: skip
 plant("file-head-zero", "qkv_matmul", "zero|head|column|block", lambda d, n: d.put(
     n, Q, zero(np.s_[3 * d.sizes[2]: 4 * d.sizes[2]])(d.get(n, Q))))  # fmt: skip
-plant("file-kv-heads-swapped", "qkv_matmul", "swapped|permuted", _swap_heads)
+plant("file-kv-heads-swapped", "qkv_matmul", "swapped|permuted|exchanged", _swap_heads)
 plant("file-row-negated", "ffn_up", "sign|negated", change(UP, times(np.s_[40], -1)))
 plant("file-block-scaled", "ffn_gate", "scale|factor|halved|doubled",
       change(GATE, times(np.s_[64:68, :], 2)))  # fmt: skip
@@ -298,14 +360,14 @@ plant("small-weight", "ffn_out", "wrong value", change(DOWN, one(5, 17, to=4.0))
 plant("small-row-scaled", "attn_out", "~factor", change(O, times(np.s_[30], 1.1)))
 plant("small-rows-rolled", "ffn_up", "~dim", change(UP, _roll_rows))
 plant("small-column-zero", "ffn_gate", "zero", change(GATE, zero(np.s_[:, 77])))
-plant("small-norm-value", "ffn_norm", "weight", change(FFN, times(np.s_[9], 1.05)))
+plant("small-norm-value", "ffn_norm|attn_post_norm", "weight", change(FFN, times(np.s_[9], 1.05)))
 plant("small-bias-value", "qkv_bias", "~factor|~offset|~dim", change(QB, times(np.s_[12], 1.1)))
 plant("small-v-head", "qkv_matmul", "~factor|~head", _scale_v_head)
 plant("small-embedding-value", "embedding", "~factor|~token", lambda d, n: d.put(
     None, EMBEDDING, times(np.s_[d.tokens[0], 3], 1.1)(d.get(None, EMBEDDING))))  # fmt: skip
 plant(
     "file-eps-tenfold",
-    "attn_norm|q_post_rope|k_post_rope|ffn_norm|final_norm",
+    EVERY_NORM,
     "eps",
     _tenfold_eps,
     everywhere=True,

@@ -1,13 +1,14 @@
 """The corpus: which faults on which models, and which sound pairs.
 
-A line is the fault and its layer, the model, the stored type of its weights, the oracle's type and
-the number of tokens; then, for dumps of the zoo's engine, its arithmetic. Names are in
-`kernels.FAULTS`, `converters.FAULTS` and `grounds.GROUNDS`.
+A line is the fault and its layer, the model, the stored type of its weights, the oracle's type
+("none" for no oracle) and the number of tokens; then, for dumps of the zoo's engine, its
+arithmetic. Names are in `kernels.FAULTS`, `converters.FAULTS` and `grounds.GROUNDS`.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import product
 
 from . import converters, kernels
@@ -143,6 +144,134 @@ local-eps-token@1          llama       F32        float32   7
 local-v-row@2              qwen2       Q4_K       bfloat16  12
 local-v-row@1              qwen2-bias  F32        float32   33 f16
 local-rope-token-early@0   longest       F32        float32   2048
+window-ignored@1           window      F32        float32   12
+window-ignored@0           gemma       Q8_0       float16   33
+window-ignored@2           gemma-odd   F32        none      17 f16
+window-ignored@1           layers      Q4_K       bfloat16  12
+window-ignored@1           both-window F32        float32   12
+window-short@2             window      Q8_0       float16   12
+window-short@0             gemma       F32        float32   9
+window-short@1             both-window F32        float32   9
+window-long@1              layers      F32        float32   12
+window-long@2              gemma       Q4_K       bfloat16  12
+window-long@0              window      F32        none      33
+window-halved@0            window      F32        float32   12
+window-halved@2            gemma       Q8_0       float16   12
+window-other-layers@0      layers      F32        float32   12
+window-other-layers@1      gemma       F32        float16   12
+window-other-layers@0      gemma       Q8_0       float32   33 bf16
+window-unasked@1           llama       F32        float32   9
+window-unasked@1           qwen3       Q8_0       float16   33
+window-short-scores@1      window      F32        float32   12
+window-short-scores@2      gemma       Q8_0       float32   12
+window-after@1             window      F32        float32   12
+mask-none@1                window      F32        float32   12
+mask-none@2                gemma       F32        bfloat16  12
+causal-forced@1            both        F32        float32   9
+causal-forced@2            both        Q8_0       bfloat16  12
+causal-forced@0            both-window F32        float16   12
+causal-forced-scores@1     both        Q4_K       float32   9
+cap-missing@1              gemma       F32        float32   9
+cap-missing@0              gemma-odd   F32        float32   17
+cap-missing@2              gemma       Q4_K       bfloat16  12 f16
+cap-other@1                gemma       Q8_0       float16   12
+cap-odd@0                  gemma       F32        float32   9
+cap-unasked@1              llama       F32        float32   9
+cap-unasked@1              gemma-uncapped F32     float32   12
+cap-not-rescaled@2         gemma       F32        float32   9
+cap-before-scale@1         gemma       F32        float32   9
+cap-before-scale@0         gemma       Q4_K       float16   12 f16
+embedding-scale-bf16@0     gemma-odd   F32        float32   9
+embedding-scale-bf16@0     gemma-odd   Q8_0       float16   9
+cap-after-mask@0           gemma       F32        float32   9
+cap-after-mask@1           gemma       Q8_0       float16   12
+logit-cap-missing@0        gemma       F32        float32   9
+logit-cap-missing@0        gemma-odd   Q8_0       float16   9
+logit-cap-other@0          gemma       Q8_0       bfloat16  9
+logit-cap-of-scores@0      gemma       F32        float32   9
+logit-cap-not-rescaled@0   gemma       Q4_K       float32   9
+query-scale-head-dim@1     gemma       F32        float32   9
+query-scale-head-dim@0     gemma       Q8_0       float16   12 f16
+query-scale-twice@2        gemma-odd   F32        float32   9
+attn-norm-by-w@1           gemma       F32        float32   9
+attn-norm-by-two-plus-w@0  gemma       Q8_0       float16   9
+attn-norm-missing@2        gemma       F32        bfloat16  9
+attn-norm-twice@1          gemma-odd   F32        float32   9
+attn-post-norm-by-w@1      gemma       Q8_0       float16   9
+attn-post-norm-by-two-plus-w@2 gemma   F32        float32   9
+attn-post-norm-missing@1   gemma       F32        float32   9
+attn-post-norm-twice@0     gemma       F32        float16   9
+ffn-norm-by-w@2            gemma-odd   F32        float32   9
+ffn-norm-by-two-plus-w@1   gemma       F32        none      9
+ffn-norm-missing@0         gemma       F32        float32   1
+ffn-norm-twice@1           gemma       Q4_K       float32   9
+ffn-post-norm-by-w@0       gemma       F32        float32   9  bf16
+ffn-post-norm-by-two-plus-w@1 gemma    Q4_K       float32   9
+ffn-post-norm-missing@2    gemma       Q8_0       float32   9
+ffn-post-norm-twice@1      gemma       F32        float32   9
+final-norm-by-w@0          gemma       F32        float32   9
+final-norm-by-two-plus-w@0 gemma-odd   Q8_0       float16   9
+final-norm-missing@0       gemma       F32        float32   9
+final-norm-twice@0         gemma       F32        float32   9
+post-norm-of-pre@1         gemma       F32        float32   9
+embedding-unscaled@0       gemma       F32        float32   9
+embedding-unscaled@0       gemma-odd   Q8_0       float16   9
+embedding-scaled-twice@0   gemma       Q8_0       float32   9
+rows-paired@1              gemma       F32        float32   9
+gelu@1                     gemma       F32        float32   9
+silu@2                     gemma       Q8_0       float16   9
+window-ignored@1           window      F32        float32   12 f32 fused
+window-short@1             window      Q8_0       float16   12 f16 fused
+window-long@0              gemma       F32        float32   12 f32 fused
+window-other-layers@1      layers      Q4_K       float32   12 f32 fused
+causal-forced@2            both        F32        float32   9  f32 fused
+cap-missing@1              gemma       F32        float32   9  f32 fused
+cap-after-mask@2           gemma       F32        float32   9  f32 fused
+query-scale-head-dim@1     gemma       Q8_0       float32   9  f32 fused
+window-ignored@0           gemma-long  F32        float32   512
+window-long@0              gemma-long  Q8_0       float16   512
+window-short@0             gemma-long  F32        none      512 f16
+window-other-layers@1      gemma-long  Q4_K       float32   512
+cap-missing@1              gemma-long  F32        float32   512
+local-window-head@1        window      F32        float32   12
+local-window-head@2        gemma       Q8_0       float16   12
+local-window-short-head@0  gemma       F32        float32   12
+local-window-last-token@1  window      Q8_0       float32   12
+local-window-last-token@1  layers      F32        bfloat16  12
+local-causal-head@1        both        F32        float32   9
+local-causal-token@2       both        Q8_0       float16   9
+local-cap-head@1           gemma       F32        float32   9
+local-cap-token@2          gemma       Q8_0       float32   12
+local-logit-cap-rows@0     gemma       F32        float32   9
+local-query-scale-head@0   gemma       F32        float32   9
+local-post-norm-token@1    gemma       F32        float32   9
+local-post-norm-tail@2     gemma       F32        float32   9
+local-norm-offset-token@1  gemma       Q8_0       float16   9
+local-embedding-unscaled-token@0 gemma F32        float32   9
+local-norm-token@1         gemma       F32        float32   9
+local-rope-head@1          gemma       F32        float32   9
+local-kv-head@2            gemma       Q4_K       float16   9
+local-gate-rows@1          gemma       Q4_K       float32   9
+local-residual-token@0     gemma       F32        float32   9
+local-scores-percent@1     gemma       F32        float32   9  f16
+local-softmax-last-key@1   window      F32        float32   12
+local-scores-row@2         window      Q8_0       float16   12
+local-scale-head@1         layers      F32        float32   12
+local-attention-last-block@2 layers    Q4_K       float32   9
+local-bias-head@1          both        F32        float32   9
+local-v-row@0              both        Q8_0       float32   9
+local-kv-scores-head@2     gemma       Q4_K       float32   12
+local-rope-last-token@0    gemma       F32        float16   12
+local-norm-tail@2          gemma       F32        float32   9
+local-eps-token@1          gemma       F32        float32   9
+local-swigl-value@1        gemma       Q8_0       bfloat16  9
+local-down-last-token@0    gemma       F32        float32   9
+local-gate-percent@1       gemma       F32        float32   9
+local-silu-tail@1          gemma       F32        float32   9
+local-out-row-order@0      gemma       Q8_0       float32   9
+local-qkv-rows@1           gemma       F32        float32   9
+local-up-row@2             gemma       Q4_K       float16   9
+local-head-value@0         gemma       F32        float32   9
 """
 
 FILE_FAULTS = """
@@ -226,6 +355,51 @@ file-eps-tenfold@0         qwen2       F32        float32   7
 file-eps-tenfold@0         qwen3       Q4_K       float32   9
 file-theta-near@0          llama       Q8_0       float32   33
 file-theta-near@0          qwen2       F32        bfloat16  17
+file-window-lost@0         window      F32        float32   12
+file-window-lost@0         gemma       Q8_0       float16   12
+file-window-short@0        window      Q8_0       float16   12
+file-window-short@0        gemma       F32        float32   12
+file-window-long@0         layers      F32        float32   12
+file-window-long@0         gemma       Q4_K       bfloat16  12
+file-window-lost@0         gemma-long  F32        float32   512
+file-window-short@0        gemma-long  Q8_0       float16   512
+file-window-halved@0       window      F32        float32   12
+file-window-unasked@0      llama       F32        float32   9
+file-window-unasked@0      qwen2       Q4_K       float16   33
+file-layers-shifted@0      layers      F32        float32   12
+file-layers-shifted@0      gemma       Q8_0       float32   12
+file-causal@0              both        F32        float32   9
+file-causal@0              both-window Q8_0       float16   12
+file-bidirectional@0       llama       F32        float32   9
+file-cap-lost@0            gemma       F32        float32   9
+file-cap-other@0           gemma       Q8_0       float16   12
+file-logit-cap-lost@0      gemma       F32        float32   9
+file-logit-cap-other@0     gemma       Q4_K       float16   9
+file-query-scalar@0        gemma       F32        float32   9
+file-norms-raised@0        gemma       F32        float32   9
+file-norms-raised@0        gemma       Q4_K       float16   9
+file-norm-raised@1         gemma-odd   F32        float32   9
+file-post-norm-raised@1    gemma       Q8_0       float16   9
+file-post-norms-swapped@1  gemma       F32        float32   9
+file-post-norm-lost@2      gemma       F32        float32   9
+file-embedding-scaled@0    gemma-odd   F32        float32   9
+file-embedding-unscaled@0  gemma-odd   Q8_0       float16   9
+file-act-silu@0            gemma       F32        float32   9
+file-pairs@1               gemma       F32        float32   9
+file-pairs-k@2             gemma       Q4_K       float16   9
+file-eps@0                 gemma       F32        float32   9
+file-theta@0               gemma       F32        float32   17
+file-post-norm-tail@1      gemma       Q8_0       float32   9
+file-rows-zero@1           gemma       Q4_K       float32   9
+file-head-zero@2           gemma       F32        float32   9
+file-kv-heads-swapped@1    gemma       F32        float32   9
+file-row-negated@0         gemma       Q4_K       float32   9
+file-bias-tail@1           both        F32        float32   9
+small-v-head@1             gemma       F32        float16   9
+small-rows-rolled@1        window      Q8_0       float32   12
+small-row-scaled@1         gemma       Q8_0       float32   9
+small-norm-value@1         gemma       F32        float16   9
+small-column-zero@1        gemma       F32        float32   9
 """
 
 # Beside these, every small model in every stored type is a sound pair.
@@ -277,10 +451,51 @@ sound                      outlier     Q4_K       float32   9  bf16
 sound                      llama       F32        float32   7  f32 heads-first
 sound                      qwen2       F32        float16   7  f16 masked
 sound                      mistral     Q8_0       float32   9  f32 pairs
+sound                      window      F32        float32   1
+sound                      window      F32        float32   6
+sound                      window      Q4_K       float16   33
+sound                      window      Q8_0       float32   7  f32 masked
+sound                      window      F32        none      12 f32
+sound                      window      Q8_0       none      33 bf16
+sound                      layers      Q4_K       float32   33
+sound                      layers      F16        bfloat16  12 f16 masked
+sound                      layers      Q6_K       float16   17
+sound                      both        Q8_0       bfloat16  33
+sound                      both        F32        float32   9  f32 masked
+sound                      both        F32        none      9  f16
+sound                      both-window Q4_K       float16   33
+sound                      both-window F32        bfloat16  12 bf16
+sound                      gemma       F32        float32   1
+sound                      gemma       F32        float32   7
+sound                      gemma       Q6_K       float16   33
+sound                      gemma       Q4_K       bfloat16  33
+sound                      gemma       Q4_0       float32   64
+sound                      gemma       Q8_0+embed float16   12
+sound                      gemma       BF16       bfloat16  12
+sound                      gemma       F32        none      12 f32
+sound                      gemma       Q4_K       none      33 f16
+sound                      gemma       Q8_0       float32   12 q8_0
+sound                      gemma       F32        float32   12 bf16
+sound                      gemma       Q8_0       float16   12 f16 masked
+sound                      gemma       F32        float32   12 f32 heads-first
+sound                      gemma-odd   F32        bfloat16  17
+sound                      gemma-odd   Q8_0       float32   17 bf16
+sound                      gemma-odd   Q4_K       float16   33
+sound                      gemma-odd   BF16       bfloat16  33 bf16
+sound                      gemma-long  F32        float32   512
+sound                      gemma-long  Q4_K       bfloat16  512
+sound                      gemma-long  Q8_0       float32   512 f16
+sound                      gemma       Q8_0       float16   12 f16 fused
+sound                      both-window F32        float32   12 f32 fused
+sound                      gemma-uncapped F32     float32   12
+sound                      gemma-uncapped Q8_0    bfloat16  12
 """
 
 # Small models, with an oracle of each type in turn and odd lengths.
-SWEEP_GROUNDS = ("llama", "mistral", "qwen2", "qwen3", "outlier")
+SWEEP_GROUNDS = (
+    "llama", "mistral", "qwen2", "qwen3", "outlier", "window", "layers", "both", "both-window",
+    "gemma", "gemma-odd",
+)  # fmt: skip
 SWEEP_TYPES = ("F32", "F16", "Q8_0", "Q4_K")
 
 
@@ -328,21 +543,40 @@ _ANYWHERE = (
 )  # fmt: skip
 
 
+_IN_GEMMA = (
+    *(name for name in _ANYWHERE if "bias" not in name and name not in ("gelu", "norm-no-weight")),
+    "window-ignored", "window-short", "window-long", "cap-missing", "cap-other", "cap-after-mask",
+    "query-scale-head-dim", "attn-norm-by-w", "attn-post-norm-missing", "attn-post-norm-twice",
+    "ffn-norm-by-w", "ffn-post-norm-missing", "ffn-post-norm-by-two-plus-w", "silu",
+    "local-window-head", "local-cap-head", "local-post-norm-token", "local-post-norm-tail",
+    "file-norm-raised", "file-post-norm-raised", "file-post-norms-swapped",
+)  # fmt: skip
+
+
 def several_faults(count: int = 60) -> tuple[Case, ...]:
     """Two or three faults in different layers of a model, some in the file, some in the engine."""
+    return (
+        *_draw_several("qwen2", _ANYWHERE, count),
+        *_draw_several("gemma", _IN_GEMMA, count // 2),
+    )
+
+
+def _draw_several(ground: str, names: Sequence[str], count: int) -> list[Case]:
     draw = random.Random(0)
-    cases = []
+    cases: list[Case] = []
     while len(cases) < count:
         number = draw.choice((2, 2, 3))
         layers = sorted(draw.sample(range(3), number))
-        faults = tuple((draw.choice(_ANYWHERE), layer) for layer in layers)
-        if len({name for name, _ in faults}) < number:
+        faults = tuple((draw.choice(names), layer) for layer in layers)
+        if len({name for name, _ in faults}) < number or any(
+            ground == "gemma" and layer == 1 and "window" in name for name, layer in faults
+        ):  # a layer that has no window
             continue
         cases.append(
-            Case(faults, "qwen2", draw.choice(SWEEP_TYPES), draw.choice(("float32", "float16")),
+            Case(faults, ground, draw.choice(SWEEP_TYPES), draw.choice(("float32", "float16")),
                  draw.choice((7, 9)))
         )  # fmt: skip
-    return tuple(cases)
+    return cases
 
 
 def check_names() -> None:

@@ -1,8 +1,9 @@
 """An engine in torch that runs a model stage by stage and can compute any of them wrongly.
 
-It shares no operation with aprcore's backends. Every stage is a function of its inputs, so that a
-stage can be computed soundly, wrongly and in float64 on the very same tensors: that is how the zoo
-measures what a planted fault does.
+It shares no operation with aprcore's backends, and reads masks, caps and scales from a model's
+numbers by itself. Every stage is a function of its inputs, so that a stage can be computed
+soundly, wrongly and in float64 on the very same tensors: that is how the zoo measures what a
+planted fault does.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 
 from aprcore.network.config import ModelConfig
-from aprcore.network.graph import StageKey, input_keys, stage_keys
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey
 
 Tensor = torch.Tensor
 Wrong = Callable[["Step"], Tensor]
 
+OWN = -1  # a window or cap: the model's
 STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
 
 
@@ -35,6 +38,39 @@ def plain_frequencies(theta: float, head_dim: int) -> Frequencies:
     """The schedule of the original paper."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     return Frequencies(theta**-exponents)
+
+
+# The weight that each norm multiplies by. Source: transformers' Llama and Gemma2.
+NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "attn_norm": "input_layernorm", "attn_post_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm", "ffn_post_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+
+
+def visible(num_tokens: int, window: int | None, *, is_causal: bool = True) -> Tensor:
+    """Which positions each query sees, [T, T].
+
+    Source: transformers' masking_utils: a causal query sees `window` positions up to its own, one
+    of a bidirectional model what is at most `window` away.
+    """
+    distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)[None, :]
+    if is_causal:
+        seen = distance >= 0
+        return seen if window is None else seen & (distance < window)
+    return torch.ones_like(distance, dtype=torch.bool) if window is None else (
+        distance.abs() <= window
+    )  # fmt: skip
+
+
+def soft_capped(x: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(x / cap), or x without a cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def raised(weight: Tensor, config: ModelConfig) -> Tensor:
+    """What a norm multiplies by: Gemma's weights are stored less 1."""
+    return 1 + weight if config.architecture == "gemma2" else weight
 
 
 @dataclass
@@ -84,11 +120,11 @@ class Engine:
         self, tokens: Sequence[int], faults: Mapping[StageKey, Wrong]
     ) -> dict[StageKey, Tensor]:
         """Every stage of a pass in canonical layout; what the faults did is left in `effects`."""
-        features = self.config.features
+        graph = Graph(self.config)
         made: dict[StageKey, Tensor] = {}
         self.effects = {}
-        for key in stage_keys(self.config.num_layers, features):
-            inputs = [made[k] for k in input_keys(key, self.config.num_layers, features)]
+        for key in graph.keys:
+            inputs = [made[k] for k in graph.inputs(key)]
             step = Step(self, key, tokens, inputs, made)
             fault = faults.get(key)
             made[key] = self.rounded((step.sound if fault is None else lambda: fault(step))())  # noqa: B023
@@ -153,6 +189,48 @@ class Step:
         return torch.split(self.inputs[-1] if qkv is None else qkv, columns, dim=1)[
             "qkv".index(letter)
         ]
+
+    @property
+    def window(self) -> int | None:
+        """How far this layer looks back, or None."""
+        return window_of(self.config, self.key.layer)
+
+    @property
+    def scale(self) -> float:
+        """The factor on q·k."""
+        stated = self.config.numbers.get("query_pre_attn_scalar")
+        return (self.config.head_dim if stated is None else stated) ** -0.5
+
+    @property
+    def score_cap(self) -> float | None:
+        return self.config.numbers.get("attn_logit_softcapping")
+
+    @property
+    def logit_cap(self) -> float | None:
+        return self.config.numbers.get("final_logit_softcapping")
+
+    @property
+    def embedding_scale(self) -> float:
+        is_gemma = self.config.architecture == "gemma2"
+        return math.sqrt(self.config.hidden_size) if is_gemma else 1.0
+
+    def gain(self, name: str, layer: int | None = None) -> Tensor:
+        """What the norm of that weight multiplies by."""
+        return raised(self.weight(name, layer), self.config)
+
+    def own_gain(self) -> Tensor:
+        """What this stage's norm multiplies by."""
+        if self.key.layer is None:
+            return self.gain("model.norm.weight")
+        names = GEMMA_NORMS if self.config.architecture == "gemma2" else NORMS
+        return self.gain(f"{names[self.key.stage]}.weight")
+
+    def sees(self, window: int | None = OWN, *, is_causal: bool | None = None) -> Tensor:
+        """Which positions each query sees, with another window or order if they are given."""
+        return visible(
+            len(self.tokens), self.window if window == OWN else window,
+            is_causal=self.config.is_causal if is_causal is None else is_causal,
+        )  # fmt: skip
 
     # The operations, with everything that a fault may want to change as an argument.
 
@@ -219,17 +297,25 @@ class Step:
             self.config.num_heads // self.config.num_kv_heads
         )
 
-    def scores(self, *, scale: float | None = None, groups: Tensor | None = None) -> Tensor:
-        """q·k, scaled, zero above the diagonal."""
+    def products(
+        self, *, scale: float | None = None, groups: Tensor | None = None, cap: float | None = OWN,
+    ) -> Tensor:  # fmt: skip
+        """q·k, scaled and capped, of every query and position."""
         q, k = (self.by_head(x) for x in self.inputs)
-        scale = 1 / math.sqrt(self.config.head_dim) if scale is None else scale
-        return (q @ k[self.groups() if groups is None else groups].transpose(1, 2) * scale).tril()
+        scale = self.scale if scale is None else scale
+        products = q @ k[self.groups() if groups is None else groups].transpose(1, 2) * scale
+        return soft_capped(products, self.score_cap if cap == OWN else cap)
 
-    def softmax(self, scores: Tensor | None = None, *, diagonal: int = 0) -> Tensor:
-        """Weights of the positions up to the diagonal."""
+    def scores(self, **change: Any) -> Tensor:
+        """The products that a query sees, zero elsewhere."""
+        return torch.where(self.sees(), self.products(**change), 0.0)
+
+    def softmax(self, scores: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """Weights of what each query sees."""
         x = self.x if scores is None else scores
-        future = torch.ones(x.shape[1:], dtype=torch.bool).triu(1 + diagonal)
-        return torch.softmax(x.masked_fill(future, -torch.inf), dim=-1)
+        return torch.softmax(
+            x.masked_fill(~(self.sees() if seen is None else seen), -torch.inf), dim=-1
+        )
 
     def values(self, *, groups: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """softmax·V, [T, H·D]."""
@@ -253,11 +339,12 @@ class Step:
         every = {c: self.weight(f"self_attn.{c}_proj.bias", layer) for c in "qkv"}
         return torch.cat([b if c in letters else torch.zeros_like(b) for c, b in every.items()])
 
-    def embed(self, tokens: Sequence[int]) -> Tensor:
-        """Rows of the embedding."""
+    def embed(self, tokens: Sequence[int], scale: float | None = None) -> Tensor:
+        """Rows of the embedding, times what Gemma multiplies them by."""
         table = self.engine.weight(None, "model.embed_tokens.weight")
         assert table is not None
-        return table[torch.tensor(list(tokens))]
+        rows = table[torch.tensor(list(tokens))]
+        return rows * (self.embedding_scale if scale is None else scale)
 
     def head(self) -> Tensor:
         """The matrix of the head."""
@@ -266,6 +353,16 @@ class Step:
         found = tied if own is None else own
         assert found is not None
         return found
+
+    def logits(self, cap: float | None = OWN) -> Tensor:
+        """Of the last token."""
+        y = self.linear(self.x[-1:], self.head())[0]
+        return soft_capped(y, self.logit_cap if cap == OWN else cap)
+
+
+def window_of(config: ModelConfig, layer: int | None) -> int | None:
+    """The window of a layer; the pattern repeats."""
+    return config.windows[(layer or 0) % len(config.windows)]
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
@@ -292,7 +389,7 @@ def quantised_blocks(x: Tensor, block: int = 32) -> Tensor:
 
 OPERATIONS: Mapping[str, Wrong] = {
     "embedding": lambda s: s.embed(s.tokens),
-    "attn_norm": lambda s: s.norm(s.x, s.weight("input_layernorm.weight")),
+    "attn_norm": lambda s: s.norm(s.x, s.own_gain()),
     "qkv_matmul": lambda s: s.qkv(),
     "qkv_bias": lambda s: s.x + s.bias(),
     "q_post_rope": lambda s: s.rotate(s.head_normed()),
@@ -301,16 +398,18 @@ OPERATIONS: Mapping[str, Wrong] = {
     "attn_softmax": lambda s: s.softmax(),
     "attention": lambda s: s.values(),
     "attn_out": lambda s: s.project("self_attn.o_proj"),
+    "attn_post_norm": lambda s: s.norm(s.x, s.own_gain()),
     "post_attn_residual": lambda s: s.inputs[0] + s.inputs[1],
-    "ffn_norm": lambda s: s.norm(s.x, s.weight("post_attention_layernorm.weight")),
+    "ffn_norm": lambda s: s.norm(s.x, s.own_gain()),
     "ffn_gate": lambda s: s.project("mlp.gate_proj"),
     "ffn_up": lambda s: s.project("mlp.up_proj"),
     "ffn_silu": lambda s: activate(s.x, s.config.hidden_act),
     "ffn_swigl": lambda s: s.inputs[0] * s.inputs[1],
     "ffn_out": lambda s: s.project("mlp.down_proj"),
+    "ffn_post_norm": lambda s: s.norm(s.x, s.own_gain()),
     "post_ffn_residual": lambda s: s.inputs[0] + s.inputs[1],
-    "final_norm": lambda s: s.norm(s.x, s.weight("model.norm.weight")),
-    "lm_head": lambda s: s.linear(s.x[-1:], s.head())[0],
+    "final_norm": lambda s: s.norm(s.x, s.own_gain()),
+    "lm_head": lambda s: s.logits(),
 }
 
 
@@ -318,6 +417,5 @@ def run_on(
     engine: Engine, key: StageKey, tokens: Sequence[int], read: Callable[[StageKey], Any]
 ) -> Tensor:
     """One stage on tensors of another pass, such as an oracle's."""
-    features = engine.config.features
-    inputs = [read(k).to(engine.dtype) for k in input_keys(key, engine.config.num_layers, features)]
+    inputs = [read(k).to(engine.dtype) for k in Graph(engine.config).inputs(key)]
     return Step(engine, key, tokens, inputs, {}).sound()

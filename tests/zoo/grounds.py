@@ -83,24 +83,45 @@ LONG = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
 
 LONGEST = LONG | {"num_attention_heads": 1, "num_hidden_layers": 1}
 
+GEMMA = _settings(
+    num_attention_heads=4, head_dim=64, query_pre_attn_scalar=48, sliding_window=6,
+    attn_logit_softcapping=3.0, final_logit_softcapping=10.0, tie_word_embeddings=True,
+)  # fmt: skip
+
+# A model's place is the seed of its weights: new ones go to the end.
 GROUNDS: Mapping[str, Ground] = {
-    "llama": Ground("llama", _settings()),
-    "mha": Ground("llama", _settings(num_key_value_heads=8)),
-    "mistral": Ground("mistral", _settings(num_attention_heads=4, sliding_window=None)),
-    "qwen2": Ground("qwen2", _settings(num_key_value_heads=4)),
-    "qwen2-bias": Ground("qwen2", _settings(num_key_value_heads=8), _large_biases),
-    "outlier": Ground("qwen2", _settings(), _outliers),
-    "qwen3": Ground("qwen3", _settings(num_attention_heads=4, head_dim=64, rms_norm_eps=1e-6)),
-    "llama3": Ground("llama", _settings(**LLAMA3)),
-    "yarn": Ground("qwen2", _settings(**_rope("yarn", factor=4.0,
-                                              original_max_position_embeddings=64))),
+    "demo": Ground("", place=DEMO / "sound.apr"),
     "linear": Ground("llama", _settings(**_rope("linear", factor=4.0))),
-    "odd": Ground("llama", _settings(hidden_size=96, intermediate_size=160,
-                                     num_attention_heads=6, num_key_value_heads=3)),
+    "llama": Ground("llama", _settings()),
+    "llama3": Ground("llama", _settings(**LLAMA3)),
     "long": Ground("qwen2", _settings(**LONG)),
     "longest": Ground("qwen2", _settings(**LONGEST)),
-    "demo": Ground("", place=DEMO / "sound.apr"),
+    "mha": Ground("llama", _settings(num_key_value_heads=8)),
+    "mistral": Ground("mistral", _settings(num_attention_heads=4, sliding_window=None)),
+    "odd": Ground("llama", _settings(hidden_size=96, intermediate_size=160,
+                                     num_attention_heads=6, num_key_value_heads=3)),
+    "outlier": Ground("qwen2", _settings(), _outliers),
+    "qwen2": Ground("qwen2", _settings(num_key_value_heads=4)),
+    "qwen2-bias": Ground("qwen2", _settings(num_key_value_heads=8), _large_biases),
+    "qwen3": Ground("qwen3", _settings(num_attention_heads=4, head_dim=64, rms_norm_eps=1e-6)),
     "stories260k": Ground("", place=SHARED / "data" / "stories260k"),
+    "yarn": Ground("qwen2", _settings(**_rope("yarn", factor=4.0,
+                                              original_max_position_embeddings=64))),
+    "window": Ground("mistral", _settings(num_attention_heads=4, sliding_window=6)),
+    "layers": Ground("qwen3", _settings(
+        num_attention_heads=4, head_dim=64, use_sliding_window=True, sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    "both": Ground("qwen2", _settings(num_key_value_heads=4, is_causal=False)),
+    "both-window": Ground("mistral", _settings(num_attention_heads=4, sliding_window=3,
+                                               is_causal=False)),
+    "gemma": Ground("gemma2", GEMMA),
+    # A width whose root no half type holds, the published caps, and a scalar of D.
+    "gemma-odd": Ground("gemma2", GEMMA | {
+        "hidden_size": 288, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "tie_word_embeddings": False}),
+    "gemma-long": Ground("gemma2", GEMMA | LONG | {"head_dim": 32, "sliding_window": 100}),
+    "gemma-uncapped": Ground("gemma2", GEMMA | {
+        "attn_logit_softcapping": None, "final_logit_softcapping": None}),
 }  # fmt: skip
 
 
@@ -134,7 +155,7 @@ class Farm:
         ground = GROUNDS[name]
         if ground.place is not None:
             return ground.place
-        seed = sorted(GROUNDS).index(name)
+        seed = list(GROUNDS).index(name)
         model = build(RandomModel(ground.architecture, ground.settings, seed))
         if ground.strain is not None:
             with torch.no_grad():

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
-from .engine import Step, Tensor, Wrong, activate, plain_frequencies, quantised_blocks
+from .engine import (
+    Step,
+    Tensor,
+    Wrong,
+    activate,
+    plain_frequencies,
+    quantised_blocks,
+    soft_capped,
+    window_of,
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,12 @@ plant("scale-none", "scale|factor", attn_scores=lambda s: s.scores(scale=1.0))
 plant("scale-kv-dim", "scale|factor", attn_scores=lambda s: s.scores(
     scale=1 / math.sqrt(s.config.hidden_size // s.config.num_kv_heads)))  # fmt: skip
 plant("mask-none", "mask", attn_softmax=lambda s: s.softmax(
-    _unmasked(s), diagonal=s.x.shape[2]))  # fmt: skip
-plant("mask-late", "mask", attn_softmax=lambda s: s.softmax(_unmasked(s), diagonal=1))
+    _unmasked(s), torch.ones_like(s.sees())))  # fmt: skip
+plant(
+    "mask-late",
+    "mask",
+    attn_softmax=lambda s: s.softmax(_unmasked(s), torch.ones_like(s.sees()).tril(1)),
+)
 plant("mask-early", "mask", attn_softmax=lambda s: _first_sees_itself(s))
 plant("mask-after", "mask", attn_softmax=lambda s: torch.softmax(_unmasked(s), dim=-1).tril())
 plant("softmax-axis", "axis", attn_softmax=lambda s: _other_axis(s))
@@ -116,11 +129,11 @@ plant(
 
 
 def _unmasked(s: Step) -> Tensor:
-    """The scores above the diagonal too, which the dump leaves out."""
+    """The scores that nobody may see too, which the dump leaves out."""
     layer = s.key.layer
-    q, k = (s.by_head(s.made[StageKey(layer, name)]) for name in ("q_post_rope", "k_post_rope"))
-    whole = q @ k[s.groups()].transpose(1, 2) / math.sqrt(s.config.head_dim)
-    return whole.to(s.x.dtype).triu(1) + s.x.tril()
+    rotated = [s.made[StageKey(layer, name)] for name in ("q_post_rope", "k_post_rope")]
+    whole = Step(s.engine, StageKey(layer, "attn_scores"), s.tokens, rotated, s.made).products()
+    return torch.where(s.sees(), s.x, whole)
 
 
 def _first_sees_itself(s: Step) -> Tensor:
@@ -146,6 +159,86 @@ def _softmax_in(s: Step, kind: torch.dtype) -> Tensor:
 
 def _tiled(s: Step) -> Tensor:
     return torch.arange(s.config.num_heads) % s.config.num_kv_heads
+
+
+# What a query sees: windows, and models that look both ways.
+
+
+def seeing(change: Callable[[Step], Tensor]) -> Wrong:
+    """The softmax over something else than a query sees."""
+    return lambda s: s.softmax(_unmasked(s), change(s))
+
+
+def window(change: Callable[[int], int | None]) -> Wrong:
+    """The softmax over another window."""
+    return seeing(lambda s: s.sees(change(s.window)))  # type: ignore[arg-type]
+
+
+def _window_of_next(s: Step) -> Tensor:
+    return s.sees(window_of(s.config, s.key.layer + 1))  # type: ignore[operator]
+
+
+OFF_BY_ONE = "window off by one"
+plant("window-ignored", "ignored|no window", attn_softmax=window(lambda w: None))
+plant("window-short", OFF_BY_ONE, attn_softmax=window(lambda w: w - 1))
+plant("window-long", OFF_BY_ONE, attn_softmax=window(lambda w: w + 1))
+plant("window-halved", "window of 3 in place of", attn_softmax=window(lambda w: w // 2))
+plant("window-other-layers", "other layers|ignored|no window",
+      attn_softmax=seeing(_window_of_next))  # fmt: skip
+plant("window-unasked", "only the last 4 positions", attn_softmax=seeing(lambda s: s.sees(4)))
+plant("window-short-scores", OFF_BY_ONE,
+      attn_scores=lambda s: s.sound() * s.sees(s.window - 1),
+      attn_softmax=window(lambda w: w - 1))  # fmt: skip
+plant("window-after", "after softmax", attn_softmax=lambda s: (
+    s.softmax(_unmasked(s), s.sees(None)) * s.sees()))  # fmt: skip
+plant("causal-forced", "is_causal|a causal mask",
+      attn_softmax=lambda s: s.softmax(seen=s.sees(is_causal=True)))  # fmt: skip
+plant("causal-forced-scores", "is_causal|a causal mask",
+      attn_scores=lambda s: s.sound().tril(),
+      attn_softmax=lambda s: s.softmax(seen=s.sees(is_causal=True)))  # fmt: skip
+
+# What Gemma 2 has beside Llama: caps, a scale of its own, norms of outputs and by 1 + w.
+
+plant("cap-missing", "no soft cap", attn_scores=lambda s: s.scores(cap=None))
+plant("cap-other", "soft cap of 50", attn_scores=lambda s: s.scores(cap=50.0))
+plant("cap-odd", "soft cap of 4.2", attn_scores=lambda s: s.scores(cap=4.2))
+plant("cap-unasked", "soft cap of 30", attn_scores=lambda s: s.scores(cap=30.0))
+plant("cap-not-rescaled", "not multiplied back",
+      attn_scores=lambda s: s.sound() / s.score_cap)  # fmt: skip
+plant("cap-after-mask", "mask before|before the soft cap|before the cap|after the mask",
+      attn_softmax=lambda s: _capped_after_mask(s))  # fmt: skip
+plant("cap-before-scale", "before the scale", attn_scores=lambda s: (
+    s.scale * soft_capped(s.scores(scale=1.0, cap=None), s.score_cap)))  # fmt: skip
+plant("logit-cap-missing", "no soft cap", lm_head=lambda s: s.logits(cap=None))
+plant("logit-cap-other", "soft cap of 30", lm_head=lambda s: s.logits(cap=30.0))
+plant("logit-cap-of-scores", "soft cap of 3", lm_head=lambda s: s.logits(cap=s.score_cap))
+plant("logit-cap-not-rescaled", "not multiplied back", lm_head=lambda s: s.sound() / s.logit_cap)
+plant("query-scale-head-dim", "scale",
+      attn_scores=lambda s: s.scores(scale=s.config.head_dim**-0.5))  # fmt: skip
+plant("query-scale-twice", "scale", attn_scores=lambda s: s.scores(scale=s.scale**2))
+for stage in ("attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm"):
+    name = stage.replace("_", "-")
+    plant(f"{name}-by-w", "without its 1|by w in place of 1 + w",
+          **{stage: lambda s: s.norm(s.x, s.own_gain() - 1)})  # fmt: skip
+    plant(f"{name}-by-two-plus-w", "+ 1|once more|twice",
+          **{stage: lambda s: s.norm(s.x, s.own_gain() + 1)})  # fmt: skip
+    plant(f"{name}-missing", "norm missing", **{stage: lambda s: s.x.clone()})
+    plant(f"{name}-twice", "norm applied twice",
+          **{stage: lambda s: s.norm(s.sound(), s.own_gain())})  # fmt: skip
+plant("post-norm-of-pre", "norm weight of", attn_post_norm=lambda s: s.norm(
+    s.x, s.gain("pre_feedforward_layernorm.weight")))  # fmt: skip
+plant("embedding-unscaled", "not scaled", embedding=lambda s: s.embed(s.tokens, 1.0))
+plant(
+    "embedding-scaled-twice", "twice", embedding=lambda s: s.embed(s.tokens, s.embedding_scale**2)
+)
+plant("embedding-scale-bf16", "rounded to bfloat16",
+      embedding=lambda s: s.embed(s.tokens, 17.0))  # fmt: skip
+plant("silu", "silu", ffn_silu=lambda s: activate(s.x, "silu"))
+
+
+def _capped_after_mask(s: Step) -> Tensor:
+    """Minus infinity goes through the cap too and becomes no more than its negative."""
+    return torch.softmax(s.x.masked_fill(~s.sees(), -s.score_cap), dim=-1)  # type: ignore[operator]
 
 
 # Projections.
@@ -239,21 +332,20 @@ def _paired_rows(s: Step) -> Tensor:
 # Norms, activation, residuals.
 
 
-def norm_of(weight: str, change: Callable[[Step, Tensor, Tensor], Tensor]) -> Wrong:
-    return lambda s: change(s, s.x, s.weight(weight))
+def norm_of(change: Callable[[Step, Tensor, Tensor], Tensor]) -> Wrong:
+    return lambda s: change(s, s.x, s.own_gain())
 
 
-ATTN, FFN = "input_layernorm.weight", "post_attention_layernorm.weight"
-plant("norm-eps", "eps", attn_norm=norm_of(ATTN, lambda s, x, w: s.norm(x, w, 1e-2)))
+plant("norm-eps", "eps", attn_norm=norm_of(lambda s, x, w: s.norm(x, w, 1e-2)))
 plant("norm-eps-tenfold", "eps",
-      ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps)))  # fmt: skip
+      ffn_norm=norm_of(lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps)))  # fmt: skip
 plant("norm-no-weight", "weight|gain",
-      ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x, torch.ones_like(w))))  # fmt: skip
+      ffn_norm=norm_of(lambda s, x, w: s.norm(x, torch.ones_like(w))))  # fmt: skip
 plant("norm-weight-plus-one", "+ 1|plus one|plus-one|+1",
-      attn_norm=norm_of(ATTN, lambda s, x, w: s.norm(x, w + 1)))  # fmt: skip
+      attn_norm=norm_of(lambda s, x, w: s.norm(x, w + 1)))  # fmt: skip
 plant("norm-layer", "layernorm|layer norm|mean",
-      ffn_norm=norm_of(FFN, lambda s, x, w: s.norm(x - x.mean(1, keepdim=True), w)))  # fmt: skip
-plant("norm-axis", "axis|over tokens", attn_norm=norm_of(ATTN, lambda s, x, w: (
+      ffn_norm=norm_of(lambda s, x, w: s.norm(x - x.mean(1, keepdim=True), w)))  # fmt: skip
+plant("norm-axis", "axis|over tokens", attn_norm=norm_of(lambda s, x, w: (
     x * torch.rsqrt(x.square().mean(0, keepdim=True) + s.config.rms_norm_eps) * w)))  # fmt: skip
 plant("norm-final-no-weight", "weight|gain", final_norm=lambda s: s.norm(
     s.x, torch.ones_like(s.weight("model.norm.weight"))))  # fmt: skip
@@ -361,9 +453,9 @@ plant("local-down-last-token", "token|stale", ffn_out=at(token(LAST), lambda s: 
 plant("local-down-block", "leaves out|input",
       ffn_out=at(span(0, 16), inputs_cut("mlp.down_proj", -32)))  # fmt: skip
 plant("local-norm-token", "token|factor|weight|norm|gain", ffn_norm=at(token(2), norm_of(
-    FFN, lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
+    lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
 plant("local-norm-tail", "weight|gain|column|block", attn_norm=at(span(-16, None), norm_of(
-    ATTN, lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
+    lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
 plant("local-silu-tail", "activation|relu|column|block|linear|gelu|identity|not applied",
       ffn_silu=at(span(-4, None), lambda s: s.x.clone()))  # fmt: skip
 plant("local-swigl-value", "value|zero|column|token", ffn_swigl=at(value(1, 9), lambda s: (
@@ -382,17 +474,41 @@ plant("local-gate-percent", "~factor", ffn_gate=at(value(2, 40), lambda s: (
 plant("local-scores-percent", "~factor",
       attn_scores=at(head(1), lambda s: s.sound() * 1.01))  # fmt: skip
 plant("local-eps-token", "eps|factor|scale", attn_norm=at(token(1), norm_of(
-    ATTN, lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps))))  # fmt: skip
+    lambda s, x, w: s.norm(x, w, 10 * s.config.rms_norm_eps))))  # fmt: skip
 plant("local-v-row", "token|value|position|zero|stale", attention=at(token(LAST), lambda s: (
     s.values(v=s.part("v").roll(1, dims=0)))))  # fmt: skip
 plant("local-nan", "nan|non-finite|nonfinite", ffn_swigl=at(value(0, 3), lambda s: (
     s.sound() * torch.nan)))  # fmt: skip
 
 
+# The same of windows and of Gemma 2.
+
+plant("local-window-head", "window|head", attn_softmax=at(head(2), window(lambda w: None)))
+plant("local-window-short-head", "window|head", attn_softmax=at(head(1), window(lambda w: w - 1)))
+plant("local-window-last-token", "window|token",
+      attn_softmax=at(token(LAST), window(lambda w: w + 1)))  # fmt: skip
+plant("local-causal-head", "causal|head", attn_softmax=at(
+    head(3), lambda s: s.softmax(seen=s.sees(is_causal=True))))  # fmt: skip
+plant("local-causal-token", "causal|token|attended", attn_softmax=at(
+    token(2), lambda s: s.softmax(seen=s.sees(is_causal=True))))  # fmt: skip
+plant("local-cap-head", "cap", attn_scores=at(head(1), lambda s: s.scores(cap=None)))
+plant("local-cap-token", "cap", attn_scores=at(token(LAST), lambda s: s.scores(cap=None)))
+plant("local-logit-cap-rows", "cap", lm_head=at(span(-64, None), lambda s: s.logits(cap=None)))
+plant("local-query-scale-head", "scale|factor", attn_scores=at(
+    head(0), lambda s: s.scores(scale=s.config.head_dim**-0.5)))  # fmt: skip
+plant("local-post-norm-token", "norm missing", attn_post_norm=at(token(2), lambda s: s.x.clone()))
+plant("local-post-norm-tail", "without its 1|by w in place of 1 + w", ffn_post_norm=at(
+    span(-16, None), lambda s: s.norm(s.x, s.own_gain() - 1)))  # fmt: skip
+plant("local-norm-offset-token", "without its 1|by w in place of 1 + w", ffn_norm=at(
+    token(3), lambda s: s.norm(s.x, s.own_gain() - 1)))  # fmt: skip
+plant("local-embedding-unscaled-token", "not scaled",
+      embedding=at(token(1), lambda s: s.embed(s.tokens, 1.0)))  # fmt: skip
+
+
 def _forgets_last_key(s: Step) -> Tensor:
-    sees = torch.ones(s.x.shape[1:], dtype=torch.bool).tril()
-    sees[-1, -1] = False
-    return torch.softmax(s.x.masked_fill(~sees, -torch.inf), dim=-1)
+    seen = s.sees().clone()
+    seen[-1, -1] = False
+    return s.softmax(seen=seen)
 
 
 def _swapped(size: int, a: int, b: int) -> Tensor:

@@ -62,8 +62,7 @@ def _blame(single: Sequence[Outcome], seen: Sequence[Outcome]) -> list[Figure]:
                _miss(o for o in seen if not o.is_hit)),
         Figure("undetectable faults", _share(len(unseen), len(single)), "<= 5%",
                len(unseen) <= MOST_UNDETECTABLE * len(single),
-               misses=tuple(f"{o.case.name}: {max(p.sigma for p in o.planted):.2g} sigma"
-                            for o in unseen)),
+               misses=tuple(f"{o.case.name}: {o.largest_sigma:.2g} sigma" for o in unseen)),
         Figure("of these a third local", _share(sum(o.case.is_local for o in single), len(single)),
                ">= 33%", 3 * sum(o.case.is_local for o in single) >= len(single)),
         Figure("kernel and model told apart", _share(len(right), len(apart)), "100%",

@@ -13,17 +13,19 @@ import torch
 
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.network.graph import StageKey, computation_order
+from aprcore.network.graph import computation_order
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report, StageReport
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
 
 from . import converters, kernels
-from .engine import Engine, Tensor, Wrong, run_on
+from .engine import Engine, Tensor, Wrong, run_on, visible, window_of
 from .grounds import Farm
 
 DETECTABLE_SIGMA = 6.0
 COSINE_OF_TODAY = 0.999
+FUSED = ("attn_scores", "attn_softmax")  # what an engine with one attention kernel never has
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Case:
         faults: Names of faults with their layers; empty for a sound case.
         ground: A key of `GROUNDS`.
         weights: The stored type.
-        oracle: The oracle's type.
+        oracle: The oracle's type; "none" for no oracle.
         num_tokens: T.
         engine: Arithmetic of the zoo's engine if its dump is judged; "" for aprcore's own trace.
-        layout: How the dump departs from the canonical layout; "" for not at all.
+        layout: How the dump departs from the canonical layout; "" for not at all; "fused" for one
+            without scores and softmax.
     """
 
     faults: tuple[tuple[str, int], ...]
@@ -113,6 +116,11 @@ class Outcome:
     def first_planted(self) -> Planted | None:
         """The first planted stage that can be seen."""
         return next((p for p in self.planted if p.detectable), None)
+
+    @property
+    def largest_sigma(self) -> float:
+        """What the faults change at most; 0 where no stage uses what is wrong."""
+        return max((p.sigma for p in self.planted), default=0.0)
 
     @property
     def failing(self) -> tuple[StageReport, ...]:
@@ -210,7 +218,9 @@ def attempt(case: Case, farm: Farm, directory: Path) -> Outcome:
 
 def _attempt(case: Case, farm: Farm, directory: Path) -> Outcome:
     tokens = farm.tokens(case.ground, case.num_tokens)
-    oracle = farm.oracle(case.ground, case.oracle, len(tokens))
+    oracle = None
+    if case.oracle != "none":
+        oracle = farm.oracle(case.ground, case.oracle, len(tokens)).path
     path, by_file = _write_model(case, farm, tokens, directory)
     by_kernel = [(n, layer) for n, layer in case.faults if n in kernels.FAULTS]
     planted: list[Planted] = []
@@ -222,7 +232,7 @@ def _attempt(case: Case, farm: Farm, directory: Path) -> Outcome:
     if by_file:
         planted += _measure_file(case, farm, path, tokens, by_file)
     started = time.perf_counter()
-    report = run(Request(model=path, oracle=oracle.path, trace=dump, tokens=tokens))
+    report = run(Request(model=path, oracle=oracle, trace=dump, tokens=tokens))
     elapsed_s = time.perf_counter() - started
     planted.sort(key=lambda p: computation_order(p.key))
     return Outcome(case, tuple(planted), report, elapsed_s)
@@ -261,12 +271,17 @@ def _run_engine(
     )
     with TraceWriter(dump, sidecar) as writer:
         for key, tensor in made.items():
+            if case.layout == "fused" and key.stage in FUSED:
+                continue
             writer.write(key, _laid_out(key, tensor, case.layout, engine).numpy())
     found = []
     for key, effect in engine.effects.items():
         sigma = largest_effect(effect.wrong - effect.sound, effect.sound - effect.exact)
-        words = kernels.FAULTS[origin[key]].causes
-        found.append(Planted(key, origin[key], "kernel", sigma, words))
+        name = origin[key]
+        words = kernels.FAULTS[name].causes
+        if case.layout == "fused" and key.stage in FUSED:  # it shows in what comes out
+            key = StageKey(key.layer, "attention")
+        found.append(Planted(key, name, "kernel", sigma, words))
     return found
 
 
@@ -275,8 +290,7 @@ def _laid_out(key: StageKey, x: Tensor, layout: str, engine: Engine) -> Tensor:
     if layout == "heads-first" and key.stage in ("q_post_rope", "k_post_rope", "attention"):
         return x.reshape(x.shape[0], -1, engine.config.head_dim).transpose(0, 1).contiguous()
     if layout == "masked" and key.stage == "attn_scores":
-        future = torch.ones(x.shape[1:], dtype=torch.bool).triu(1)
-        return x.masked_fill(future, -torch.inf)
+        return x.masked_fill(~seen_by(engine, key, x.shape[1]), -torch.inf)
     if layout == "pairs" and key.stage in ("q_post_rope", "k_post_rope"):
         heads = x.reshape(x.shape[0], -1, 2, engine.config.head_dim // 2)
         return heads.transpose(2, 3).reshape(x.shape)
@@ -307,11 +321,20 @@ def _measure_file(
                 if key not in oracle:  # no biases to spoil
                     continue
                 right, spoilt = (run_on(e, key, tokens, read) for e in (sound, wrong))
+                if key.stage == "attn_scores":  # of what the wrong file hides nobody reads it
+                    seen = seen_by(wrong, key, len(tokens))
+                    right, spoilt = right * seen, spoilt * seen
                 if torch.equal(right, spoilt):  # this model's stage does not use what is wrong
                     continue
                 sigma = largest_effect(spoilt - right, read(key).reshape(right.shape) - right)
                 found.append(Planted(key, name, "model", sigma, fault.causes))
     return found
+
+
+def seen_by(engine: Engine, key: StageKey, num_tokens: int) -> Tensor:
+    """What the queries of a layer see, [T, T]."""
+    config = engine.config
+    return visible(num_tokens, window_of(config, key.layer), is_causal=config.is_causal)
 
 
 def key_of(stage: str, layer: int) -> StageKey:

@@ -15,8 +15,10 @@ from aprcore.causes import (
     attention,
     biases,
     buffers,
+    caps,
     dequantisation,
     embedding_head,
+    masks,
     norms,
     precision,
     residual,
@@ -39,13 +41,15 @@ from aprcore.causes.search import (
 from aprcore.causes.symptom import describe_symptom
 from aprcore.judging.layouts import Layout
 from aprcore.judging.replay import Expectation, Floats, RecordedSide
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 __all__ = ["CauseTried", "Explanation", "explain", "explain_nonfinite"]
 
 CATALOGUE: tuple[Entry, ...] = (
     *rope.ENTRIES,
     *attention.ENTRIES,
+    *masks.ENTRIES,
+    *caps.ENTRIES,
     *norms.ENTRIES,
     *activations.ENTRIES,
     *residual.ENTRIES,
@@ -112,5 +116,5 @@ def _scene(
         in_file=in_file,
         profile=side.profile,
         recorded=side.peek,
-        features=side.features,
+        graph=side.graph,
     )

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from aprcore.causes.scene import REFERENCE, Entry, Float64, Scene, Trial, single, stages
+from aprcore.causes.scene import ORIGINAL, REFERENCE, Entry, Float64, Scene, Trial, single
+from aprcore.causes.solving import off_by_a_token
 from aprcore.network.config import ACTIVATIONS
+from aprcore.network.operations import Activate, Multiply
 
-ACTIVATION, PRODUCT = stages("ffn_silu"), stages("ffn_swigl")
+ACTIVATION, PRODUCT = (Activate,), (Multiply,)
 
 
 def _sigmoid(x: Float64) -> Float64:
@@ -18,11 +20,16 @@ def _sigmoid(x: Float64) -> Float64:
     return np.where(x >= 0, 1, power) / (1 + power)
 
 
+def _other_kinds(own: str, x: Float64) -> Iterator[Trial]:
+    """The other activations of published models, with their names."""
+    for kind in ACTIVATIONS:
+        if kind != own:
+            yield kind, REFERENCE.activation(x, kind)
+
+
 def _kinds(scene: Scene) -> Iterator[Trial]:
     x = scene.inputs[0]
-    for kind in ACTIVATIONS:
-        if kind != scene.config.hidden_act:
-            yield kind, REFERENCE.activation(x, kind)
+    yield from _other_kinds(scene.operation.kind, x)
     yield "quick gelu", x * _sigmoid(1.702 * x)
     yield "sigmoid", _sigmoid(x)
     yield "tanh", np.tanh(x)
@@ -35,32 +42,41 @@ def _kinds(scene: Scene) -> Iterator[Trial]:
 
 
 def _slips(scene: Scene) -> Iterator[Trial]:
-    x, kind = scene.inputs[0], scene.config.hidden_act
+    x = scene.inputs[0]
     yield "not applied", x
-    yield "applied twice", REFERENCE.activation(scene.plain.value, kind)
-    yield "of -x", REFERENCE.activation(-x, kind)
+    yield "applied twice", scene.run(scene.plain.value)
+    yield "of -x", scene.run(-x)
     yield "with the sign of its exponent wrong", x * _sigmoid(-x)
-    yield "of x/2", REFERENCE.activation(x / 2, kind)
+    yield "of x/2", scene.run(x / 2)
     yield "with exp to base 2", x * _sigmoid(x * math.log(2))
     yield "clamped to 6", np.clip(scene.plain.value, -6, 6)
 
 
-def _on_up(scene: Scene) -> Float64 | None:
-    up = scene.tensor("ffn_up")
-    return None if up is None else REFERENCE.activation(up, scene.config.hidden_act)
+def _on_up(scene: Scene) -> Iterator[Trial]:
+    """The activation of what its output is multiplied by."""
+    for product in scene.graph.readers(scene.key):
+        for other in scene.graph.inputs(product):
+            up = scene.tensor(other) if other != scene.key else None
+            if up is not None and up.shape == scene.inputs[0].shape:
+                yield "", scene.run(up)
+
+
+def _gate(scene: Scene) -> Float64 | None:
+    """What the activation whose output is the first factor is of."""
+    is_activated = isinstance(scene.graph.operation(scene.source(0)), Activate)
+    return scene.tensor(scene.source(0, 0)) if is_activated else None
 
 
 def _up_activated(scene: Scene) -> Float64 | None:
-    gate = scene.tensor("ffn_gate")
-    if gate is None:
-        return None
-    return gate * REFERENCE.activation(scene.inputs[1], scene.config.hidden_act)
+    gate = _gate(scene)
+    return None if gate is None else gate * REFERENCE.activation(
+        scene.inputs[1], scene.config.hidden_act
+    )  # fmt: skip
 
 
 def _products(scene: Scene) -> Iterator[Trial]:
     silu, up = scene.inputs
     kind = scene.config.hidden_act
-    gate = scene.tensor("ffn_gate")
     yield "act(gate) alone", silu
     yield "up alone", up
     yield "act(gate) + up", silu + up
@@ -69,38 +85,36 @@ def _products(scene: Scene) -> Iterator[Trial]:
     yield "act(gate)·act(up)", silu * REFERENCE.activation(up, kind)
     yield "act(act(gate))·up", REFERENCE.activation(silu, kind) * up
     yield "act(act(gate)·up)", REFERENCE.activation(silu * up, kind)
+    gate = _gate(scene)
     if gate is not None:
         yield "gate·up, without the activation", gate * up
         yield "act(gate·up)", REFERENCE.activation(gate * up, kind)
         yield "act(gate)·gate, without up", silu * gate
-        for other in ACTIVATIONS:
-            if other != kind:
-                yield f"{other}(gate)·up", REFERENCE.activation(gate, other) * up
+        for other, value in _other_kinds(kind, gate):
+            yield f"{other}(gate)·up", value * up
 
 
 def _up_moved(scene: Scene) -> Iterator[Trial]:
     silu, up = scene.inputs
+    for name, moved in off_by_a_token(up):
+        yield f"one token {name}", silu * moved
     if scene.num_tokens > 1:
-        yield "one token earlier", silu * np.roll(up, 1, axis=0)
-        yield "one token later", silu * np.roll(up, -1, axis=0)
         yield "of the last token", silu * up[-1:]
         yield "of the first token", silu * up[:1]
-    yield "one dimension earlier", silu * np.roll(up, 1, axis=1)
-    yield "one dimension later", silu * np.roll(up, -1, axis=1)
+    for name, moved in off_by_a_token(up.T):
+        yield f"one dimension {name}", silu * moved.T
     yield "with its halves exchanged", silu * np.roll(up, up.shape[1] // 2, axis=1)
 
 
 ENTRIES = (
     Entry("{} as the activation", ACTIVATION, _kinds, "which activation function runs here",
-          "{} as the activation in the original model", "hidden_act of this file"),
+          ORIGINAL, "hidden_act of this file"),
     Entry("activation {}", ACTIVATION, _slips, "the formula of the activation: x / (1 + exp(-x))"),
-    Entry("activation of up instead of gate", ACTIVATION, single(_on_up),
-          "which of gate and up goes through the activation",
-          "activation of up instead of gate in the original model",
+    Entry("activation of up instead of gate", ACTIVATION, _on_up,
+          "which of gate and up goes through the activation", ORIGINAL,
           "gate and up exchanged in the conversion"),
     Entry("activation of up instead of gate", PRODUCT, single(_up_activated),
-          "which of gate and up goes through the activation",
-          "activation of up instead of gate in the original model",
+          "which of gate and up goes through the activation", ORIGINAL,
           "gate and up exchanged in the conversion"),
     Entry("product is {}", PRODUCT, _products, "the product act(gate)·up"),
     Entry("product with up {}", PRODUCT, _up_moved, "the index into up", is_causal=False),

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from aprcore.causes.scene import EVERY, LINEAR, Entry, Float64, Scene, Trial, single
+from aprcore.causes.scene import ORIGINAL, Entry, Float64, Kinds, Scene, Trial, single
 from aprcore.causes.solving import best_factor, round_number
-from aprcore.engines.base import Int64
-from aprcore.network.graph import BY_NAME, STAGES, StageKey
+from aprcore.network.backend import Int64
+from aprcore.network.operations import Head, Linear, Scores
+
+EVERY: Kinds = ()
 
 # A factor is solved for from at least so many values, and is none if it is nearly zero.
 FEWEST_SOLVED = 3
@@ -26,8 +28,6 @@ FIRST_MATCHED = 32
 FIRST_VALUES = 1024
 # A match leaves at most this share of an index's energy: rounding, of 4-bit weights too, is less.
 MOST_LEFT = 0.25
-# Factors of the scores are those of attention's scale.
-FACTORED = frozenset(BY_NAME) - {"attn_scores"}
 ADVICE_STALE = "which buffer the kernel writes: the output is an earlier tensor"
 
 
@@ -37,19 +37,15 @@ def _zeros(scene: Scene) -> Float64:
 
 def _stale(scene: Scene) -> Iterator[Trial]:
     """Other tensors of this layer and of the one before, of as many values."""
-    layer = scene.key.layer
-    last = scene.config.num_layers - 1
-    for where in [layer, last if layer is None else layer - 1]:
-        for stage in STAGES:
-            key = StageKey(where, stage.name)
-            if key == scene.key or (where is not None and where < 0):
-                continue
-            tensor = scene.tensor(stage.name, where) if where is not None else None
+    graph, shape = scene.graph, scene.plain.value.shape
+    for layer in dict.fromkeys((scene.key.layer, graph.stream(scene.key.layer).layer)):
+        for row in graph.layer(layer).values():
+            tensor = scene.tensor(row.key) if row.key != scene.key else None
             if tensor is not None and tensor.size == scene.plain.value.size:
-                yield f"{key}", tensor.reshape(scene.plain.value.shape)
+                yield f"{row.key}", tensor.reshape(shape)
     for number, tensor in enumerate(scene.inputs):
         if tensor.size == scene.plain.value.size:
-            yield f"its input {number + 1}", tensor.reshape(scene.plain.value.shape)
+            yield f"its input {number + 1}", tensor.reshape(shape)
 
 
 def _multiples(scene: Scene) -> Iterator[Trial]:
@@ -77,19 +73,16 @@ def _from_neighbour(scene: Scene) -> Iterator[Trial]:
     """Every token, head or dimension as the first or the last one."""
     plain = scene.plain.value.reshape(scene.layout.factors)
     for axis, name in enumerate(scene.layout.axes):
-        size = plain.shape[axis]
-        if size > 1:
-            for word, place in (("first", 0), ("last", -1)):
-                yield (
-                    f"{word} {name}",
-                    np.broadcast_to(plain.take([place], axis=axis), plain.shape).reshape(
-                        scene.plain.value.shape
-                    ),
-                )
+        for word, place in (("first", 0), ("last", -1)):
+            if plain.shape[axis] > 1:
+                copied = np.broadcast_to(plain.take([place], axis=axis), plain.shape)
+                yield f"{word} {name}", copied.reshape(scene.plain.value.shape)
 
 
 def _factor(scene: Scene) -> Iterator[Trial]:
     """One factor for all that is wrong, from the observed output."""
+    if isinstance(scene.operation, Scores):  # those are attention's scale
+        return
     plain = scene.plain.value
     observed, mask = scene.observed.reshape(plain.shape), scene.wrong.reshape(plain.shape)
     factor = best_factor(observed[mask], plain[mask])
@@ -162,22 +155,20 @@ ENTRIES = (
     Entry("not computed (left at zero)", EVERY, single(_zeros),
           "the bounds of the loop or of the launch grid: this part is never written",
           "zero in the original model", "the conversion of this weight"),
-    Entry("weight rows {} are zero in this file", LINEAR, _zero_rows, "",
+    Entry("weight rows {} are zero in this file", (Linear, Head), _zero_rows, "",
           "weight rows {} are zero in this file", "the conversion lost these rows",
           in_engine=False),
     Entry("stale: the tensor of {}", EVERY, _stale, ADVICE_STALE, is_fallback=True),
-    Entry("output {}", EVERY, _multiples, "a factor, or an addition that runs twice",
-          "output {} in the original model", "a factor folded into a weight", is_fallback=True),
-    Entry("output {}", EVERY, _shifted, "the index that the result is written to",
-          is_fallback=True, is_causal=False),
+    Entry("output {}", EVERY, _multiples, "a factor, or an addition that runs twice", ORIGINAL,
+          "a factor folded into a weight", is_fallback=True),
+    Entry("output {}", EVERY, _shifted, "the index that the result is written to", is_fallback=True,
+          is_causal=False),
     Entry("a copy of the {}", EVERY, _from_neighbour, "the index that is read or written",
           is_fallback=True, is_causal=False),
-    Entry("output scaled by a factor of {}", FACTORED, _factor, "a constant factor",
-          "output scaled by a factor of {} in the original model", "a factor folded into a weight",
-          is_fallback=True),
-    Entry("{}", EVERY, _permuted, "the index that is read or written", "{} in the original model",
+    Entry("output scaled by a factor of {}", EVERY, _factor, "a constant factor", ORIGINAL,
+          "a factor folded into a weight", is_fallback=True),
+    Entry("{}", EVERY, _permuted, "the index that is read or written", ORIGINAL,
           "the order of this weight's rows in the conversion", is_fallback=True, is_causal=False),
     Entry("output clamped to ±{}", EVERY, _clamped, "a clamp, or saturation of a half type",
-          "output clamped to ±{} in the original model", "a clamp in the original config",
-          is_fallback=True),
+          ORIGINAL, "a clamp in the original config", is_fallback=True),
 )  # fmt: skip

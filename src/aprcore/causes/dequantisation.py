@@ -1,7 +1,7 @@
 """What goes wrong in expanding stored blocks: alternatives to the decoder, from the raw bytes.
 
 Most slips are a change of the bytes before the usual decoder, or of the values after it.
-Source: ggml-quants.c for the block structures; FORMATS.md for AprQ4 and for padded rows.
+Source: ggml-quants.c for the block structures; docs/formats.md for AprQ4, padded rows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.causes.projections import Indices, Part, Pick, Variant
-from aprcore.causes.scene import Entry, Float64, Scene, Trial, stages
+from aprcore.causes.projections import Indices, Part, Pick, Variant, in_runs, picker
+from aprcore.causes.scene import Entry, Scene, Trial
+from aprcore.network.operations import EMBEDDING, Embed
 from aprcore.network.weights import Weight
-from aprcore.quant.types import FORMATS, Layout, dequantize, locate, row_bytes
+from aprcore.quant.types import FORMATS, BlockLayout, dequantize, locate, row_bytes
 
 Bytes = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -52,37 +53,36 @@ _BLOCKS = {
     "Q6_K": _Blocks(slice(0, 128), high=slice(128, 192), span=128),
     "AprQ4": _Blocks(slice(2, 18)),
 }
+_OFFSETS = {"Q4_0": 8, "AprQ4": 8, "Q5_0": 16, "Q6_K": 32}
+
+
+def _put(where: slice, value: Callable[[Bytes], Any]) -> Change:
+    """Some bytes of every block replaced by a function of them."""
+
+    def change(blocks: Bytes) -> Bytes:
+        blocks[:, where] = value(blocks[:, where].copy())
+        return blocks
+
+    return change
 
 
 def _swap_nibbles(where: slice) -> Change:
-    def change(blocks: Bytes) -> Bytes:
-        blocks[:, where] = (blocks[:, where] >> 4) | (blocks[:, where] << 4)
-        return blocks
-
-    return change
+    return _put(where, lambda found: (found >> 4) | (found << 4))
 
 
 def _clear(where: slice, mask: int = 0) -> Change:
-    def change(blocks: Bytes) -> Bytes:
-        blocks[:, where] &= np.uint8(mask)
-        return blocks
+    return _put(where, lambda found: found & np.uint8(mask))
 
-    return change
+
+def _rolled(where: slice, step: int, axis: int = 0) -> Change:
+    """Of the block before or after; with axis 1, within the block."""
+    return _put(where, lambda found: np.roll(found, step, axis=axis))
 
 
 def _exchange(first: slice, second: slice) -> Change:
     def change(blocks: Bytes) -> Bytes:
         kept = blocks[:, first].copy()
-        blocks[:, first] = blocks[:, second]
-        blocks[:, second] = kept
-        return blocks
-
-    return change
-
-
-def _scales_rolled(where: slice, step: int) -> Change:
-    def change(blocks: Bytes) -> Bytes:
-        blocks[:, where] = np.roll(blocks[:, where], step, axis=0)
+        blocks[:, first], blocks[:, second] = blocks[:, second], kept
         return blocks
 
     return change
@@ -135,21 +135,12 @@ def _changes(dtype: str) -> Iterator[tuple[str, Change]]:
         yield "scale bits misread (high bits of the other kind)", _repack("crossed")
         yield "scale bits misread (the first sub-block's for all)", _repack("one")
     scale = slice(208, 210) if dtype == "Q6_K" else _SCALE
-    yield "scale of the block before", _scales_rolled(scale, 1)
-    yield "scale of the block after", _scales_rolled(scale, -1)
+    yield "scale of the block before", _rolled(scale, 1)
+    yield "scale of the block after", _rolled(scale, -1)
     if dtype == "Q6_K":
-        yield "sub-block scales one early", lambda b: _rolled_within(b, slice(192, 208), -1)
-        yield "scale bits misread (the first sub-block's for all)", _first_scale
-
-
-def _rolled_within(blocks: Bytes, where: slice, step: int) -> Bytes:
-    blocks[:, where] = np.roll(blocks[:, where], step, axis=1)
-    return blocks
-
-
-def _first_scale(blocks: Bytes) -> Bytes:
-    blocks[:, 192:208] = blocks[:, 192:193]
-    return blocks
+        yield "sub-block scales one early", _rolled(slice(192, 208), -1, axis=1)
+        first = _put(slice(192, 208), lambda found: np.repeat(found[:, :1], 16, axis=1))
+        yield "scale bits misread (the first sub-block's for all)", first
 
 
 def pickers(weight: Weight) -> Iterator[tuple[str, Pick]]:
@@ -158,17 +149,17 @@ def pickers(weight: Weight) -> Iterator[tuple[str, Pick]]:
     if kind is None or weight.dtype not in _BLOCKS or len(weight.shape) != 2:
         return
     reader: Any = weight
-    if not hasattr(reader, "read_raw" if kind.layout is not Layout.FLAT else "file"):
+    if not hasattr(reader, "read_raw" if kind.layout is not BlockLayout.FLAT else "file"):
         return
     for name, change in _changes(weight.dtype):
         yield name, _decoded(reader, change)
     for name, after in _rearranged(weight):
         yield name, _rearranging(reader, after)
-    if weight.dtype in ("Q8_0", "Q4_0", "Q5_0", "AprQ4", "Q6_K"):
+    if weight.dtype in ("Q8_0", *_OFFSETS):
         yield "values read without their sign or offset", _unsigned(reader)
-    if kind.layout is Layout.PADDED_ROWS and weight.shape[1] % kind.block_values:
+    if kind.layout is BlockLayout.PADDED_ROWS and weight.shape[1] % kind.block_values:
         yield "row padding ignored", _unpadded(reader)
-    if weight.shape[1] > kind.block_values and kind.layout is not Layout.FLAT:
+    if weight.shape[1] > kind.block_values and kind.layout is not BlockLayout.FLAT:
         for name, step in (("next", 1), ("previous", -1)):
             yield f"first block of the {name} row", _foreign_block(reader, step, first=True)
             yield f"last block of the {name} row", _foreign_block(reader, step, first=False)
@@ -180,9 +171,8 @@ def raw_blocks(weight: Weight, rows: Indices) -> Bytes | None:
     """The stored blocks of some rows, [n, blocks, block_bytes]; None where rows have none."""
     kind = FORMATS.get(weight.dtype)
     reader: Any = weight
-    if kind is None or kind.layout not in (Layout.ROWS, Layout.PADDED_ROWS) or not hasattr(
-        reader, "read_raw"
-    ):  # fmt: skip
+    in_rows = (BlockLayout.ROWS, BlockLayout.PADDED_ROWS)
+    if kind is None or kind.layout not in in_rows or not hasattr(reader, "read_raw"):
         return None
     found: list[Bytes] = [reader.read_raw(int(row), int(row) + 1) for row in rows]
     return np.stack(found).reshape(len(found), -1, kind.block_bytes)
@@ -198,7 +188,7 @@ def _decoded(weight: Any, change: Change) -> Pick:
     kind = FORMATS[weight.dtype]
 
     def run(start: int, stop: int) -> Float32:
-        if kind.layout is Layout.FLAT:
+        if kind.layout is BlockLayout.FLAT:
             return _decode_flat(weight, change, start, stop)
         # The neighbouring rows come along for changes that move something from block to block.
         first, last = max(0, start - 1), min(weight.shape[0], stop + 1)
@@ -206,7 +196,7 @@ def _decoded(weight: Any, change: Change) -> Pick:
         rows = _decode(weight, np.ascontiguousarray(change(raw)).reshape(-1), last - first)
         return rows[start - first : stop - first]
 
-    return _in_runs(run)
+    return in_runs(run)
 
 
 def _decode_flat(weight: Any, change: Change, start: int, stop: int) -> Float32:
@@ -219,14 +209,6 @@ def _decode_flat(weight: Any, change: Change, start: int, stop: int) -> Float32:
     blocks = np.ascontiguousarray(change(raw.reshape(-1, kind.block_bytes)))
     dequantize(weight.dtype, blocks.reshape(-1), out, skip_values=span.skip_values)
     return out.reshape(stop - start, width)
-
-
-def _in_runs(read: Callable[[int, int], Float32]) -> Pick:
-    def pick(rows: Indices) -> Float32:
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        return np.concatenate([read(int(r[0]), int(r[-1]) + 1) for r in np.split(rows, breaks)])
-
-    return pick
 
 
 def _rearranged(weight: Weight) -> Iterator[tuple[str, Indices]]:
@@ -252,20 +234,19 @@ def _every(order: Indices, width: int) -> Indices:
 
 
 def _rearranging(weight: Any, columns: Indices) -> Pick:
-    return _in_runs(lambda start, stop: weight.read(start, stop)[:, columns])
+    return in_runs(lambda start, stop: weight.read(start, stop)[:, columns])
 
 
 def _unsigned(weight: Any) -> Pick:
     """Codes taken as unsigned: int8 without its sign, nibbles without their offset."""
-    plain = _in_runs(weight.read)
-    offsets = {"Q4_0": 8, "AprQ4": 8, "Q5_0": 16, "Q6_K": 32}
+    plain = picker(weight)
 
     def pick(rows: Indices) -> Float32:
         values = plain(rows)
         if weight.dtype == "Q8_0":
             wrapped: Float32 = np.where(values < 0, values + 256 * _steps(weight, rows), values)
             return wrapped
-        return (values + offsets[weight.dtype] * _signed_steps(weight, rows)).astype(np.float32)
+        return (values + _OFFSETS[weight.dtype] * _signed_steps(weight, rows)).astype(np.float32)
 
     return pick
 
@@ -281,22 +262,16 @@ def _steps(weight: Any, rows: Indices) -> Float32:
 
 def _signed_steps(weight: Any, rows: Indices) -> Float32:
     """As `_steps`; scales may be negative where a block's values are mostly below zero."""
-    ones = _decoded(weight, _all_codes_zero(weight.dtype))(rows)
-    offsets = {"Q4_0": 8, "AprQ4": 8, "Q5_0": 16, "Q6_K": 32}
-    return (-ones / np.float32(offsets[weight.dtype])).astype(np.float32)
+    kind = _BLOCKS[weight.dtype]
 
-
-def _all_codes_zero(dtype: str) -> Change:
-    """Blocks whose codes are zero decode to minus the offset times the step."""
-
-    def change(blocks: Bytes) -> Bytes:
-        kind = _BLOCKS[dtype]
+    def all_codes_zero(blocks: Bytes) -> Bytes:  # which decode to minus the offset times the step
         for where in (kind.nibbles, kind.high):
             if where is not None:
                 blocks[:, where] = 0
         return blocks
 
-    return change
+    values = _decoded(weight, all_codes_zero)(rows)
+    return (-values / np.float32(_OFFSETS[weight.dtype])).astype(np.float32)
 
 
 def _unpadded(weight: Any) -> Pick:
@@ -320,7 +295,7 @@ def _unpadded(weight: Any) -> Pick:
 
 
 def _foreign_block(weight: Any, step: int, *, first: bool) -> Pick:
-    plain = _in_runs(weight.read)
+    plain = picker(weight)
     size = FORMATS[weight.dtype].block_values
     tail = (weight.shape[1] - 1) % size + 1
     where = slice(0, size) if first else slice(weight.shape[1] - tail, None)
@@ -334,7 +309,7 @@ def _foreign_block(weight: Any, step: int, *, first: bool) -> Pick:
 
 
 def _rolled_blocks(weight: Any, step: int) -> Pick:
-    return _in_runs(lambda start, stop: np.roll(weight.read(start, stop), step, axis=1))
+    return in_runs(lambda start, stop: np.roll(weight.read(start, stop), step, axis=1))
 
 
 def decoders(part: Part) -> Iterator[Variant]:
@@ -347,13 +322,12 @@ def decoders(part: Part) -> Iterator[Variant]:
 
 
 def _embedded(scene: Scene) -> Iterator[Trial]:
-    for name, pick in pickers(scene.site.weight("model.embed_tokens.weight")):
-        rows: list[Float64] = [pick(np.array([t])).astype(np.float64) for t in scene.site.tokens]
-        yield name, np.concatenate(rows)
+    for name, pick in pickers(scene.site.weight(EMBEDDING)):
+        rows = np.concatenate([pick(np.array([token])) for token in scene.site.tokens])
+        yield name, scene.operation.scale * rows.astype(np.float64)
 
 
 ENTRIES = (
-    Entry("embedding dequantised with {}", stages("embedding"), _embedded,
-          "the decoder of the table's blocks", "embedding dequantised with {}",
-          "how the converter wrote the table's blocks"),
+    Entry("embedding dequantised with {}", (Embed,), _embedded, "the decoder of the table's blocks",
+          "embedding dequantised with {}", "how the converter wrote the table's blocks"),
 )  # fmt: skip

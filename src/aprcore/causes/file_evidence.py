@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from aprcore.causes.dequantisation import raw_blocks
 from aprcore.causes.experiment import Experiment
-from aprcore.causes.projections import MODULES, Part, parts_of, picker
-from aprcore.causes.scene import Scene
-from aprcore.network.graph import BY_NAME
+from aprcore.causes.projections import Part, parts_of, picker
+from aprcore.causes.scene import Float64, Scene
+from aprcore.network.operations import EMBEDDING, Embed, Head, Linear
 from aprcore.network.weights import Weight, read_all
 
 # Rows of a matrix that are looked at.
@@ -31,21 +31,27 @@ def find_evidence(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
     """What is odd about the weights of a stage whose model judgment failed."""
     if not scene.in_file:
         return
-    if scene.key.stage in MODULES:
+    if isinstance(scene.operation, Linear | Head):
         for part in parts_of(scene):
             for found in (*_copies(part), *_zeros(part), *_blocks(part)):
                 yield f"{part.short_name} {found}", part.short_name
-    elif scene.key.stage == "embedding":
+    elif isinstance(scene.operation, Embed):
         yield from _token_rows(scene, experiment)
     else:
         yield from _vectors(scene)
 
 
+def _row_errors(part: Part) -> tuple[Float64, Float64]:
+    """The error energy behind each row of a weight, and what rounding predicts."""
+    plain = part.scene.plain
+    error = np.square(part.scene.observed.reshape(plain.value.shape) - plain.value)
+    return error.sum(axis=0), plain.variance.sum(axis=0)
+
+
 def _sample(part: Part) -> NDArray[np.int64]:
     """Rows whose outputs are wrong, spread over them."""
-    plain = part.scene.plain
-    error = np.square(part.scene.observed.reshape(plain.value.shape) - plain.value).sum(axis=0)
-    wrong = np.flatnonzero(error > 10 * plain.variance.sum(axis=0))
+    error, predicted = _row_errors(part)
+    wrong = np.flatnonzero(error > 10 * predicted)
     if not wrong.size:
         wrong = np.argsort(-error)[:SAMPLED_ROWS]
     return np.unique(wrong[np.linspace(0, wrong.size - 1, SAMPLED_ROWS).astype(np.int64)])
@@ -91,10 +97,9 @@ def _blocks(part: Part) -> Iterator[str]:
 
 def _foreign_blocks(part: Part) -> Iterator[str]:
     """A block of a wrong row that is stored twice, next to where it belongs."""
-    plain = part.scene.plain
-    error = np.square(part.scene.observed.reshape(plain.value.shape) - plain.value).sum(axis=0)
+    error, predicted = _row_errors(part)
     with np.errstate(divide="ignore", invalid="ignore"):  # a dead row has no noise at all
-        worst = np.argsort(-error / plain.variance.sum(axis=0))[:MOST_ROWS]
+        worst = np.argsort(-error / predicted)[:MOST_ROWS]
     for row in worst.tolist():
         rows = np.arange(max(0, row - 1), min(part.weight.shape[0], row + 2))
         blocks = raw_blocks(part.weight, rows)
@@ -126,7 +131,7 @@ def _places(name: str, places: NDArray[np.int64]) -> str:
 
 
 def _token_rows(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
-    table = scene.site.weight("model.embed_tokens.weight")
+    table = scene.site.weight(EMBEDDING)
     dead = [int(t) for t in np.unique(scene.site.tokens)
             if not table.read(int(t), int(t) + 1).any()]  # fmt: skip
     if dead and experiment.plain_fails:
@@ -135,8 +140,7 @@ def _token_rows(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
 
 def _vectors(scene: Scene) -> Iterator[Finding]:
     """Norm weights and biases: zero in places, or the very same as another layer's."""
-    stage = BY_NAME[scene.key.stage]
-    for name in (*stage.weights, *stage.optional):
+    for name, *_ in scene.operation.weights:
         weight = scene.site.find(name)
         if weight is None or len(weight.shape) != 1:
             continue

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from aprcore.causes.records import CauseTried, Explanation
 from aprcore.judging.replay import Floats, RecordedSide
-from aprcore.network.graph import StageKey
+from aprcore.network.operations import Norm, Operation, Softmax
+from aprcore.network.stages import StageKey
 
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -28,8 +29,9 @@ def explain_nonfinite(side: RecordedSide, key: StageKey, observed: Floats) -> Ex
         return None
     value = expected.estimate.value
     found = ~np.isfinite(observed.reshape(value.shape))
+    operation = side.graph.operation(key)
     causes = []
-    for name, advice, places in _overflows(key, [x.estimate.value for x in inputs], value):
+    for name, advice, places in _overflows(operation, [x.estimate.value for x in inputs], value):
         if not places.any():
             continue
         agreement = float((found & places).sum() / (found | places).sum())
@@ -42,7 +44,7 @@ def explain_nonfinite(side: RecordedSide, key: StageKey, observed: Floats) -> Ex
 
 
 def _overflows(
-    key: StageKey, inputs: list[Float64], value: Float64
+    operation: Operation | None, inputs: list[Float64], value: Float64
 ) -> Iterator[tuple[str, str, Bools]]:
     """What overflows, and where that leaves NaN or infinity."""
     for dtype, largest in LARGEST.items():
@@ -51,9 +53,8 @@ def _overflows(
             "the type of this stage's output: its values do not fit",
             np.abs(value) > largest,
         )
-        if key.stage == "attn_softmax":
-            tokens, positions = value.shape[1:]
-            seen = np.tri(tokens, positions, positions - tokens, dtype=bool)
+        if isinstance(operation, Softmax):
+            seen = operation.mask.allowed(*value.shape[1:])
             powers = np.where(seen, np.minimum(inputs[0], 700.0), -np.inf)
             each = np.exp(powers) > largest
             name = f"softmax without the maximum's subtraction (exp overflows {dtype})"
@@ -61,7 +62,7 @@ def _overflows(
             yield name, advice, each
             yield name, advice, np.broadcast_to(each.any(axis=2, keepdims=True), value.shape)
             yield name, advice, each.any(axis=2, keepdims=True) & seen
-        if key.stage in ("attn_norm", "ffn_norm", "final_norm"):
+        if isinstance(operation, Norm):
             total = np.square(inputs[0]).sum(axis=1, keepdims=True) > largest
             yield (
                 f"overflow of {dtype} in the norm's sum of squares",

@@ -7,7 +7,6 @@ What can be said is that the error is of the size and spread that a coarser arit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.replay import run_stage
 from aprcore.network.weights import Weight
 
-_ADVICE = "the types that this kernel stores and accumulates in: sums belong in float32"
+ADVICE = "the types that this kernel stores and accumulates in: sums belong in float32"
 ARITHMETICS = (
     ("result rounded to float16", Arithmetic("", FLOAT16, FLOAT32)),
     ("accumulation in float16", Arithmetic("", FLOAT32, FLOAT16)),
@@ -38,16 +37,7 @@ LARGEST_ALONG = 0.5
 FEWEST_VALUES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Coarser:
-    """An arithmetic that explains an output."""
-
-    name: str
-    advice: str
-    outcome: Outcome
-
-
-def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
+def coarser_arithmetics(experiment: Experiment) -> Iterator[tuple[str, Outcome]]:
     """The first coarser arithmetic whose roundoff the error is."""
     scene, region = experiment.scene, experiment.region
     plain, observed = scene.plain.value, scene.observed.reshape(scene.plain.value.shape)
@@ -73,7 +63,7 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[Coarser]:
             error > SMALLEST_SHARE * coarse.variance[mask].sum()
         ):
             figures = experiment.figures(plain)
-            yield Coarser(name, _ADVICE, Outcome(*figures, True, experiment.misfit(plain), region))
+            yield name, Outcome(*figures, True, experiment.misfit(plain), region)
             return
 
 
@@ -103,7 +93,7 @@ def _estimate(experiment: Experiment, arithmetic: Arithmetic) -> Estimate | None
     scene = experiment.scene
     backend = PredictionBackend([(None, Profile(arithmetic, scene.profile.weights_rounded))])
     inputs = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in scene.inputs]
-    return run_stage(backend, scene.site, scene.key, inputs)
+    return run_stage(backend, scene.site, scene.graph, scene.key, inputs)
 
 
 def rounded_inputs(part: Part) -> Iterator[Variant]:

@@ -14,20 +14,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.causes.caps import capped
 from aprcore.causes.experiment import Experiment, Outcome, part_scene
 from aprcore.causes.scene import Float64, Scene
 from aprcore.judging.compare import compare
-from aprcore.network.graph import DOWN, GATE, UP, K, O, Q, V
+from aprcore.network.operations import EMBEDDING, HEAD, Head, K, Linear, Module, Q, V
 from aprcore.network.weights import Weight, read_all, row_chunks
 
 Indices = NDArray[np.int64]
 Pick = Callable[[Indices], NDArray[np.float32]]
 """Rows of a weight by their numbers: [n] -> [n, C]."""
 
-MODULES = {
-    "qkv_matmul": (Q, K, V), "attn_out": (O,), "ffn_gate": (GATE,), "ffn_up": (UP,),
-    "ffn_out": (DOWN,), "lm_head": ("lm_head",),
-}  # fmt: skip
+_HEAD = Module(HEAD.removesuffix(".weight"), "V", "E")
 # Output columns and tokens tried first; half of the columns are the most wrong ones.
 SAMPLED_COLUMNS = 16
 SAMPLED_TOKENS = 48
@@ -41,7 +39,7 @@ class Part:
 
     Attributes:
         scene: The stage, cut to this weight's columns.
-        module: "self_attn.q_proj", ..., "lm_head".
+        module: What it is called.
         weight: [out, C].
         bias: Added to the product, [out]; None where there is none.
         x: The input, [T, C].
@@ -49,7 +47,7 @@ class Part:
     """
 
     scene: Scene
-    module: str
+    module: Module
     weight: Weight
     bias: Float64 | None
     x: Float64
@@ -58,7 +56,7 @@ class Part:
     @property
     def short_name(self) -> str:
         """The module's last name: q_proj."""
-        return self.module.rpartition(".")[2]
+        return self.module.path.rpartition(".")[2]
 
     @cached_property
     def sample(self) -> Sample:
@@ -96,22 +94,22 @@ Variants = Callable[[Part], Iterator[Variant]]
 
 
 def parts_of(scene: Scene) -> Iterator[Part]:
-    """The weights of a linear stage whose share of the output is wrong."""
-    modules = MODULES[scene.key.stage]
+    """The weights of a linear stage whose share of the output is wrong; none of another stage."""
+    own = scene.operation
+    if not isinstance(own, Linear | Head):
+        return
+    modules = own.modules if isinstance(own, Linear) else (_HEAD,)
+    x = scene.inputs[0][-1:] if isinstance(own, Head) else scene.inputs[0]
     first = 0
     for module in modules:
-        weight = scene.site.find(f"{module}.weight")
-        if weight is None and module == "lm_head":
-            weight = scene.site.find("model.embed_tokens.weight")
-        assert weight is not None, module
+        weight = scene.site.find(module.weight) or scene.site.weight(EMBEDDING)
         width = weight.shape[0]
         cut = scene if len(modules) == 1 else part_scene(scene, first, first + width)
         first += width
-        stored = None if len(modules) > 1 else scene.site.find(f"{module}.bias")
+        stored = scene.site.find(module.bias) if getattr(own, "takes_bias", False) else None
         bias = None if stored is None else read_all(stored).astype(np.float64)
         experiment = Experiment(cut)
         if experiment.plain_fails:
-            x = scene.inputs[0][-1:] if module == "lm_head" else scene.inputs[0]
             yield Part(cut, module, weight, bias, x, experiment)
 
 
@@ -170,15 +168,22 @@ def _product(part: Part, variant: Variant, rows: Indices, tokens: Indices) -> Fl
         return None
     value = x[tokens] @ weight.T
     bias = part.bias if variant.bias is None else variant.bias
-    return value if bias is None else value + bias[rows]
+    if bias is not None:
+        value += bias[rows]
+    return capped(part.scene, value) if isinstance(part.scene.operation, Head) else value
 
 
 def picker(weight: Weight) -> Pick:
-    """Rows of a weight by number, read in runs."""
+    """Rows of a weight by number."""
+    return in_runs(weight.read)
+
+
+def in_runs(read: Callable[[int, int], NDArray[np.float32]]) -> Pick:
+    """Rows by number from a function that reads runs of them."""
 
     def pick(rows: Indices) -> NDArray[np.float32]:
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         runs = np.split(rows, breaks)
-        return np.concatenate([weight.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+        return np.concatenate([read(int(run[0]), int(run[-1]) + 1) for run in runs])
 
     return pick

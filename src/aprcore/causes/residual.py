@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from aprcore.causes.scene import REFERENCE, RESIDUALS, Entry, Float64, Scene, Trial
-from aprcore.causes.solving import round_number
+from aprcore.causes.scene import ORIGINAL, REFERENCE, Entry, Float64, Scene, Trial, single
+from aprcore.causes.solving import off_by_a_token, round_number
+from aprcore.network.operations import Add, Norm
 
-# Norm stages in front of the block whose output is added.
-_NORM_BEFORE = {"post_attn_residual": "attn_norm", "post_ffn_residual": "ffn_norm"}
+RESIDUALS = (Add,)
 
 
 def _missing(scene: Scene) -> Iterator[Trial]:
@@ -34,59 +34,65 @@ def _weights(scene: Scene) -> Iterator[Trial]:
 
 def _other_streams(scene: Scene) -> Iterator[Trial]:
     """Another tensor of this layer in place of the stream."""
-    y = scene.inputs[1]
-    norm = _NORM_BEFORE[scene.key.stage]
-    for name in ("attn_norm", "attn_out", "post_attn_residual", "ffn_norm", "ffn_out"):
-        x = scene.tensor(name)
-        if x is not None and x.shape == y.shape and name != scene.key.stage:
-            what = "the normalised stream" if name == norm else f"{name}"
-            yield f"{what} instead of the stream", x + y
-    for name, x in _outside(scene):
+    y, graph = scene.inputs[1], scene.graph
+    norms = [key for key in graph.readers(scene.source(0))
+             if isinstance(graph.operation(key), Norm)]  # fmt: skip
+    found = [("the normalised stream" if key in norms else key.stage, x)
+             for key, x in scene.around()]  # fmt: skip
+    for what, key in (("the layer's input", graph.stream(scene.key.layer)),
+                      ("the embedding", graph.embedding)):  # fmt: skip
+        outside = scene.tensor(key)
+        if outside is not None:
+            found.append((what, outside))
+    for what, x in found:
         if x.shape == y.shape:
-            yield f"{name} instead of the stream", x + y
-
-
-def _outside(scene: Scene) -> Iterator[tuple[str, Float64]]:
-    """The layer's input, and the embedding."""
-    assert scene.key.layer is not None
-    first = scene.tensor("embedding", 0)
-    if scene.key.stage == "post_ffn_residual":
-        before = first if scene.key.layer == 0 else scene.tensor(
-            "post_ffn_residual", scene.key.layer - 1
-        )  # fmt: skip
-        if before is not None:
-            yield "the layer's input", before
-    if first is not None and scene.key.layer > 0:
-        yield "the embedding", first
+            yield f"{what} instead of the stream", x + y
 
 
 def _other_blocks(scene: Scene) -> Iterator[Trial]:
     """Another tensor in place of the block's output."""
     x = scene.inputs[0]
-    for name in ("attention", "attn_norm", "attn_out", "ffn_norm", "ffn_out"):
-        y = scene.tensor(name)
-        if y is not None and y.shape == x.shape:
-            yield name, x + y
+    before_norm = scene.source(1, 0) if _post_norm(scene) else None  # has a row of its own
+    for key, y in scene.around():
+        if y.shape == x.shape and key != before_norm:
+            yield key.stage, x + y
+
+
+def _post_norm(scene: Scene) -> Norm | None:
+    """The norm between the block and the sum, if the model has one."""
+    found = scene.graph.operation(scene.source(1))
+    return found if isinstance(found, Norm) else None
+
+
+def _post_norm_missing(scene: Scene) -> Float64 | None:
+    bare = scene.tensor(scene.source(1, 0)) if _post_norm(scene) else None
+    return None if bare is None else scene.inputs[0] + bare
+
+
+def _post_norm_twice(scene: Scene) -> Float64 | None:
+    norm = _post_norm(scene)
+    x, y = scene.inputs
+    return None if norm is None else x + norm(REFERENCE, scene.site, y)
 
 
 def _normed(scene: Scene) -> Iterator[Trial]:
     """A norm between the block and the sum, as some models have."""
     x, y = scene.inputs
-    eps = scene.config.rms_norm_eps
-    names = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    for name in names:
-        weight = scene.site.find(name)
-        if weight is not None:
-            yield name.removesuffix(".weight"), x + REFERENCE.rms_norm(y, weight, eps)
-            yield name.removesuffix(".weight"), REFERENCE.rms_norm(x, weight, eps) + y
+    for key in scene.graph.of_kind(scene.key.layer, Norm):
+        norm = scene.graph.operation(key)
+        assert isinstance(norm, Norm)
+        name = norm.weight.removesuffix(".weight")
+        if norm != _post_norm(scene):
+            yield name, x + norm(REFERENCE, scene.site, y)
+        yield name, norm(REFERENCE, scene.site, x) + y
 
 
 def _moved(scene: Scene) -> Iterator[Trial]:
     x, y = scene.inputs
-    if scene.num_tokens > 1:
-        for name, step in (("earlier", 1), ("later", -1)):
-            yield f"residual one token {name}", np.roll(x, step, axis=0) + y
-            yield f"block's output one token {name}", x + np.roll(y, step, axis=0)
+    for name, moved in off_by_a_token(x):
+        yield f"residual one token {name}", moved + y
+    for name, moved in off_by_a_token(y):
+        yield f"block's output one token {name}", x + moved
 
 
 def _factors(scene: Scene) -> Iterator[Trial]:
@@ -101,18 +107,23 @@ def _factors(scene: Scene) -> Iterator[Trial]:
 
 
 ENTRIES = (
-    Entry("{}", RESIDUALS, _missing, "the sum of the stream and the block's output",
-          "{} in the original model", "the architecture this file declares"),
+    Entry("{}", RESIDUALS, _missing, "the sum of the stream and the block's output", ORIGINAL,
+          "the architecture this file declares"),
     Entry("{}", RESIDUALS, _weights, "the sum of the stream and the block's output, once each"),
     Entry("{}", RESIDUALS, _other_streams, "which buffer the residual is taken from: the stream "
-          "as it was before the norm", "{} in the original model",
-          "the architecture this file declares"),
+          "as it was before the norm", ORIGINAL, "the architecture this file declares"),
     Entry("{} added instead of the block's output", RESIDUALS, _other_blocks,
           "which buffer is added to the stream"),
-    Entry("{} before the sum", RESIDUALS, _normed, "the norm belongs before the block",
-          "{} before the sum in the original model", "the architecture this file declares"),
+    Entry("post-norm missing: the block's output is added before its norm", RESIDUALS,
+          single(_post_norm_missing), "the norm between the block and the sum",
+          "no norm between the block and the sum in the original model",
+          "the architecture this file declares"),
+    Entry("post-norm applied twice", RESIDUALS, single(_post_norm_twice),
+          "the norm between the block and the sum"),
+    Entry("{} before the sum", RESIDUALS, _normed,
+          "which norms come before the block, and which before the sum", ORIGINAL,
+          "the architecture this file declares"),
     Entry("{}", RESIDUALS, _moved, "the token index of the two addends", is_causal=False),
-    Entry("sum is {}", RESIDUALS, _factors, "a multiplier on an addend",
-          "sum is {} in the original model", "a residual multiplier that was lost",
-          is_fallback=True),
+    Entry("sum is {}", RESIDUALS, _factors, "a multiplier on an addend", ORIGINAL,
+          "a residual multiplier that was lost", is_fallback=True),
 )  # fmt: skip

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from aprcore.causes.scene import REFERENCE, ROTATED, Entry, Float64, Scene, Trial, single
-from aprcore.causes.solving import minimise, round_number
+from aprcore.causes.scene import ORIGINAL, REFERENCE, Entry, Float64, Scene, Trial, single
+from aprcore.causes.solving import minimise, round_number, to_halves, to_pairs
 from aprcore.ground.precision import BFLOAT16, FLOAT16
+from aprcore.network.operations import PARTS, Rotate
 from aprcore.network.rope import Rope, RopeScaling
 
 # Bases that models are trained with; others are solved for.
@@ -19,36 +20,15 @@ USUAL_THETAS = (
 USUAL_FACTORS = (0.125, 0.25, 0.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0, 40.0)
 # Solving for theta reads this many tokens and heads: the last ones turn the furthest.
 SOLVED_TOKENS = 33
+ROTATED = (Rotate,)
 
 
-def before_rotation(scene: Scene) -> Float64:
+def _before_rotation(scene: Scene) -> Float64:
     """What the stage rotates: its columns of q, k and v, normalised where the model does so."""
-    columns = REFERENCE.columns(scene.inputs[0], *scene.config.qkv_columns(_part(scene)))
-    weight = scene.site.find(f"self_attn.{_part(scene)}_norm.weight")
-    if weight is None:
-        return columns
-    return REFERENCE.rms_norm(columns, weight, scene.config.rms_norm_eps)
-
-
-def rotate_pairs(x: Float64, angles: Float64, *, factor: float = 1.0) -> Float64:
-    """Rotate dimensions 2i and 2i + 1 of every head of x [T, N·D] by angles [T, D/2]."""
-    pairs = x.reshape(x.shape[0], -1, angles.shape[1], 2)
-    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (factor * np.exp(1j * angles))[:, None, :]
-    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
-
-
-def to_pairs(x: Float64, dim: int) -> Float64:
-    """Heads of x [T, N·D] from halves to adjacent pairs: i + s·D/2 goes to 2i + s."""
-    return x.reshape(x.shape[0], -1, 2, dim // 2).swapaxes(2, 3).reshape(x.shape)
-
-
-def to_halves(x: Float64, dim: int) -> Float64:
-    """The inverse of `to_pairs`."""
-    return x.reshape(x.shape[0], -1, dim // 2, 2).swapaxes(2, 3).reshape(x.shape)
-
-
-def _part(scene: Scene) -> str:
-    return scene.key.stage[0]
+    own: Rotate = scene.operation
+    columns = REFERENCE.columns(scene.inputs[0], *scene.config.qkv_columns(own.part))
+    weight = scene.site.find(own.norm)
+    return columns if weight is None else REFERENCE.rms_norm(columns, weight, own.eps, own.offset)
 
 
 def _angles(scene: Scene) -> Float64:
@@ -57,18 +37,22 @@ def _angles(scene: Scene) -> Float64:
 
 
 def _adjacent_pairs(scene: Scene) -> Float64:
-    factor = scene.config.rope.attention_factor()
-    return rotate_pairs(before_rotation(scene), _angles(scene), factor=factor)
+    dim = scene.config.head_dim
+    x = to_halves(_before_rotation(scene), dim)
+    return to_pairs(_turned(x, _angles(scene), scene.config.rope.attention_factor()), dim)
 
 
 def _pairs_in_halves(scene: Scene) -> Float64:
-    x = to_halves(before_rotation(scene), scene.config.head_dim)
-    return REFERENCE.rope(x, scene.positions, scene.config.rope)
+    return _rotated(scene, to_halves(_before_rotation(scene), scene.config.head_dim))
 
 
 def _stored_as_pairs(scene: Scene) -> Float64:
     """q and k whose rows were not permuted back: the rotation meets the wrong partners."""
-    x = to_pairs(before_rotation(scene), scene.config.head_dim)
+    return _rotated(scene, to_pairs(_before_rotation(scene), scene.config.head_dim))
+
+
+def _rotated(scene: Scene, x: Float64) -> Float64:
+    """The model's own rotation of something else."""
     return REFERENCE.rope(x, scene.positions, scene.config.rope)
 
 
@@ -83,14 +67,22 @@ def _rotated_at(scene: Scene, positions: Float64) -> Float64:
     """Rotation at any positions, whole or not."""
     rope = scene.config.rope
     angles = np.multiply.outer(positions, rope.inverse_frequencies())
-    return _turned(before_rotation(scene), angles, rope.attention_factor())
+    return _turned(_before_rotation(scene), angles, rope.attention_factor())
 
 
 def _turned(x: Float64, angles: Float64, factor: float = 1.0) -> Float64:
     """Rotate dimensions i and i + D/2 of every head of x [T, N·D] by angles [T, D/2]."""
-    halves = x.reshape(x.shape[0], -1, 2, angles.shape[1])
-    turned = (halves[:, :, 0] + 1j * halves[:, :, 1]) * (factor * np.exp(1j * angles))[:, None, :]
-    return np.stack([turned.real, turned.imag], axis=2).reshape(x.shape)
+    return _with_turn(x, factor * np.cos(angles), factor * np.sin(angles))
+
+
+def _with_turn(
+    x: Float64, cosine: Float64, sine: Float64, signs: tuple[int, int] = (-1, 1)
+) -> Float64:
+    """The same by cosine and sine; `signs` are the sine's in the first and the second half."""
+    first, second = np.moveaxis(x.reshape(x.shape[0], -1, 2, cosine.shape[1]), 2, 0)
+    c, s = cosine[:, None, :], sine[:, None, :]
+    halves = [first * c + signs[0] * second * s, second * c + signs[1] * first * s]
+    return np.stack(halves, axis=2).reshape(x.shape)
 
 
 def _offsets(scene: Scene) -> Iterator[Trial]:
@@ -118,7 +110,7 @@ def _usual_thetas(scene: Scene) -> Iterator[Trial]:
 
 
 def _solved_theta(scene: Scene) -> Iterator[Trial]:
-    x, observed = before_rotation(scene), scene.observed.reshape(scene.plain.value.shape)
+    x, observed = _before_rotation(scene), scene.observed.reshape(scene.plain.value.shape)
     rows = slice(-SOLVED_TOKENS, None)
     positions, rope = scene.positions[rows], scene.config.rope
 
@@ -132,12 +124,12 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
 
 
 def _with_rope(scene: Scene, rope: Rope) -> Float64:
-    return REFERENCE.rope(before_rotation(scene), scene.positions, rope)
+    return REFERENCE.rope(_before_rotation(scene), scene.positions, rope)
 
 
 def _partial(scene: Scene) -> Iterator[Trial]:
     """Only the first dimensions of a head turn; their frequencies span those or the whole head."""
-    x, dim, rope = before_rotation(scene), scene.config.head_dim, scene.config.rope
+    x, dim, rope = _before_rotation(scene), scene.config.head_dim, scene.config.rope
     heads = x.reshape(x.shape[0], -1, dim)
     for rotary in range(2, dim, 2):
         if dim > 64 and rotary % 8:
@@ -176,7 +168,7 @@ def _scaling_missing(scene: Scene) -> Iterator[Trial]:
 def _scaling_partial(scene: Scene) -> Iterator[Trial]:
     """Part of the scaling only: the frequencies without the factor on the result."""
     rope = scene.config.rope
-    x, angles = before_rotation(scene), _angles(scene)
+    x, angles = _before_rotation(scene), _angles(scene)
     if rope.attention_factor() != 1:
         yield "without its attention factor", _turned(x, angles)
         plain = replace(rope, scaling=RopeScaling()).inverse_frequencies()
@@ -204,17 +196,16 @@ def _scaling_added(scene: Scene) -> Iterator[Trial]:
 
 def _other_columns(scene: Scene) -> Iterator[Trial]:
     """The rotation of something else than this side's q or k."""
-    part, positions, rope = _part(scene), scene.positions, scene.config.rope
+    part: str = scene.operation.part
     start, stop = scene.config.qkv_columns(part)
-    bare = scene.tensor("qkv_matmul")
-    if "qkv_bias" in scene.features and bare is not None:
-        yield f"{part} before its bias", REFERENCE.rope(bare[:, start:stop], positions, rope)
-    qkv = scene.inputs[0]
-    for other in "qkv":
+    bare = scene.unbiased(0)
+    if bare is not None:
+        yield f"{part} before its bias", _rotated(scene, bare[:, start:stop])
+    for other in PARTS:
         first = scene.config.qkv_columns(other)[0]
-        columns = qkv[:, first : first + stop - start]
+        columns = scene.inputs[0][:, first : first + stop - start]
         if other != part and columns.shape[1] == stop - start:
-            yield f"the columns of {other}", REFERENCE.rope(columns, positions, rope)
+            yield f"the columns of {other}", _rotated(scene, columns)
 
 
 def _scaled_positions(scene: Scene) -> Iterator[Trial]:
@@ -237,17 +228,17 @@ def _exponents(scene: Scene) -> Iterator[Trial]:
         ("-2i/D in reverse order", (-2 * index / dim)[::-1]),
     ):
         angles = np.multiply.outer(scene.positions.astype(np.float64), usual * rope.theta**exponent)
-        yield name, _turned(before_rotation(scene), angles, rope.attention_factor())
+        yield name, _turned(_before_rotation(scene), angles, rope.attention_factor())
 
 
 def _one_angle(scene: Scene) -> Float64:
     angles = np.repeat(scene.positions.astype(np.float64)[:, None], scene.config.head_dim // 2, 1)
-    return _turned(before_rotation(scene), angles)
+    return _turned(_before_rotation(scene), angles)
 
 
 def _half_angles(scene: Scene) -> Iterator[Trial]:
     """Sine and cosine, or the angle too, rounded to half precision."""
-    angles, x = _angles(scene), before_rotation(scene)
+    angles, x = _angles(scene), _before_rotation(scene)
     frequencies = scene.config.rope.inverse_frequencies()
     factor = scene.config.rope.attention_factor()
     for half in (FLOAT16, BFLOAT16):
@@ -259,31 +250,18 @@ def _half_angles(scene: Scene) -> Iterator[Trial]:
                 yield half.name, _with_turn(x, cosine * factor, sine * factor)
 
 
-def _with_turn(x: Float64, cosine: Float64, sine: Float64) -> Float64:
-    first, second = np.moveaxis(x.reshape(x.shape[0], -1, 2, cosine.shape[1]), 2, 0)
-    c, s = cosine[:, None, :], sine[:, None, :]
-    return np.stack([first * c - second * s, first * s + second * c], axis=2).reshape(x.shape)
-
-
 def _one_sign(scene: Scene) -> Iterator[Trial]:
     """One of the two sines has the wrong sign: no rotation at all."""
-    angles, x = _angles(scene), before_rotation(scene)
-    first, second = np.moveaxis(x.reshape(x.shape[0], -1, 2, angles.shape[1]), 2, 0)
-    c, s = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]
+    angles, x = _angles(scene), _before_rotation(scene)
     factor = scene.config.rope.attention_factor()
-    for name, a, b in (("first", 1, 1), ("second", -1, -1)):
-        parts = [first * c + a * second * s, b * first * s + second * c]
-        yield name, factor * np.stack(parts, axis=2).reshape(x.shape)
-    swapped = [first * s - second * c, first * c + second * s]
-    yield "sine and cosine exchanged in", factor * np.stack(swapped, axis=2).reshape(x.shape)
+    cosine, sine = factor * np.cos(angles), factor * np.sin(angles)
+    yield "first", _with_turn(x, cosine, sine, (1, 1))
+    yield "second", _with_turn(x, cosine, sine, (-1, -1))
+    yield "sine and cosine exchanged in", _with_turn(x, sine, cosine)
 
 
 def _twice(scene: Scene) -> Float64:
-    return REFERENCE.rope(scene.plain.value, scene.positions, scene.config.rope)
-
-
-def _without(scene: Scene) -> Float64:
-    return before_rotation(scene)
+    return _rotated(scene, scene.plain.value)
 
 
 def _row(name: str, outputs: Callable[[Scene], Iterator[Trial]], advice: str, in_file: str | None,
@@ -307,21 +285,19 @@ ENTRIES = (
           "q and k are in adjacent-pair order when the rotation of halves meets them",
           "q and k rows permuted to adjacent pairs once more",
           "the converter's permutation of q and k rows"),
-    Entry("RoPE not applied", ROTATED, single(_without),
+    Entry("RoPE not applied", ROTATED, single(_before_rotation),
           "the rotation is skipped, or its result is written elsewhere",
           "the original model does not rotate in this layer", "layers without RoPE"),
     Entry("RoPE applied twice", ROTATED, single(_twice),
-          "the rotation runs in place and once more, for instance on reading the cache",),
-    Entry("RoPE with the sine negated", ROTATED,
-          single(_at_positions(np.negative)),
+          "the rotation runs in place and once more, for instance on reading the cache"),
+    Entry("RoPE with the sine negated", ROTATED, single(_at_positions(np.negative)),
           "the sign of the sine, or which half is negated in rotate_half"),
     _row("RoPE with the {} sine's sign wrong", _one_sign,
          "the signs of the two products with the sine: x·cos - y·sin and x·sin + y·cos", None),
     _row("RoPE theta {}", _usual_thetas, "which base the kernel's frequencies are made from",
-         "RoPE theta {} in the original model", "rope_theta of this file: " + _CONFIG),
+         ORIGINAL, "rope_theta of this file: " + _CONFIG),
     _row("RoPE theta {}", _solved_theta, "which base the kernel's frequencies are made from",
-         "RoPE theta {} in the original model", "rope_theta of this file: " + _CONFIG,
-         is_fallback=True),
+         ORIGINAL, "rope_theta of this file: " + _CONFIG, is_fallback=True),
     _row("RoPE of {}", _other_columns, "which buffer and which columns the rotation reads", None),
     Entry("RoPE positions off by {}", ROTATED, _offsets,
           "which position the first token gets, and the cache's length when it is read",
@@ -337,22 +313,18 @@ ENTRIES = (
          "the rotary dimension against the head dimension",
          "RoPE on the first {} dimensions only in the original model",
          "partial_rotary_factor of the original config"),
-    _row("RoPE scaling ({}) missing", _scaling_missing,
-         "the kernel ignores rope_scaling", "no RoPE scaling in the original model",
+    _row("RoPE scaling ({}) missing", _scaling_missing, "the kernel ignores rope_scaling",
+         "no RoPE scaling in the original model", "rope_scaling of this file: " + _CONFIG),
+    _row("RoPE scaling {}", _scaling_partial, "how the kernel applies rope_scaling", ORIGINAL,
          "rope_scaling of this file: " + _CONFIG),
-    _row("RoPE scaling {}", _scaling_partial,
-         "how the kernel applies rope_scaling", "RoPE scaling {} in the original model",
-         "rope_scaling of this file: " + _CONFIG),
-    _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions",
-         "RoPE positions divided by {} in the original model",
+    _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions", ORIGINAL,
          "rope_scaling of this file: " + _CONFIG, is_fallback=True),
     _row("RoPE scaling added: {}", _scaling_added, "the kernel applies a rope_scaling of its own",
-         "RoPE scaling {} in the original model",
-         "rope_scaling of this file: " + _CONFIG, is_fallback=True),
+         "RoPE scaling {}" + ORIGINAL, "rope_scaling of this file: " + _CONFIG, is_fallback=True),
     _row("RoPE frequencies theta^({})", _exponents,
          "the exponent of theta in the frequencies: -2i/D", None),
     Entry("RoPE with one frequency for all dimensions", ROTATED, single(_one_angle),
           "the frequencies all come out as 1"),
-    _row("RoPE angles in {}", _half_angles,
-         "angles, sine and cosine must be computed in float32", None),
+    _row("RoPE angles in {}", _half_angles, "angles, sine and cosine must be computed in float32",
+         None),
 )  # fmt: skip

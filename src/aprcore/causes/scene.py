@@ -10,19 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import Int64, Site
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.judging.layouts import Layout
 from aprcore.judging.noise import allowed_ratio
+from aprcore.network.backend import Int64, Site
 from aprcore.network.config import ModelConfig
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.graph import Graph
+from aprcore.network.operations import AddBias, Operation
+from aprcore.network.stages import StageKey
 
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 REFERENCE = ReferenceBackend()
+ORIGINAL = " in the original model"  # what is wrong is what the file says, or lacks
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Scene:
             oracle) and not an engine: then `observed` is right and `plain` is wrong.
         profile: What the observed side rounds.
         recorded: Fetches another tensor of the observed side, or None.
-        features: What the stages of the observed side have.
+        graph: What the observed side's stages read.
     """
 
     key: StageKey
@@ -52,7 +55,12 @@ class Scene:
     in_file: bool
     profile: Profile
     recorded: Callable[[StageKey], Floats | None]
-    features: frozenset[str]
+    graph: Graph
+
+    @property
+    def operation(self) -> Any:
+        """What makes the stage; an entry knows its type from the kinds that it applies to."""
+        return self.graph.operation(self.key)
 
     @cached_property
     def wrong(self) -> Bools:
@@ -75,25 +83,41 @@ class Scene:
         """T."""
         return int(self.site.positions.size)
 
-    def tensor(self, stage: str, layer: int | None = None) -> Float64 | None:
-        """A recorded tensor of this layer (or of `layer`) in float64, or None."""
-        where = self.key.layer if layer is None else layer
-        found = self.recorded(StageKey(where, stage))
+    def source(self, *arguments: int) -> StageKey:
+        """What the stage reads as this argument, what that reads as the next one, and so on."""
+        key = self.key
+        for number in arguments:
+            key = self.graph.inputs(key)[number]
+        return key
+
+    def tensor(self, key: StageKey) -> Float64 | None:
+        """A recorded tensor in float64, or None."""
+        found = self.recorded(key)
         if found is None or not np.isfinite(found).all():
             return None
         return np.asarray(found, dtype=np.float64)
 
+    def unbiased(self, argument: int) -> Float64 | None:
+        """An argument as it was before its bias, if that is recorded."""
+        if isinstance(self.graph.operation(self.source(argument)), AddBias):
+            return self.tensor(self.source(argument, 0))
+        return None
+
+    def around(self) -> Iterator[tuple[StageKey, Float64]]:
+        """Every other recorded tensor of this layer."""
+        for row in self.graph.layer(self.key.layer).values():
+            tensor = None if row.key == self.key else self.tensor(row.key)
+            if tensor is not None:
+                yield row.key, tensor
+
     def run(
-        self, *, inputs: tuple[Float64, ...] | None = None, site: Site | None = None,
-        backend: Any = REFERENCE,
-    ) -> Float64:  # fmt: skip
+        self, *inputs: Float64, operation: Operation | None = None, site: Site | None = None
+    ) -> Float64:
         """The stage's own operation with something changed."""
-        stage = BY_NAME[self.key.stage]
-        arguments = self.inputs if inputs is None else inputs
-        if stage.last_token:
+        arguments = inputs or self.inputs
+        if self.graph.stage(self.key).last_token:
             arguments = tuple(x[-1:] for x in arguments)
-        assert stage.operation is not None
-        result: Float64 = stage.operation(backend, self.site if site is None else site, *arguments)
+        result: Float64 = (operation or self.operation)(REFERENCE, site or self.site, *arguments)
         return result
 
     @property
@@ -141,6 +165,7 @@ Trial = tuple[str, Float64]
 """What an alternative does, put in place of `{}` in its entry's name, and its output."""
 
 Outputs = Callable[[Scene], Iterable[Trial]]
+Kinds = tuple[type[Operation], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +174,11 @@ class Entry:
 
     Attributes:
         name: What the alternative does otherwise; `{}` takes what was solved for.
-        stages: Where it applies; empty for every stage.
+        kinds: The operations that it applies to; empty for every one.
         outputs: Runs it: one output per variant, none where it does not apply.
         advice: What to look at when an engine is under test.
-        in_file: Its name when the model file is under test; None: it cannot be the file.
+        in_file: Its name when the model file is under test, or what follows `name` then; None: it
+            cannot be the file.
         file_advice: What to look at then.
         is_fallback: Whether it is named only when no other cause explains: it has a free
             parameter, or says less.
@@ -161,7 +187,7 @@ class Entry:
     """
 
     name: str
-    stages: frozenset[str]
+    kinds: Kinds
     outputs: Outputs
     advice: str
     in_file: str | None = None
@@ -171,9 +197,11 @@ class Entry:
     is_causal: bool = True
 
     def title(self, scene: Scene) -> str | None:
-        """Its name for what is under test; None if it is not for that."""
+        """Its name for what is under test; None if it is not for that, or not for the stage."""
+        if self.kinds and not isinstance(scene.operation, self.kinds):
+            return None
         if scene.in_file:
-            return self.in_file
+            return self.name + ORIGINAL if self.in_file is ORIGINAL else self.in_file
         return self.name if self.in_engine else None
 
     def advice_for(self, scene: Scene) -> str:
@@ -190,17 +218,3 @@ def single(output: Callable[[Scene], Float64 | None]) -> Outputs:
             yield "", value
 
     return outputs
-
-
-def stages(*names: str) -> frozenset[str]:
-    """Names of stages, checked against the table."""
-    for name in names:
-        assert name in BY_NAME, name
-    return frozenset(names)
-
-
-ROTATED = stages("q_post_rope", "k_post_rope")
-NORMS = stages("attn_norm", "ffn_norm", "final_norm")
-RESIDUALS = stages("post_attn_residual", "post_ffn_residual")
-LINEAR = stages("qkv_matmul", "attn_out", "ffn_gate", "ffn_up", "ffn_out", "lm_head")
-EVERY: frozenset[str] = frozenset()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.file_evidence import find_evidence
-from aprcore.causes.precision import coarser_arithmetics
-from aprcore.causes.projections import MODULES, Variants, parts_of, try_variant
+from aprcore.causes.precision import ADVICE, coarser_arithmetics
+from aprcore.causes.projections import Variants, parts_of, try_variant
 from aprcore.causes.records import CauseTried
 from aprcore.causes.scene import Entry, Scene
 from aprcore.causes.span import span_outputs
@@ -61,7 +61,7 @@ def try_entries(experiment: Experiment, catalogue: Iterable[Entry]) -> Iterator[
     start = _start_of(scene)
     for entry in catalogue:
         title = entry.title(scene)
-        if title is None or (entry.stages and scene.key.stage not in entry.stages):
+        if title is None:
             continue
         if start is None or not entry.is_causal:
             yield from _distinct(_try_entry(experiment, entry, title))
@@ -76,7 +76,8 @@ def try_entries(experiment: Experiment, catalogue: Iterable[Entry]) -> Iterator[
 
 def _start_of(scene: Scene) -> Experiment | None:
     """The start of a long text, to where it goes wrong: what fails there need not be run whole."""
-    if "token" not in scene.layout.axes or scene.num_tokens <= LONG_TEXT:
+    is_short = "token" not in scene.layout.axes or scene.num_tokens <= LONG_TEXT
+    if is_short or not scene.config.is_causal:
         return None
     count = max(LONG_TEXT // 2, scene.first_wrong_token + LONG_TEXT // 4)
     return Experiment(scene.prefix(count)) if 2 * count <= scene.num_tokens else None
@@ -92,8 +93,6 @@ def _try_entry(experiment: Experiment, entry: Entry, title: str) -> Iterator[Tri
 
 def try_projections(scene: Scene, catalogue: Iterable[Variants]) -> Iterator[Tried]:
     """Every variant of a product, for each weight whose share of the output is wrong."""
-    if scene.key.stage not in MODULES:
-        return
     for part in parts_of(scene):
         for variants in catalogue:
             outcomes = ((variant, try_variant(part, variant)) for variant in variants(part))
@@ -116,8 +115,8 @@ def _distinct(tried: Iterable[Tried]) -> Iterator[Tried]:
 
 def try_arithmetics(experiment: Experiment) -> Iterator[Tried]:
     """Coarser arithmetic, which explains the size of an error and not its values."""
-    for found in coarser_arithmetics(experiment):
-        yield Tried(found.name, found.advice, found.outcome, is_fallback=True)
+    for name, outcome in coarser_arithmetics(experiment):
+        yield Tried(name, ADVICE, outcome, is_fallback=True)
 
 
 def try_span(

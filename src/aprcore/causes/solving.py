@@ -1,9 +1,10 @@
-"""Solving for the one number that an alternative leaves open."""
+"""Solving for the one number that an alternative leaves open; other small sums."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,3 +54,20 @@ def round_number(value: float, tolerance: float) -> float:
         if abs(short - value) <= tolerance * abs(value):
             return short
     return value
+
+
+def to_pairs(x: NDArray[Any], dim: int) -> NDArray[Any]:
+    """Heads along the last axis from halves to adjacent pairs: i + s·D/2 goes to 2i + s."""
+    return x.reshape(*x.shape[:-1], -1, 2, dim // 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def to_halves(x: NDArray[Any], dim: int) -> NDArray[Any]:
+    """The inverse of `to_pairs`."""
+    return x.reshape(*x.shape[:-1], -1, dim // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def off_by_a_token(x: Float64) -> Iterator[tuple[str, Float64]]:
+    """Rows one token off, around the end of the text."""
+    if len(x) > 1:
+        yield "earlier", np.roll(x, 1, axis=0)
+        yield "later", np.roll(x, -1, axis=0)

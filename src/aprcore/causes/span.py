@@ -12,7 +12,7 @@ from aprcore.causes.experiment import Experiment
 from aprcore.causes.scene import Entry, Float64, Scene
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.replay import Expectation, RecordedSide
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 # Spans are run whole for every alternative; beyond so many tokens that takes too long.
 LONGEST = 256
@@ -28,14 +28,14 @@ def span_outputs(
     scene = experiment.scene
     if scene.num_tokens > LONGEST:
         return
-    entries = [entry for entry in catalogue if entry.stages and not entry.is_fallback]
+    entries = [entry for entry in catalogue if entry.kinds and not entry.is_fallback]
     for key in expected.recomputed:
         inner = _inner_scene(side, scene, key)
         if inner is None:
             continue
         for entry in entries:
             title = entry.title(inner)
-            if title is None or key.stage not in entry.stages:
+            if title is None:
                 continue
             for name, value in entry.outputs(inner):
                 output = _run_on(side, scene.key, key, value)

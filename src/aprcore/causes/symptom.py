@@ -10,7 +10,6 @@ from aprcore.causes.experiment import Bools, Experiment, Region
 from aprcore.causes.scene import Float64
 from aprcore.causes.solving import best_factor
 from aprcore.judging.noise import allowed_ratio
-from aprcore.network.graph import STAGES
 
 # Solving for one number per token or column needs this many values behind each.
 FEWEST_BEHIND = 4
@@ -49,10 +48,8 @@ def _kv_group(experiment: Experiment, heads: tuple[int, ...]) -> int | None:
     """The kv head whose query heads these are."""
     config = experiment.scene.config
     size = config.num_heads // config.num_kv_heads
-    if (
-        experiment.scene.layout.factors[experiment.scene.layout.axes.index("head")]
-        != config.num_heads
-    ):
+    layout = experiment.scene.layout
+    if layout.factors[layout.axes.index("head")] != config.num_heads:
         return None
     is_group = size > 1 and heads == tuple(range(heads[0], heads[0] + size)) and not heads[0] % size
     return heads[0] // size if is_group else None
@@ -90,19 +87,15 @@ def _accounts(experiment: Experiment, value: Float64) -> bool:
 def _addends(experiment: Experiment, observed: Float64, plain: Float64) -> Iterator[str]:
     """A recorded tensor that is missing from the output, or in it once too often."""
     scene = experiment.scene
-    for stage in STAGES:
-        tensor = scene.tensor(stage.name)
-        if tensor is None or tensor.size != plain.size or stage.name == scene.key.stage:
+    for key, tensor in scene.around():
+        if tensor.size != plain.size:
             continue
         factor = best_factor((observed - plain).reshape(-1), tensor.reshape(-1))
         if factor is not None and _accounts(
             experiment, plain + factor * tensor.reshape(plain.shape)
         ):
-            yield (
-                f"{factor:.6g} times {stage.name} is added"
-                if factor > 0
-                else (f"{-factor:.6g} times {stage.name} is missing")
-            )
+            change = "added" if factor > 0 else "missing"
+            yield f"{abs(factor):.6g} times {key.stage} is {change}"
 
 
 def _per_axis(

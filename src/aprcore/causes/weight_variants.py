@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from aprcore.causes.projections import Indices, Part, Pick, Variant, Variants, picker
 from aprcore.causes.scene import Float64
-from aprcore.network.graph import GATE, UP, K, O, Q, V
+from aprcore.causes.solving import off_by_a_token, to_halves, to_pairs
+from aprcore.network.operations import GATE, UP, Head, K, O, Q, V
 from aprcore.network.weights import Weight, read_all
 
 # Values of a weight that is read whole (to transpose it, for instance).
@@ -51,14 +52,13 @@ def _transposed(part: Part) -> Iterator[Variant]:
 def _rope_rows(part: Part) -> Iterator[Variant]:
     if part.module not in (Q, K) or part.head_dim is None:
         return
-    index = np.arange(part.weight.shape[0]).reshape(-1, 2, part.head_dim // 2)
-    pairs = index.swapaxes(1, 2).reshape(-1)
-    for rows, order in ((pairs, "halves to pairs"), (np.argsort(pairs), "pairs to halves")):
+    index = np.arange(part.weight.shape[0])
+    for permuted, order in ((to_pairs, "halves to pairs"), (to_halves, "pairs to halves")):
         yield Variant(
             f"{{}} rows permuted from {order}",
             _say(part, "q and k rows are permuted between the two RoPE conventions",
                  "the converter permuted q and k rows for the other RoPE convention, or did not"),
-            _mapped(picker(part.weight), rows),
+            _mapped(picker(part.weight), permuted(index, part.head_dim)),
         )  # fmt: skip
 
 
@@ -73,8 +73,8 @@ def _other_modules(part: Part) -> Iterator[Variant]:
         if not same or inside == name:
             continue
         other = inside.removesuffix(".weight").rpartition(".")[2]
-        pair = {name[: -len("_proj")] for name in (part.short_name, other)}
-        swapped = " (gate and up swapped)" if pair == {"gate", "up"} else ""
+        is_pair = {part.module.weight, inside} == {GATE.weight, UP.weight}
+        swapped = " (gate and up swapped)" if is_pair else ""
         yield Variant(
             f"{{}} uses the weight of {other}{swapped}",
             _say(part, f"which weight is bound here: {{}} or {other}",
@@ -87,7 +87,7 @@ def _interleaved(part: Part) -> Iterator[Variant]:
     """Gate and up from a fused matrix whose rows alternate, or the other way round."""
     if part.module not in (GATE, UP):
         return
-    gate, up = (part.scene.site.find(f"{name}.weight") for name in (GATE, UP))
+    gate, up = (part.scene.site.find(module.weight) for module in (GATE, UP))
     if gate is None or up is None or gate.shape != up.shape:
         return
     count = gate.shape[0]
@@ -170,7 +170,7 @@ def _other_layers(part: Part) -> Iterator[Variant]:
         return
     layers = sorted(range(part.scene.config.num_layers), key=lambda n: abs(n - here))
     for layer in layers[1 : MOST_LAYERS + 1]:
-        weight = part.scene.site.weights.get(f"model.layers.{layer}.{part.module}.weight")
+        weight = part.scene.site.weights.get(f"model.layers.{layer}.{part.module.weight}")
         if weight is not None and weight.shape == part.weight.shape:
             yield Variant(
                 f"{{}} weight of layer {layer}",
@@ -215,40 +215,36 @@ def _moved_rows(part: Part) -> Iterator[Variant]:
 
 def _moved_columns(part: Part) -> Iterator[Variant]:
     """The input's dimensions in another order, which is the weight's columns in the other."""
-    x, advice = part.x, "the index along the input's dimensions"
-    tokens = x.shape[0]
-    told = _say(part, advice, "the order of the weight's columns")
-    yield Variant("{} columns one late", told, x=np.roll(x, -1, axis=1))
-    yield Variant("{} columns one early", told, x=np.roll(x, 1, axis=1))
-    yield Variant("{} columns in reverse", told, x=x[:, ::-1])
-    if part.module != O:
-        return
-    dim, heads = part.scene.config.head_dim, part.scene.config.num_heads
-    yield Variant("{} reads dimensions before heads", told,
-                  x=x.reshape(tokens, heads, dim).swapaxes(1, 2).reshape(x.shape))  # fmt: skip
-    yield Variant("{} reads heads before dimensions", told,
-                  x=x.reshape(tokens, dim, heads).swapaxes(1, 2).reshape(x.shape))  # fmt: skip
-    by_head = x.reshape(tokens, heads, dim).swapaxes(0, 1)
-    yield Variant("{} reads heads before tokens", told, x=by_head.reshape(x.shape))
-    yield Variant("{} reads tokens before heads", told,
-                  x=x.reshape(heads, tokens, dim).swapaxes(0, 1).reshape(x.shape))  # fmt: skip
-    groups = part.scene.config.num_kv_heads
-    tiled = x.reshape(tokens, groups, heads // groups, dim).swapaxes(1, 2)
-    yield Variant("{} reads the heads of a group apart", told, x=tiled.reshape(x.shape))
-    yield Variant("{} reads the heads in reverse", told,
-                  x=x.reshape(tokens, heads, dim)[:, ::-1].reshape(x.shape))  # fmt: skip
+    x, tokens = part.x, part.x.shape[0]
+    moves = {"columns one late": np.roll(x, -1, axis=1), "columns one early": np.roll(x, 1, axis=1),
+             "columns in reverse": x[:, ::-1]}  # fmt: skip
+    if part.module == O:
+        dim, heads = part.scene.config.head_dim, part.scene.config.num_heads
+        groups = part.scene.config.num_kv_heads
+        by_head = x.reshape(tokens, heads, dim)
+        moves |= {
+            "reads dimensions before heads": by_head.swapaxes(1, 2),
+            "reads heads before dimensions": x.reshape(tokens, dim, heads).swapaxes(1, 2),
+            "reads heads before tokens": by_head.swapaxes(0, 1),
+            "reads tokens before heads": x.reshape(heads, tokens, dim).swapaxes(0, 1),
+            "reads the heads of a group apart":
+                x.reshape(tokens, groups, heads // groups, dim).swapaxes(1, 2),
+            "reads the heads in reverse": by_head[:, ::-1],
+        }  # fmt: skip
+    told = _say(part, "the index along the input's dimensions", "the order of the weight's columns")
+    for name, moved in moves.items():
+        yield Variant(f"{{}} {name}", told, x=moved.reshape(x.shape))
 
 
 def _moved_tokens(part: Part) -> Iterator[Variant]:
-    x = part.x
+    x, advice = part.x, "the token index of the input"
+    for word, moved in off_by_a_token(x):
+        name = {"earlier": "before", "later": "after"}[word]
+        yield Variant(f"{{}} reads the token {name}", advice, x=moved)
     if x.shape[0] > 1:
-        for name, step in (("before", 1), ("after", -1)):
-            moved = np.roll(x, step, axis=0)
-            yield Variant(f"{{}} reads the token {name}", "the token index of the input", x=moved)
-        yield Variant("{} reads the last token for all", "the token index of the input",
-                      x=np.repeat(x[-1:], x.shape[0], axis=0))  # fmt: skip
-        yield Variant("{} reads the first token for all", "the token index of the input",
-                      x=np.repeat(x[:1], x.shape[0], axis=0))  # fmt: skip
+        for name, row in (("last", x[-1:]), ("first", x[:1])):
+            yield Variant(f"{{}} reads the {name} token for all", advice,
+                          x=np.repeat(row, x.shape[0], axis=0))  # fmt: skip
 
 
 def _cut_input(part: Part) -> Iterator[Variant]:
@@ -256,47 +252,42 @@ def _cut_input(part: Part) -> Iterator[Variant]:
     width = part.x.shape[1]
     cuts = {1, 2, 4, 8, 16, 32, 64, 128, 256, width // 2, width // 4}
     cuts |= {width % tile for tile in (16, 32, 48, 64, 96, 128, 256, 512, 1024)}
+    advice = "the bounds of the loop over the input's dimensions (a partial tile or block)"
+
+    def without(start: int, stop: int) -> Float64:
+        x = part.x.copy()
+        x[:, start:stop] = 0
+        return x
+
     for cut in sorted(c for c in cuts if 0 < c < width):
-        last, first = part.x.copy(), part.x.copy()
-        last[:, width - cut :] = 0
-        first[:, :cut] = 0
-        advice = "the bounds of the loop over the input's dimensions (a partial tile or block)"
-        yield Variant(f"{{}} leaves out the last {cut} input dimensions", advice, x=last)
+        yield Variant(f"{{}} leaves out the last {cut} input dimensions", advice,
+                      x=without(width - cut, width))  # fmt: skip
         if cut >= FEWEST_CUT_FIRST:
-            yield Variant(f"{{}} leaves out the first {cut} input dimensions", advice, x=first)
+            yield Variant(f"{{}} leaves out the first {cut} input dimensions", advice,
+                          x=without(0, cut))  # fmt: skip
     for tile in (16, 32, 64, 128, 256):
-        if tile < width:
-            for start in range(0, min(width, 32 * tile), tile):
-                gone = part.x.copy()
-                gone[:, start : start + tile] = 0
-                yield Variant(f"{{}} leaves out input dimensions {start} to "
-                              f"{min(width, start + tile) - 1}",
-                              "the loop over blocks of the input's dimensions", x=gone)  # fmt: skip
+        for start in range(0, min(width, 32 * tile), tile) if tile < width else ():
+            stop = min(width, start + tile)
+            yield Variant(f"{{}} leaves out input dimensions {start} to {stop - 1}",
+                          "the loop over blocks of the input's dimensions",
+                          x=without(start, stop))  # fmt: skip
 
 
 def _other_inputs(part: Part) -> Iterator[Variant]:
-    """Another recorded tensor of the layer as the input."""
-    stage = part.scene.key.stage
-    for name in ("attn_norm", "attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_silu",
-                 "ffn_swigl", "ffn_gate", "ffn_up", "q_post_rope", "ffn_out"):  # fmt: skip
-        if name != stage:
-            yield from _reading(part, name, part.scene.tensor(name))
-    layer, last = part.scene.key.layer, part.scene.config.num_layers - 1
-    before = last if layer is None else layer - 1
-    source = ("embedding", 0) if before < 0 else ("post_ffn_residual", before)
-    stream = part.scene.tensor(source[0], source[1])
-    if stream is not None and stage == "lm_head":
-        stream = stream[-1:]
-    yield from _reading(part, "the stream before the norm", stream)
-
-
-def _reading(part: Part, name: str, x: Float64 | None) -> Iterator[Variant]:
-    if x is not None and x.shape == part.x.shape:
-        yield Variant(f"{{}} reads {name}", "which buffer the product reads", x=x)
+    """Another recorded tensor of the layer as the input, or the stream."""
+    scene = part.scene
+    found = [(key.stage, x) for key, x in scene.around()]
+    stream = scene.tensor(scene.graph.stream(scene.key.layer))
+    if stream is not None:
+        found.append(("the stream before the norm", stream))
+    for name, x in found:
+        read = x[-1:] if isinstance(scene.operation, Head) else x
+        if read.shape == part.x.shape:
+            yield Variant(f"{{}} reads {name}", "which buffer the product reads", x=read)
 
 
 def _biases(part: Part) -> Iterator[Variant]:
-    stored = part.scene.site.find(f"{part.module}.bias")
+    stored = part.scene.site.find(part.module.bias)
     bias = None if stored is None else read_all(stored).astype(np.float64)
     here = part.scene.key.layer
     if part.bias is None:
@@ -310,7 +301,7 @@ def _biases(part: Part) -> Iterator[Variant]:
     if part.scene.in_file:
         yield Variant("{} bias stored doubled", "the bias in the conversion", bias=part.bias / 2)
     for layer in range(part.scene.config.num_layers):
-        other = part.scene.site.weights.get(f"model.layers.{layer}.{part.module}.bias")
+        other = part.scene.site.weights.get(f"model.layers.{layer}.{part.module.bias}")
         if layer != here and other is not None and other.shape == part.bias.shape:
             yield Variant(f"{{}} bias of layer {layer}", "the offset of this layer's bias",
                           bias=read_all(other).astype(np.float64))  # fmt: skip
@@ -330,7 +321,7 @@ def _row_factors(part: Part) -> Iterator[Variant]:
 def _lost_bias(part: Part) -> Iterator[Variant]:
     """The oracle adds the same to every token: a bias that this file lacks."""
     plain = part.scene.plain.value
-    stored = part.scene.site.find(f"{part.module}.bias")
+    stored = part.scene.site.find(part.module.bias)
     if not part.scene.in_file or plain.shape[0] < 3:
         return
     addend = (part.scene.observed.reshape(plain.shape) - plain).mean(axis=0)

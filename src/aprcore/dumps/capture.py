@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -21,32 +21,21 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.plan import Plan, check_layers
 from aprcore.ground.errors import AprError, OracleError, Where
-from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.models.model import with_found_weights
+from aprcore.models.names import weights_of_layer
+from aprcore.network.architectures import COMPUTED, find_architecture
+from aprcore.network.dialects import declare_huggingface
+from aprcore.network.graph import Graph
+from aprcore.network.operations import AddBias, Embed, Head, Rotate, Scores, Softmax
+from aprcore.network.stages import Row, StageKey
 
 Float32 = NDArray[np.float32]
 Sink = Callable[[StageKey, Float32], None]
 Tensor = Any  # torch.Tensor; torch is no dependency of this package
 Module = Any  # torch.nn.Module
 
-PROJECTIONS = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
-
-# Stages that are what a module of a decoder layer returns ("": the layer itself) ...
-MODULE_OUTPUTS = {
-    "attn_norm": "input_layernorm",
-    "attn_out": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_silu": "mlp.act_fn",
-    "ffn_out": "mlp.down_proj",
-    "post_ffn_residual": "",
-}
-# ... and those that one is given.
-MODULE_INPUTS = {
-    "attention": "self_attn.o_proj",
-    "post_attn_residual": "post_attention_layernorm",
-    "ffn_swigl": "mlp.down_proj",
-}
+# What transformers passes to every attention function and no arithmetic depends on.
+HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal"})
 
 _numbers = itertools.count()  # of registrations in this process
 
@@ -58,7 +47,8 @@ def capture(
     layers: range | None = None,
     *,
     where: Where = None,
-) -> None:
+    graph: Graph | None = None,
+) -> Tensor:
     """Run a transformers model over `tokens` and hand each stage tensor to `sink` as it is made.
 
     Tensors arrive in the order in which the model computes them, as float32 in canonical shape
@@ -70,48 +60,117 @@ def capture(
         sink: Called with each key and its values.
         layers: Layers to keep, or None for all.
         where: The model's place, for errors.
+        graph: Its stages; None: as its own configuration says.
+
+    Returns:
+        The logits of all tokens, [1, T, V].
 
     Raises:
-        OracleError: The model is not built like a supported one, uses a sliding window that the
-            tokens reach, fails while it runs, or did not show a stage that it should have.
+        OracleError: The model is not built like a supported one, calls attention with something
+            that its architecture does not describe, fails while it runs, or did not show a stage
+            that it should have.
     """
     import torch
 
     check_tokens(tokens, model.get_input_embeddings().weight.shape[0], where)
-    check_window(model.config, len(tokens), where)
-    taps = _Taps(model, len(tokens), sink, layers, where)
+    taps = _Taps(model, graph or graph_of(model, where), len(tokens), sink, layers, where)
     with ExitStack() as stack:
         taps.attach(stack)
         stack.enter_context(_registered_attention(model, taps.attend, where))
         stack.enter_context(explained("the model failed while it ran", where))
         stack.enter_context(torch.inference_mode())
-        device = model.get_input_embeddings().weight.device
-        # Weights that accelerate keeps elsewhere are on no device; its hooks move the ids.
-        ids = torch.tensor([list(tokens)], device="cpu" if device.type == "meta" else device)
-        model(input_ids=ids, use_cache=False)
+        logits = run_model(model, tokens)
+        taps.show_logits(logits)
     if taps.pending:
         names = ", ".join(key.path for key in taps.pending)
         raise OracleError(f"the model ran without showing {names}", where=where)
+    return logits
 
 
-def expected_keys(model: Module, layers: range | None, where: Where = None) -> tuple[StageKey, ...]:
-    """The tensors that a capture yields, in the table's order.
+def run_model(model: Module, tokens: Sequence[int]) -> Tensor:
+    """The logits of all tokens, [1, T, V]."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    # Weights that accelerate keeps elsewhere are on no device; its hooks move the ids.
+    ids = torch.tensor([list(tokens)], device="cpu" if device.type == "meta" else device)
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def graph_of(model: Module, where: Where = None) -> Graph:
+    """The stages of a transformers model, from its configuration and the names of its weights.
+
+    Of a model with code of its own, whose architecture has another name, those of the first family
+    that it is built like; what it computes otherwise shows when its tensors are judged.
+
+    Raises:
+        OracleError: It is built like no supported one.
+    """
+    from aprcore.ground.errors import ConfigError
+
+    names = {name.removeprefix("model.layers.0.") for name, _ in model.named_parameters()}
+    fault: AprError | None = None
+    own = model.config.model_type
+    for family in [own] if own in COMPUTED else COMPUTED:
+        try:
+            declared = declare_huggingface(model.config.to_dict(), where, family)
+        except ConfigError as error:
+            fault = fault or error
+            continue
+        graph = Graph(with_found_weights(declared.config, names))
+        mismatch = _mismatch(model, graph, names)
+        if mismatch is None:
+            return graph
+        fault = fault or OracleError(
+            f"architecture {own!r} {mismatch}",
+            where=where,
+            hint=f"capturing needs a model that is built like one of {', '.join(COMPUTED)}",
+        )  # fmt: skip
+    assert fault is not None
+    raise OracleError(fault.what, where=where, hint=fault.hint) from fault
+
+
+def expected_keys(graph: Graph, layers: range | None) -> tuple[StageKey, ...]:
+    """The tensors that a capture yields, in the order of computation.
 
     Raises:
         PlanError: The range holds no layer of the model.
-        OracleError: The model is not built like a supported one.
     """
-    _check_structure(model, where)
-    num_layers = model.config.num_hidden_layers
-    check_layers(layers, num_layers)
-    keys = stage_keys(num_layers, _features(model))
-    return tuple(filter(Plan(layers=layers).wants, keys))
+    check_layers(layers, graph.num_layers)
+    return tuple(filter(Plan(layers=layers).wants, graph.keys))
 
 
-def _features(model: Module) -> frozenset[str]:
-    attention = [layer.self_attn for layer in model.model.layers]
-    biased = any(m.bias is not None for a in attention for m in (a.q_proj, a.k_proj, a.v_proj))
-    return frozenset({"dense"} | ({"qkv_bias"} if biased else set()))
+def _mismatch(model: Module, graph: Graph, names: Collection[str]) -> str | None:
+    """How a model is built otherwise: a module that a stage is shown by, or a weight too many."""
+    for layer in (*range(graph.num_layers), None):
+        for path in {path for row in graph.layer(layer).values() for path, _ in _shown(row)}:
+            try:
+                _module(model, layer, path)
+            except AttributeError:
+                whole = path if layer is None else f"layers.{layer}.{path}"
+                return f"has no module model.{whole}"
+    used = {use.name for layer in (0, None) for use in weights_of_layer(graph, layer)}
+    # Of the other layers: if they are built otherwise, the check of the tensors finds it.
+    extra = sorted(name for name in names if name not in used and "layers." not in name)
+    return f"has a weight {extra[0]} that no stage uses" if extra else None
+
+
+def _module(model: Module, layer: int | None, path: str) -> Module:
+    return model.model.get_submodule(
+        path if layer is None else f"layers.{layer}.{path}".rstrip(".")
+    )
+
+
+def _shown(row: Row) -> list[tuple[str, bool]]:
+    """The modules that show a stage, and whether by their input; none where attention does.
+
+    The first way of showing it counts: others are for dumps of other engines.
+    """
+    operation = row.stage.operation
+    if not row.stage.shown or isinstance(operation, Embed | Softmax | Head):
+        return []
+    return [(path.removesuffix(".input"), path.endswith(".input")) for path in row.stage.shown[0]]
 
 
 class _Taps:
@@ -122,35 +181,39 @@ class _Taps:
     """
 
     def __init__(
-        self, model: Module, num_tokens: int, sink: Sink, layers: range | None, where: Where
-    ) -> None:
-        keys = expected_keys(model, layers, where)
+        self, model: Module, graph: Graph, num_tokens: int, sink: Sink, layers: range | None,
+        where: Where,
+    ) -> None:  # fmt: skip
+        keys = expected_keys(graph, layers)
         self._model = model
+        self._graph = graph
         self._sink = sink
         self._where = where
-        sizes = _sizes(model, num_tokens)
+        sizes = graph.config.sizes(num_tokens)
+        self._keywords = find_architecture(graph.config.architecture).attention_keywords
         self.pending: dict[StageKey, tuple[int, ...]] = {
-            key: resolve_shape(BY_NAME[key.stage].shape, sizes) for key in keys
+            key: graph.shape(key, sizes) for key in keys
         }
 
     def attach(self, stack: ExitStack) -> None:
         """Hook every module that makes or receives a wanted tensor; the stack undoes it."""
-        self._on_output(stack, self._model.get_input_embeddings(), 0, "embedding")
-        for number, layer in enumerate(self._model.model.layers):
-            if StageKey(number, "attn_norm") not in self.pending:
+        self._on_output(stack, self._model.get_input_embeddings(), self._graph.embedding)
+        for layer in (*range(self._graph.num_layers), None):
+            rows = self._graph.layer(layer).values()
+            if not any(row.key in self.pending for row in rows):
                 continue
-            for stage, path in MODULE_OUTPUTS.items():
-                self._on_output(stack, layer.get_submodule(path), number, stage)
-            for stage, path in MODULE_INPUTS.items():
-                self._on_input(stack, layer.get_submodule(path), number, stage)
-            self._on_projections(stack, [layer.get_submodule(p) for p in PROJECTIONS], number)
-        self._on_output(stack, self._model.model.norm, None, "final_norm")
+            for row in rows:
+                shown = _shown(row)
+                if len(shown) > 1:
+                    self._on_projections(stack, [_module(self._model, layer, p) for p, _ in shown],
+                                         row)  # fmt: skip
+                for path, by_input in shown if len(shown) == 1 else ():
+                    hook = self._on_input if by_input else self._on_output
+                    hook(stack, _module(self._model, layer, path), row.key)
 
-        def last_token(module: Module, args: Any, logits: Tensor) -> None:
-            self._emit(None, "lm_head", logits[:, -1])
-
-        head = self._model.get_output_embeddings()
-        stack.callback(head.register_forward_hook(last_token).remove)
+    def show_logits(self, logits: Tensor) -> None:
+        """What the model returns is the last stage, whatever it does behind its head."""
+        self._emit(self._graph.logits, logits[:, -1])
 
     def attend(
         self,
@@ -161,7 +224,9 @@ class _Taps:
         attention_mask: Tensor | None,
         scaling: float,
         dropout: float = 0.0,
-        **_: Any,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **others: Any,
     ) -> tuple[Tensor, Tensor]:
         """Eager attention, operation for operation, with its tensors handed out on the way.
 
@@ -171,34 +236,63 @@ class _Taps:
             key: [1, K, T, D], after RoPE and before the repeat.
             value: [1, K, T, D].
             attention_mask: Added to the scores, [1, 1, T, T].
-            scaling: 1/sqrt(D).
+            scaling: 1/sqrt(D), as a rule.
             dropout: Not used: the model is in evaluation mode.
+            softcap: Scores become softcap · tanh(score / softcap).
+            sliding_window: Not used: it is in the mask.
+            others: What else the model calls attention with.
 
-        Source: `eager_attention_forward` of transformers' Llama, Mistral, Qwen2 and Qwen3.
+        Raises:
+            OracleError: There is something among these that the architecture does not describe.
+
+        Source: `eager_attention_forward` of transformers' Llama, Mistral, Qwen2, Qwen3, Gemma2.
         """
-        from torch import float32, matmul
+        from torch import float32, matmul, tanh
         from torch.nn.functional import softmax
 
+        given = {k: x for k, x in others.items() if k not in HARMLESS_KEYWORDS}
+        given |= {"softcap": softcap, "sliding_window": sliding_window}
+        unknown = [k for k, x in given.items() if x is not None and k not in self._keywords]
+        if unknown:
+            name = self._graph.config.architecture
+            raise OracleError(
+                f"its attention is called with {unknown[0]}, which {name} does not describe",
+                where=self._where,
+                hint="what that does to the scores is not known",
+            )  # fmt: skip
         layer = module.layer_idx
-        self._emit(layer, "q_post_rope", query.transpose(1, 2))
-        self._emit(layer, "k_post_rope", key.transpose(1, 2))
+        graph = self._graph
+        for rotated, heads in zip(graph.of_kind(layer, Rotate), (query, key)):
+            self._emit(rotated, heads.transpose(1, 2))
         groups = query.shape[1] // key.shape[1]
         scores = matmul(query, _repeat(key, groups).transpose(2, 3)) * scaling
-        self._emit(layer, "attn_scores", scores.tril())
+        if softcap is not None:
+            scores = tanh(scores / softcap) * softcap
+        for kept in graph.of_kind(layer, Scores):
+            self._emit(kept, self._masked(kept, scores))
         if attention_mask is not None:
             scores = scores + attention_mask
         weights = softmax(scores, dim=-1, dtype=float32).to(query.dtype)
-        self._emit(layer, "attn_softmax", weights.tril())
+        for kept in graph.of_kind(layer, Softmax):
+            self._emit(kept, weights)
         output = matmul(weights, _repeat(value, groups))
         return output.transpose(1, 2).contiguous(), weights
 
-    def _emit(self, layer: int | None, stage: str, tensor: Tensor) -> None:
+    def _masked(self, key: StageKey, scores: Tensor) -> Tensor:
+        """Scores with zero for what no query sees: what is there differs from engine to engine."""
+        from torch import from_numpy
+
+        operation = self._graph.operation(key)
+        assert isinstance(operation, Scores)
+        hidden = ~operation.mask.allowed(*scores.shape[-2:])
+        return scores.masked_fill(from_numpy(hidden).to(scores.device), 0.0)
+
+    def _emit(self, key: StageKey, tensor: Tensor) -> None:
         """Pass a tensor on, unless it is not wanted.
 
         Raises:
             OracleError: It has not as many values as its stage should.
         """
-        key = StageKey(layer, stage)
         shape = self.pending.pop(key, None)
         if shape is None:
             return
@@ -209,35 +303,33 @@ class _Taps:
         values = tensor.detach().float().cpu().numpy()
         self._sink(key, np.ascontiguousarray(values.reshape(shape)))
 
-    def _on_output(self, stack: ExitStack, module: Module, layer: int | None, stage: str) -> None:
+    def _on_output(self, stack: ExitStack, module: Module, key: StageKey) -> None:
         def hook(module: Module, args: Any, output: Any) -> None:
             # Decoder layers of older releases return a tuple.
-            self._emit(layer, stage, output[0] if isinstance(output, tuple) else output)
+            self._emit(key, output[0] if isinstance(output, tuple) else output)
 
         stack.callback(module.register_forward_hook(hook).remove)
 
-    def _on_input(self, stack: ExitStack, module: Module, layer: int, stage: str) -> None:
+    def _on_input(self, stack: ExitStack, module: Module, key: StageKey) -> None:
         def hook(module: Module, args: Any) -> None:
-            self._emit(layer, stage, args[0])
+            self._emit(key, args[0])
 
         stack.callback(module.register_forward_pre_hook(hook).remove)
 
-    def _on_projections(self, stack: ExitStack, modules: Sequence[Module], layer: int) -> None:
-        """q, k and v side by side, once without and once with their biases."""
+    def _on_projections(self, stack: ExitStack, modules: Sequence[Module], row: Row) -> None:
+        """What several modules make side by side: without their biases, or with them."""
         from torch import cat
 
-        plain: dict[int, Tensor] = {}
-        biased: dict[int, Tensor] = {}
+        biased = isinstance(row.stage.operation, AddBias)
+        shown: dict[int, Tensor] = {}
 
         def hook(module: Module, args: Any, output: Tensor) -> None:
             part = next(i for i, candidate in enumerate(modules) if candidate is module)
-            plain[part] = output if module.bias is None else _product(module, args[0])
-            biased[part] = output
-            if len(plain) == len(modules):
-                self._emit(layer, "qkv_matmul", cat([plain[i] for i in sorted(plain)], dim=-1))
-                self._emit(layer, "qkv_bias", cat([biased[i] for i in sorted(biased)], dim=-1))
-                plain.clear()
-                biased.clear()
+            bare = biased or module.bias is None
+            shown[part] = output if bare else _product(module, args[0])
+            if len(shown) == len(modules):
+                self._emit(row.key, cat([shown[i] for i in sorted(shown)], dim=-1))
+                shown.clear()
 
         for module in modules:
             stack.callback(module.register_forward_hook(hook).remove)
@@ -324,55 +416,3 @@ def check_tokens(tokens: Sequence[int], vocab_size: int, where: Where) -> None:
                 f"token id {token} is outside the vocabulary of {vocab_size}", where=where,
                 hint=f"ids are 0..{vocab_size - 1}",
             )  # fmt: skip
-
-
-def check_window(config: Any, num_tokens: int, where: Where) -> None:
-    """Refuse a pass whose attention is not full: no stage of the table describes it.
-
-    Source: layers of Qwen2 and Qwen3 say what they do in `layer_types`; all of Mistral's use the
-    window if there is one; Llama has none.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ()
-    on = "sliding_attention" in kinds or (config.model_type == "mistral" and not kinds)
-    if on and window is not None and num_tokens > window:
-        raise OracleError(
-            f"{num_tokens} tokens are more than its sliding window of {window}",
-            where=where, hint=f"capture at most {window} tokens",
-        )  # fmt: skip
-
-
-def _check_structure(model: Module, where: Where) -> None:
-    """Whether the model has the modules that the hooks go to.
-
-    Raises:
-        OracleError: One is missing.
-    """
-    layer = ("", *PROJECTIONS, *MODULE_OUTPUTS.values(), *MODULE_INPUTS.values())
-    num_layers = model.config.num_hidden_layers
-    paths = [f"model.layers.{n}.{path}".rstrip(".") for n in range(num_layers) for path in layer]
-    for path in ("model.norm", *paths):
-        try:
-            model.get_submodule(path)
-        except AttributeError as error:
-            raise OracleError(
-                f"architecture {model.config.model_type!r} has no module {path}", where=where,
-                hint="capturing needs a model that is built like Llama, Mistral, Qwen2 or Qwen3",
-            ) from error  # fmt: skip
-
-
-def _sizes(model: Module, num_tokens: int) -> dict[str, int]:
-    """Numbers for the letters of the table's shapes, from the modules themselves."""
-    layer, heads = model.model.layers[0], model.config.num_attention_heads
-    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-    head_dim = layer.self_attn.q_proj.out_features // heads
-    return {
-        "T": num_tokens,
-        "S": num_tokens,
-        "H": heads,
-        "K": layer.self_attn.k_proj.out_features // head_dim,
-        "D": head_dim,
-        "E": hidden_size,
-        "F": layer.mlp.gate_proj.out_features,
-        "V": vocab_size,
-    }

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from aprcore.dumps.sidecar import read_sidecar
 from aprcore.dumps.stage_file import HEADER, SUFFIX, check_header, read_stage_file, use_file
 from aprcore.ground.errors import TraceError
-from aprcore.network.graph import StageKey, computation_order, parse_path
+from aprcore.network.graph import computation_order, known_stages, parse_path
+from aprcore.network.stages import Scope, StageKey
 
 Float32 = NDArray[np.float32]
 
@@ -26,7 +27,7 @@ class TraceDirectory:
         path: The directory.
         sidecar: What it says of itself; all None when it has neither kind of sidecar.
         counts: Number of values of every tensor by key, in the order of computation.
-        ignored: Names of `.bin` files that are no stage of the table.
+        ignored: Names of `.bin` files that are no stage.
         unlisted: Stages with a file that the sidecar does not list: of an earlier run, not read.
     """
 
@@ -103,8 +104,9 @@ class TraceDirectory:
             use_file(path, partial(check_header, path, self._place(key)))
 
     def _place(self, key: StageKey) -> StageKey | None:
-        """What a file's header must say; the embedding at the top level may say either."""
-        at_top = key.stage == "embedding" and self.file(key).parent == self.path
+        """What a file's header must say; the first layer's own at the top level may say either."""
+        is_first = known_stages()[key.stage].scope is Scope.FIRST_LAYER
+        at_top = is_first and self.file(key).parent == self.path
         return None if at_top else key
 
     @property

@@ -17,7 +17,8 @@ import msgspec
 from aprcore.dumps.names import Dialect, mapped_dialect
 from aprcore.ground.errors import PlanError
 from aprcore.ground.fields import convert, read_toml
-from aprcore.network.graph import Scope, find_stage
+from aprcore.network.graph import find_stage
+from aprcore.network.stages import Scope
 
 LAYER = "{layer}"
 

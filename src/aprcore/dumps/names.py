@@ -3,29 +3,21 @@
 A dialect says where a stored name belongs (a layer and a short name) and which short names make a
 stage. Knowing another engine's names is adding a dialect.
 
-Source: modules of transformers' Llama, Mistral, Qwen2 and Qwen3; `cb(...)` in llama.cpp's
-`llama-graph.cpp` and `src/models`.
+What transformers and llama.cpp call a stage's tensor is said where the stage is, in
+`aprcore.network.architectures`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
-from aprcore.network.graph import BY_NAME, Scope, StageKey, parse_path
+from aprcore.network.graph import Graph, known_stages, parse_path
+from aprcore.network.stages import Reading, Row, Scope, StageKey
 
 Place = tuple[int | None, str]  # the layer, and the name within it
-
-
-class Reading(Enum):
-    """What must be done to stored values before they are a stage's."""
-
-    PLAIN = "as they are"
-    PADDED = "positions beyond the tokens cut off"
-    SCORES = "positions cut off, and divided by sqrt(D)"
 
 
 class Rule(NamedTuple):
@@ -89,7 +81,7 @@ def resolve(
 
 def _key(layer: int | None, stage: str) -> StageKey | None:
     """The key of a stage found in a layer, or None where it cannot live there."""
-    match BY_NAME[stage].scope:
+    match known_stages()[stage].scope:
         case Scope.MODEL:
             return StageKey(None, stage) if layer is None else None
         case Scope.FIRST_LAYER:
@@ -98,18 +90,20 @@ def _key(layer: int | None, stage: str) -> StageKey | None:
             return None if layer is None else StageKey(layer, stage)
 
 
-def known_dialects(names: Iterable[str], *, has_qkv_bias: bool) -> tuple[Dialect, ...]:
+def known_dialects(names: Iterable[str], graph: Graph) -> tuple[Dialect, ...]:
     """Every dialect, the one to trust most first.
 
     Args:
-        names: The stored names; llama.cpp's vary between its versions.
-        has_qkv_bias: Whether the model adds a bias to q, k and v: a projection's output is then
-            what comes after it.
+        names: The stored names; llama.cpp's change their meaning between its versions.
+        graph: The stages of the model, each with what other engines call it.
     """
+    rows = [*graph.layer(0).values(), *graph.layer(None).values()]
+    llama_cpp = _llama_cpp_parser(rows)
+    present = {place[1] for name in names if (place := llama_cpp(name)) is not None}
     return (
-        Dialect(_parse_own, [Rule(stage, (stage,)) for stage in BY_NAME]),
-        Dialect(_parse_huggingface, _huggingface_rules(has_qkv_bias)),
-        Dialect(_parse_llama_cpp, _llama_cpp_rules(frozenset(names))),
+        Dialect(_parse_own, [Rule(stage, (stage,)) for stage in known_stages()]),
+        Dialect(_huggingface_parser(rows), list(_huggingface_rules(rows))),
+        Dialect(llama_cpp, list(_llama_cpp_rules(rows, present))),
     )
 
 
@@ -120,16 +114,23 @@ def _parse_own(name: str) -> Place | None:
 
 _WRAPPERS = r"(?:(?:base_model|model|module|_orig_mod)\.)*"
 _LAYER_MODULE = re.compile(rf"{_WRAPPERS}layers\.(\d{{1,9}})(?:\.(.+))?", re.ASCII)
-_MODEL_MODULE = re.compile(rf"{_WRAPPERS}((?:embed_tokens|norm|lm_head|logits).*)", re.ASCII)
 
 
-def _parse_huggingface(name: str) -> Place | None:
+def _huggingface_parser(rows: Iterable[Row]) -> Callable[[str], Place | None]:
     """A module's name, with or without ".output", ".output.0", ".input" or the like at its end."""
-    if match := _LAYER_MODULE.fullmatch(name):
-        return int(match[1]), _port(match[2] or "")
-    if match := _MODEL_MODULE.fullmatch(name):
-        return None, _port(match[1])
-    return None
+    shown = {name for row in rows if row.stage.scope is not Scope.LAYER
+             for names in row.stage.shown for name in names}  # fmt: skip
+    modules = "|".join(sorted(re.escape(name.removesuffix(".input")) for name in shown))
+    whole = re.compile(rf"{_WRAPPERS}((?:{modules})(?:\..*)?)", re.ASCII)
+
+    def parse(name: str) -> Place | None:
+        if match := _LAYER_MODULE.fullmatch(name):
+            return int(match[1]), _port(match[2] or "")
+        if match := whole.fullmatch(name):
+            return None, _port(match[1])
+        return None
+
+    return parse
 
 
 def _port(module: str) -> str:
@@ -143,78 +144,45 @@ def _port(module: str) -> str:
     return ".".join([*words, str(index)] if index else words)
 
 
-def _huggingface_rules(has_qkv_bias: bool) -> list[Rule]:
-    qkv = "qkv_bias" if has_qkv_bias else "qkv_matmul"
-    return [
-        Rule("embedding", ("embed_tokens",)),
-        Rule("attn_norm", ("input_layernorm",)),
-        Rule(qkv, tuple(f"self_attn.{letter}_proj" for letter in "qkv")),
-        Rule(qkv, ("self_attn.qkv_proj",)),
-        Rule("attn_softmax", ("self_attn.1",)),
-        Rule("attention", ("self_attn.o_proj.input",)),
-        Rule("attn_out", ("self_attn.o_proj",)),
-        Rule("attn_out", ("self_attn",)),
-        Rule("post_attn_residual", ("post_attention_layernorm.input",)),
-        Rule("ffn_norm", ("post_attention_layernorm",)),
-        Rule("ffn_gate", ("mlp.gate_proj",)),
-        Rule("ffn_up", ("mlp.up_proj",)),
-        Rule("ffn_silu", ("mlp.act_fn",)),
-        Rule("ffn_swigl", ("mlp.down_proj.input",)),
-        Rule("ffn_out", ("mlp.down_proj",)),
-        Rule("ffn_out", ("mlp",)),
-        Rule("post_ffn_residual", ("",)),
-        Rule("final_norm", ("norm",)),
-        Rule("lm_head", ("lm_head",)),
-        Rule("lm_head", ("logits",)),
-    ]
+def _huggingface_rules(rows: Iterable[Row]) -> Iterator[Rule]:
+    """The later stage first: a projection's output is what comes after its bias, if it has one."""
+    claimed: set[tuple[str, ...]] = set()
+    rules = []
+    for row in reversed(list(rows)):
+        shown = [names for names in row.stage.shown if names not in claimed]
+        claimed.update(shown)
+        rules.append([Rule(row.stage.name, names) for names in shown])
+    for group in reversed(rules):
+        yield from group
 
 
 _LLAMA_CPP_LAYER = re.compile(r"([A-Za-z_]+)-(\d{1,9})", re.ASCII)
-_LLAMA_CPP_MODEL = ("inp_embd", "result_norm", "result_output")
 
 
-def _parse_llama_cpp(name: str) -> Place | None:
-    if name in _LLAMA_CPP_MODEL:
-        return None, name
-    match = _LLAMA_CPP_LAYER.fullmatch(name)
-    return None if match is None else (int(match[2]), match[1])
+def _llama_cpp_parser(rows: Iterable[Row]) -> Callable[[str], Place | None]:
+    whole = {name for row in rows if row.stage.scope is not Scope.LAYER
+             for node in row.stage.nodes for name in node.names}  # fmt: skip
+
+    def parse(name: str) -> Place | None:
+        if name in whole:
+            return None, name
+        match = _LLAMA_CPP_LAYER.fullmatch(name)
+        return None if match is None else (int(match[2]), match[1])
+
+    return parse
 
 
-def _llama_cpp_rules(names: frozenset[str]) -> list[Rule]:
+def _llama_cpp_rules(rows: Iterable[Row], present: Collection[str]) -> Iterator[Rule]:
     """What `cb()` calls the tensors of a layer.
 
     Qcur, Kcur and Vcur name several tensors in turn; a file holds one of each name, the last, which
-    is after RoPE. So there is no qkv_matmul, and Vcur alone makes no stage.
+    is after RoPE. So there is no joined projection, and Vcur alone makes no stage.
     """
-    # Until early 2025 kqv_out was the output of the projection, since then it is its input. The
-    # old graph gives itself away by what it calls the input.
-    is_old = any(name.startswith(("kqv_merged_cont-", "kqv_wo-")) for name in names)
-    return [
-        Rule("embedding", ("inp_embd",)),
-        Rule("attn_norm", ("attn_norm",)),
-        Rule("q_post_rope", ("Qcur",)),
-        Rule("k_post_rope", ("Kcur",)),
-        # Scaling is left to the softmax, and both hold the cache's padded length of positions.
-        Rule("attn_scores", ("kq", "Qcur"), Reading.SCORES),
-        Rule("attn_softmax", ("kq_soft_max",), Reading.PADDED),
-        Rule("attn_softmax", ("kq_soft_max_ext",), Reading.PADDED),
-        Rule("attention", ("kqv_merged_cont",)),
-        Rule("attn_out" if is_old else "attention", ("kqv_out",)),
-        Rule("attn_out", ("attn_out",)),
-        Rule("post_attn_residual", ("ffn_inp",)),
-        Rule("ffn_norm", ("ffn_norm",)),
-        Rule("ffn_gate", ("ffn_gate_b",)),  # with its bias, where there is one
-        Rule("ffn_gate", ("ffn_gate",)),
-        Rule("ffn_up", ("ffn_up_b",)),
-        Rule("ffn_up", ("ffn_up",)),
-        Rule("ffn_silu", ("ffn_silu",)),
-        Rule("ffn_swigl", ("ffn_gate_par",)),
-        Rule("ffn_swigl", ("ffn_swiglu",)),
-        Rule("ffn_out", ("ffn_out",)),
-        Rule("post_ffn_residual", ("l_out",)),
-        Rule("final_norm", ("result_norm",)),
-        Rule("lm_head", ("result_output",)),
-    ]
+    for row in rows:
+        for node in row.stage.nodes:
+            is_there = not node.beside or any(name in present for name in node.beside)
+            if is_there and not any(name in present for name in node.without):
+                yield Rule(row.stage.name, node.names, node.reading)
 
 
 def mapped_dialect(mapping: Mapping[str, Sequence[Sequence[str]]]) -> Dialect:

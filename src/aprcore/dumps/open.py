@@ -1,6 +1,6 @@
 """Another engine's dump: a directory of stage files, or one file of named tensors.
 
-Source: FORMATS.md, "Canonical layouts" and "Dumps seen in the wild differ".
+The names are those of docs/formats.md, "A dump in one file".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.names import Dialect, Reading, Recipe, known_dialects, resolve
+from aprcore.dumps.names import Dialect, Recipe, known_dialects, resolve
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
@@ -25,7 +25,8 @@ from aprcore.dumps.tensor_files import (
     read_torch_dump,
 )
 from aprcore.ground.errors import FormatError, TraceError
-from aprcore.network.graph import BY_NAME, StageKey, computation_order
+from aprcore.network.graph import Graph, computation_order, known_stages, outline
+from aprcore.network.stages import Reading, StageKey
 
 Float32 = NDArray[np.float32]
 
@@ -41,15 +42,15 @@ _COARSEST_FIRST = ("bfloat16", "float16", "float32")
 
 
 def open_dump(
-    path: Path | str, names: Dialect | None = None, *, has_qkv_bias: bool = False
+    path: Path | str, names: Dialect | None = None, *, graph: Graph | None = None
 ) -> StageSource:
     """Open a directory of stage files, or one .safetensors, .npz or .pt file of named tensors.
 
     Args:
         path: The directory or file.
         names: What the tensors of a file are called, besides the names that are known.
-        has_qkv_bias: Whether the model adds a bias to q, k and v: what a file calls the output of
-            those projections is then `qkv_bias`, else `qkv_matmul`.
+        graph: The stages of the model, which say what other engines call them: the output of the
+            projections, say, is what comes after their bias where they have one.
 
     Raises:
         TraceError: It does not exist, is nothing of the kind, or holds no stage.
@@ -57,7 +58,7 @@ def open_dump(
     """
     path = Path(path)
     if is_tensor_file(path):
-        return TensorDump(path, names, has_qkv_bias=has_qkv_bias)
+        return TensorDump(path, names, graph=graph)
     return TraceDirectory(path)
 
 
@@ -67,7 +68,7 @@ def is_tensor_file(path: Path) -> bool:
 
 
 class TensorDump:
-    """The stage tensors in one file, read one at a time; see `aprcore.dumps.directory.StageSource`.
+    """The stage tensors in one file, read one at a time; see `aprcore.dumps.source.StageSource`.
 
     Attributes:
         path: The file.
@@ -79,12 +80,14 @@ class TensorDump:
 
     unlisted: tuple[StageKey, ...] = ()
 
-    def __init__(self, path: Path, names: Dialect | None = None, *, has_qkv_bias: bool) -> None:
+    def __init__(
+        self, path: Path, names: Dialect | None = None, *, graph: Graph | None = None
+    ) -> None:
         self.path = path
         held = READERS[path.suffix.lower()](path)
         self._arrays = held.arrays
         stored = tuple(held.arrays)
-        dialects = known_dialects(stored, has_qkv_bias=has_qkv_bias)
+        dialects = known_dialects(stored, graph or outline(1, ()))
         recipes, ignored = resolve(stored, (*(() if names is None else (names,)), *dialects))
         shapes = {key: self._resolved_shape(key, recipe) for key, recipe in recipes.items()}
         self._shapes: dict[StageKey, tuple[int, ...]] = {}
@@ -138,7 +141,7 @@ class TensorDump:
         elif len(recipe.names) > 1:
             parts = (self._arrays[name] for name in recipe.names)
             values = np.concatenate([x.read().reshape(*_matrix(x)) for x in parts], axis=1)
-        elif BY_NAME[key.stage].last_token and len(first.shape) > 1:
+        elif known_stages()[key.stage].last_token and len(first.shape) > 1:
             values = first.load(first.shape[0] - 1, first.shape[0])
         else:
             values = first.read()
@@ -163,7 +166,7 @@ class TensorDump:
         if len(arrays) > 1:
             rows = {_matrix(x)[0] for x in arrays}
             return None if len(rows) > 1 else (*rows, sum(_matrix(x)[1] for x in arrays))
-        return shape[1:] if BY_NAME[key.stage].last_token and len(shape) > 1 else shape
+        return shape[1:] if known_stages()[key.stage].last_token and len(shape) > 1 else shape
 
     def _head_dim(self, recipe: Recipe) -> int:
         """D: values of the queries for one token and head."""

@@ -19,17 +19,25 @@ from aprcore.dumps.capture import (
     Module,
     capture,
     check_tokens,
-    check_window,
     expected_keys,
     explained,
+    graph_of,
+    run_model,
 )
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
+from aprcore.engines.estimate import Profile
 from aprcore.formats.huggingface import CONFIG_NAME, HuggingFaceFiles, read_huggingface
 from aprcore.ground.errors import OracleError
-from aprcore.models.model import fingerprint
-from aprcore.network.config import ARCHITECTURES
-from aprcore.network.graph import StageKey
+from aprcore.ground.precision import arithmetic_of_dtype
+from aprcore.judging.compare import compare
+from aprcore.judging.layouts import layout_of
+from aprcore.judging.replay import RecordedSide, make_judgment
+from aprcore.models.model import assemble, fingerprint
+from aprcore.network.architectures import COMPUTED
+from aprcore.network.dialects import declare_huggingface
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey
 
 Progress = Callable[[int, int], None]  # tensors written, tensors in all
 
@@ -52,6 +60,8 @@ class OracleRequest:
         dtype: One of `DTYPES`.
         device: A torch device, or "auto" to spread the model over what there is.
         trust_remote_code: Whether to run Python code that lies in the directory.
+        check: Whether the model is run once more without hooks, which must give the same logits,
+            and every stage is judged on its inputs.
     """
 
     source: Path
@@ -61,15 +71,21 @@ class OracleRequest:
     dtype: str = "float32"
     device: str = "cpu"
     trust_remote_code: bool = False
+    check: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class OracleSummary:
-    """What was captured: how many tensors, where they are, and the token ids of the pass."""
+    """What was captured: how many tensors, where they are, and the token ids of the pass.
+
+    Attributes:
+        judged: How many of them were found to follow from their inputs.
+    """
 
     count: int
     directory: Path
     tokens: tuple[int, ...]
+    judged: int = 0
 
 
 def write_oracle(
@@ -92,24 +108,111 @@ def write_oracle(
             config = _load_config(request)
             tokens = request.tokens or encode_prompt(request)
             check_tokens(tokens, config.vocab_size, request.source)
-            check_window(config, len(tokens), request.source)
             model = load_model(request, config)
-            total = len(expected_keys(model, request.layers, request.source))
+            graph = graph_of(model, request.source)
+            total = len(expected_keys(graph, request.layers))
             count = 0
+            check = _Check(request, held, model, graph, tokens) if request.check else None
             with TraceWriter(directory, _describe(request, held, tokens, model)) as writer:
 
                 def write(key: StageKey, values: Float32) -> None:
                     nonlocal count
                     writer.write(key, values)
+                    if check is not None:
+                        check.record(key, values)
                     count += 1
                     if progress is not None:
                         progress(count, total)
 
-                capture(model, tokens, write, request.layers, where=request.source)
+                logits = capture(
+                    model, tokens, write, request.layers, where=request.source, graph=graph
+                )
+                if check is not None:
+                    check.finish(logits)
     finally:
         for file in held.files:
             file.close()
-    return OracleSummary(count, Path(directory), tokens)
+    judged = 0 if check is None else check.judged
+    return OracleSummary(count, Path(directory), tokens, judged)
+
+
+class _Check:
+    """Whether what is captured is what the model computes, and follows from its inputs.
+
+    Attributes:
+        judged: Stages that were judged so far.
+    """
+
+    def __init__(
+        self, request: OracleRequest, held: HuggingFaceFiles, model: Module, graph: Graph,
+        tokens: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        """Run the model as it is, with its own attention and without hooks."""
+        self._where = request.source
+        with explained("the model failed while it ran", request.source):
+            self._plain = run_model(model, tokens).clone()
+        declared = declare_huggingface(
+            held.config, held.config_path, graph.config.architecture
+        )  # fmt: skip
+        _, weights = assemble(declared, held.tensors, request.source)
+        self._graph = graph
+        # These are the very weights that it runs with: only a cast to its type changes them.
+        profile = Profile(arithmetic_of_dtype(request.dtype), weights_rounded=False)
+        self._side = RecordedSide(graph, weights, tokens, len(tokens), profile)
+        self._layer: dict[StageKey, Float32] = {}
+        self.judged = 0
+
+    def record(self, key: StageKey, values: Float32) -> None:
+        """Take a tensor; a layer is judged once the next one begins.
+
+        Raises:
+            OracleError: A stage of the layer before does not follow from its inputs.
+        """
+        if self._layer and next(iter(self._layer)).layer != key.layer:
+            self._judge()
+        self._layer[key] = values.copy()
+
+    def finish(self, logits: Any) -> None:
+        """Judge what is left, and hold the logits against those of the plain pass.
+
+        Raises:
+            OracleError: They differ in any bit.
+        """
+        import torch
+
+        self._judge()
+        if torch.equal(logits, self._plain):
+            return
+        a, b = (x.detach().double().cpu().numpy() for x in (logits, self._plain))
+        error = compare(a.reshape(-1), b.reshape(-1)).relative_l2
+        raise OracleError(
+            f"its logits with captured attention are {error:.3g} (relative L2) from its own",
+            where=self._where,
+            hint="its attention does something that eager attention does not; --no-check writes"
+            " the oracle all the same",
+        )  # fmt: skip
+
+    def _judge(self) -> None:
+        for key in sorted(self._layer, key=self._graph.order):
+            values = self._layer[key]
+            self._side.enter(key)
+            expected = self._side.expect(key)
+            self._side.record(key, values)
+            if expected is None:
+                continue
+            layout = layout_of(key, self._side.sizes(), values.size)
+            judgment = make_judgment(values.reshape(-1), expected, layout)
+            if judgment is None:  # it is not finite
+                continue
+            self.judged += 1
+            if not judgment.passed:
+                raise OracleError(
+                    f"{key} does not follow from its inputs: {judgment.describe()}",
+                    where=self._where,
+                    hint="the model computes something that its architecture does not describe;"
+                    " --no-check writes the oracle all the same",
+                )
+        self._layer.clear()
 
 
 def encode_prompt(request: OracleRequest) -> tuple[int, ...]:
@@ -224,10 +327,10 @@ def _read_source(request: OracleRequest) -> HuggingFaceFiles:
     held = read_huggingface(path)
     architecture = held.config.get("model_type")
     # Code of the model's own may be built like a supported one; the capture looks at its modules.
-    if architecture not in ARCHITECTURES and not request.trust_remote_code:
+    if architecture not in COMPUTED and not request.trust_remote_code:
         for file in held.files:
             file.close()
-        hint = f"supported are {', '.join(ARCHITECTURES)}"
+        hint = f"supported are {', '.join(COMPUTED)}"
         if "auto_map" in held.config:
             hint += ", and with --trust-remote-code models that are built like them"
         raise OracleError(f"architecture {architecture!r} is not supported",
@@ -301,6 +404,7 @@ def _describe(
         arithmetic=DTYPES[request.dtype],
         dtype=request.dtype,
         attention="eager (captured)",
+        checked="logits and stages" if request.check else "nothing",
         versions={
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -1,7 +1,7 @@
 """Which stages and layers to keep, and where they go: the arguments of a trace.
 
 Everything here is checked before a model is opened, so that a typing error fails at once.
-Source: FORMATS.md, "Stage list and layer range on the command line".
+How they are written: docs/formats.md, "Stages on the command line".
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aprcore.ground.errors import PlanError
-from aprcore.network.graph import BY_NAME, StageKey, find_stage
+from aprcore.network.graph import find_stage, known_stages
+from aprcore.network.stages import StageKey
 
 DEFAULT_PROMPT = "What is 2+2?"
 
@@ -24,16 +25,16 @@ class Plan:
     """A choice of tensors.
 
     Attributes:
-        stages: Stage names.
+        stages: Stage names, or None for all.
         layers: Layers, or None for all; whole-model stages are not bound by it.
     """
 
-    stages: tuple[str, ...] = tuple(BY_NAME)
+    stages: tuple[str, ...] | None = None
     layers: range | None = None
 
     def wants(self, key: StageKey) -> bool:
         """Whether the plan keeps this tensor."""
-        if key.stage not in self.stages:
+        if self.stages is not None and key.stage not in self.stages:
             return False
         return key.layer is None or self.layers is None or key.layer in self.layers
 
@@ -47,12 +48,12 @@ def parse_stages(text: str) -> tuple[str, ...]:
         PlanError: An item is empty or names no stage.
     """
     if text.strip().lower() == "all":
-        return tuple(BY_NAME)
+        return tuple(known_stages())
     names = []
     for item in text.split(","):
         if not item.strip():
             raise PlanError(
-                f"empty stage name in {text!r}", hint=f"stages are all, {', '.join(BY_NAME)}"
+                f"empty stage name in {text!r}", hint=f"stages are all, {', '.join(known_stages())}"
             )
         names.append(find_stage(item).name)
     return tuple(names)

@@ -1,6 +1,6 @@
 """What a directory of stage tensors says of itself: `_trace.json`, or the other project's text.
 
-Source: FORMATS.md, "APRT stage tensor file"; the schema is docs/trace.schema.json.
+See docs/formats.md, "Sidecar"; the schema is docs/trace.schema.json.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Sidecar:
         arithmetic: Precision of the arithmetic, a name in `aprcore.ground.precision.ARITHMETICS`.
         dtype: Type of the activations: "float32", "float16", "bfloat16".
         attention: The attention implementation.
+        checked: What an oracle was checked for when it was captured: "logits and stages", that
+            both are what the model computes, or "nothing".
         versions: Versions of the software involved.
         created_utc: ISO 8601 time.
         stages: Shape and dtype of every tensor, by its path.
@@ -56,6 +58,7 @@ class Sidecar:
     arithmetic: str | None = None
     dtype: str | None = None
     attention: str | None = None
+    checked: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created_utc: str | None = None
     stages: Mapping[str, Mapping[str, Any]] | None = None
@@ -63,8 +66,9 @@ class Sidecar:
     def to_json(self) -> str:
         """The text of `_trace.json`."""
         data = {"schema": SIDECAR_SCHEMA, **asdict(self)}
-        if self.history is None:  # a full pass has none
-            del data["history"]
+        for name in ("history", "checked"):  # a full pass has none; only oracles are checked
+            if data[name] is None:
+                del data[name]
         return json.dumps(data, indent=1, allow_nan=False)
 
 

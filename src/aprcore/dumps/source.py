@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.sidecar import Sidecar
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 Float32 = NDArray[np.float32]
 

@@ -1,7 +1,7 @@
 """One stage tensor in a file of its own: APRT.
 
-Source: FORMATS.md, "APRT stage tensor file". Files are read whole with plain reads, never mapped: a
-mapped file that shrinks under the reader kills the process.
+The bytes are in docs/formats.md, "APRT stage file". Files are read whole with plain reads, never
+mapped: a mapped file that shrinks under the reader kills the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.ground.errors import FormatError, TraceError, TruncatedError
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 Float32 = NDArray[np.float32]
 Result = TypeVar("Result")

@@ -17,14 +17,13 @@ from aprcore.dumps.writer import TraceWriter
 from aprcore.engines.forward import needed_keys, trace
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.ground.errors import PlanError
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 if TYPE_CHECKING:
     from aprcore.engines.decode import StepTraced
     from aprcore.models.model import Model
 
 Progress = Callable[[StageKey], None]
-LOGITS = StageKey(None, "lm_head")
 
 
 def package_versions(*names: str) -> dict[str, str]:
@@ -91,7 +90,7 @@ def record_trace(
         TraceError: The directory cannot be written.
     """
     plan = Plan() if plan is None else plan
-    kept = [key for key in needed_keys(model.config, plan.wants) if plan.wants(key)]
+    kept = [key for key in needed_keys(model.graph, plan.wants) if plan.wants(key)]
     if directory is not None and not kept:
         raise PlanError(f"the plan selects no stage of {model.path.name}")
     logits = np.empty(0, dtype=np.float32)
@@ -102,10 +101,11 @@ def record_trace(
     def run(write: Callable[[StageKey, NDArray[Any]], None] | None) -> None:
         nonlocal logits
         backend = NumpyBackend(threads)
-        wanted = {*kept, LOGITS} if write is not None else {LOGITS}
-        stream = trace(model.config, model.weights, backend, tokens, wanted.__contains__)
+        last = model.graph.logits
+        wanted = {*kept, last} if write is not None else {last}
+        stream = trace(model.graph, model.weights, backend, tokens, wanted.__contains__)
         for key, values in stream:
-            if key == LOGITS:
+            if key == last:
                 logits = values
             if write is not None and plan.wants(key):
                 write(key, values)

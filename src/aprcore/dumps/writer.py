@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from aprcore.dumps.sidecar import SIDECAR_NAME, Sidecar
 from aprcore.dumps.stage_file import write_stage_file
 from aprcore.ground.errors import TraceError
-from aprcore.network.graph import StageKey, computation_order
+from aprcore.network.graph import computation_order
+from aprcore.network.stages import StageKey
 
 
 class TraceWriter:

@@ -1,1 +1,1 @@
-"""Backends: the operations of the table of stages, each on its own kind of array."""
+"""Backends: what the stages of a graph are computed with, each on its own kind of array."""

@@ -1,7 +1,7 @@
 """Greedy text: one pass over the prompt, then one token at a time against cached keys and values.
 
-The table of stages serves both: a decoding step is a pass of one token whose attention reads the
-cache as well (`aprcore.engines.base.Site.with_past`).
+The graph serves both: a decoding step is a pass of one token whose attention reads the
+cache as well (`aprcore.network.backend.Site.with_past`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import KeyValueCache
 from aprcore.engines.engine import Engine
-from aprcore.engines.forward import AHEAD, Wants, everything, trace
+from aprcore.engines.forward import AHEAD, everything, trace
 from aprcore.ground.errors import TokenizerError
-from aprcore.network.config import ModelConfig
-from aprcore.network.graph import StageKey
+from aprcore.network.backend import KeyValueCache
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey, Wants
 from aprcore.network.weights import Weight
 from aprcore.tokenization.tokenizer import Tokenizer, check_token_ids
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 
-LOGITS = StageKey(None, "lm_head")
-
 
 def nothing(key: StageKey) -> bool:
     """Wants no stage."""
@@ -38,7 +36,7 @@ def nothing(key: StageKey) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PassOutcome:
     """What a pass gave.
 
     Attributes:
@@ -63,7 +61,7 @@ class StepSource(Protocol):
         """What ran the last tokens."""
         ...
 
-    def feed(self, tokens: Sequence[int], wants: Wants = nothing) -> Outcome:
+    def feed(self, tokens: Sequence[int], wants: Wants = nothing) -> PassOutcome:
         """Run the next tokens, keeping the stages that are wanted."""
         ...
 
@@ -72,13 +70,13 @@ class Decoder:
     """One text in the making on one backend: tokens go in, logits come out.
 
     Attributes:
-        config, weights: The model.
+        graph, weights: The model.
         engine: Where it computes.
         tokens: What was fed so far.
     """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], engine: Engine) -> None:
-        self.config = config
+    def __init__(self, graph: Graph, weights: Mapping[str, Weight], engine: Engine) -> None:
+        self.graph = graph
         self.weights = weights
         self.engine = engine
         self.tokens: tuple[int, ...] = ()
@@ -86,7 +84,7 @@ class Decoder:
 
     def fresh(self) -> Decoder:
         """A decoder of the same model on the same backend that was fed nothing."""
-        return Decoder(self.config, self.weights, self.engine)
+        return Decoder(self.graph, self.weights, self.engine)
 
     def copy(self) -> Decoder:
         """A decoder that goes its own way from here; costs no memory until it is fed."""
@@ -94,7 +92,7 @@ class Decoder:
         other.tokens, other._cache = self.tokens, self._cache.copy()
         return other
 
-    def feed(self, tokens: Sequence[int], wants: Wants = nothing) -> Outcome:
+    def feed(self, tokens: Sequence[int], wants: Wants = nothing) -> PassOutcome:
         """Run the next tokens. An error leaves the decoder where it was.
 
         Args:
@@ -107,15 +105,16 @@ class Decoder:
         cache = self._cache.copy()
         kept = {}
         logits: Floats = np.empty(0)
-        stream = self._pass(tokens, lambda key: key == LOGITS or wants(key), cache)
+        last = self.graph.logits
+        stream = self._pass(tokens, lambda key: key == last or wants(key), cache)
         for key, tensor in stream:
-            if key == LOGITS:
+            if key == last:
                 logits = tensor
             if wants(key):
                 kept[key] = tensor
         self._cache = cache
         self.tokens += tuple(tokens)
-        return Outcome(logits, kept)
+        return PassOutcome(logits, kept)
 
     def stages(self, tokens: Sequence[int]) -> Iterator[tuple[StageKey, Floats]]:
         """Every stage of the pass that `feed` would run, without advancing.
@@ -131,7 +130,7 @@ class Decoder:
     def _pass(
         self, tokens: Sequence[int], wants: Wants, cache: KeyValueCache, ahead: int = AHEAD
     ) -> Iterator[tuple[StageKey, Floats]]:
-        return trace(self.config, self.weights, self.engine.backend, tokens, wants, cache, ahead)
+        return trace(self.graph, self.weights, self.engine.backend, tokens, wants, cache, ahead)
 
 
 class Ending(Enum):
@@ -139,7 +138,6 @@ class Ending(Enum):
 
     END_OF_TEXT = "the model ended the text"
     MAX_TOKENS = "the largest number of tokens was reached"
-    WINDOW = "the model's sliding window was reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +189,6 @@ def generate(
     max_tokens: int,
     *,
     stop_tokens: Collection[int] = (),
-    window: int | None = None,
     traced: StepRequest | None = None,
 ) -> Iterator[TokenChosen | StepTraced | TextEnded]:
     """Continue a text greedily.
@@ -201,7 +198,6 @@ def generate(
         tokens: The prompt, at least one id.
         max_tokens: How many tokens to choose at most.
         stop_tokens: Ids that end the text; they are not part of it.
-        window: Positions that the model can attend to, if that is limited.
         traced: A step to keep the stages of.
 
     Yields:
@@ -214,9 +210,6 @@ def generate(
     history: tuple[int, ...] = ()
     fed = tuple(tokens)
     for step in range(max_tokens):
-        if step and window is not None and len(history) + len(fed) > window:
-            yield TextEnded(Ending.WINDOW, step)
-            return
         wants = traced.wants if traced is not None and traced.step == step else nothing
         outcome = source.feed(fed, wants)
         if outcome.stages:

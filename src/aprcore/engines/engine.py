@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from aprcore.engines.base import Backend
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.engines.reference import ReferenceBackend
+from aprcore.network.backend import Backend
 
 ENGINES = ("numpy", "opencl", "reference")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.engines.base import Site
-from aprcore.network.config import ModelConfig
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.backend import Site
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey
 from aprcore.network.weights import Weight
 
 
@@ -27,14 +27,14 @@ class _Recorder:
 
 
 def product_weights(
-    config: ModelConfig, weights: Mapping[str, Weight], keys: Iterable[StageKey]
+    graph: Graph, weights: Mapping[str, Weight], keys: Iterable[StageKey]
 ) -> list[Weight]:
     """The matrices of a pass in the order of their use, for `QueuedBackend.expect`.
 
-    The operations of the table say it themselves: they are run on a backend that only listens.
+    The operations say it themselves: they are run on a backend that only listens.
 
     Args:
-        config: The model's configuration.
+        graph: The model's stages.
         weights: Its weights, by canonical name.
         keys: The stages that will be computed, in order.
 
@@ -44,8 +44,9 @@ def product_weights(
     recorder = _Recorder()
     nothing = np.empty(0, dtype=np.int64)
     for key in keys:
-        stage = BY_NAME[key.stage]
-        if stage.operation is not None:
-            site = Site(config, nothing, nothing, key.layer, weights)
-            stage.operation(recorder, site, *(None for _ in stage.reads))
+        operation = graph.operation(key)
+        if operation is not None:
+            site = Site(graph.config, nothing, nothing, key.layer, weights)
+            listener: Any = recorder
+            operation(listener, site, *(None for _ in graph.inputs(key)))
     return recorder.weights

@@ -1,4 +1,4 @@
-"""The forward pass: walk the table of stages on a backend and hand out every tensor."""
+"""The forward pass: walk the graph on a backend and hand out every tensor."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import Array, Backend, KeyValueCache, QueuedBackend, Site
 from aprcore.engines.expectation import product_weights
 from aprcore.ground.errors import ConfigError
+from aprcore.network.backend import Array, Backend, KeyValueCache, QueuedBackend, Site
 from aprcore.network.config import ModelConfig
-from aprcore.network.graph import BY_NAME, StageKey, input_keys, resolve_shape, stage_keys
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey, Wants
 from aprcore.network.weights import Weight
 
 Floats = NDArray[np.floating[Any]]
@@ -25,22 +26,15 @@ AHEAD = 16
 AHEAD_BYTES = 64 << 20
 
 
-def check_length(config: ModelConfig, num_tokens: int) -> None:
-    """Refuse a pass that this table would compute differently from the model.
+def check_step(config: ModelConfig, past: int) -> None:
+    """Refuse a pass that continues another where every token sees those that come after it.
 
     Raises:
-        ConfigError: The pass reaches the model's sliding window, which full attention ignores.
+        ConfigError: The model attends in both directions, and tokens were run before.
     """
-    window = config.sliding_window
-    if window is not None and num_tokens > window:
-        raise ConfigError(
-            f"the model attends within a sliding window of {window} tokens, and {num_tokens} were"
-            " given; windowed attention is not supported",
-            hint=f"use at most {window} tokens",
-        )
-
-
-Wants = Callable[[StageKey], bool]
+    if past and not config.is_causal:
+        raise ConfigError("the model attends in both directions: it does not continue a text",
+                          hint="run all of its tokens in one pass")  # fmt: skip
 
 
 def everything(key: StageKey) -> bool:
@@ -48,26 +42,22 @@ def everything(key: StageKey) -> bool:
     return True
 
 
-def needed_keys(
-    config: ModelConfig, wants: Wants, given: Container[StageKey] = ()
-) -> list[StageKey]:
+def needed_keys(graph: Graph, wants: Wants, given: Container[StageKey] = ()) -> list[StageKey]:
     """The stages that must be at hand, in order: the wanted ones and all that they read.
 
     What only `given` ones read is not among them.
     """
-    order = list(stage_keys(config.num_layers, config.features))
     needed: set[StageKey] = set()
-    for key in reversed(order):
+    for key in reversed(graph.keys):
         if key in needed or wants(key):
             needed.add(key)
-            if key in given:
-                continue
-            needed.update(input_keys(key, config.num_layers, config.features))
-    return [key for key in order if key in needed]
+            if key not in given:
+                needed.update(graph.inputs(key))
+    return [key for key in graph.keys if key in needed]
 
 
 def trace(
-    config: ModelConfig,
+    graph: Graph,
     weights: Mapping[str, Weight],
     backend: Backend,
     tokens: Sequence[int],
@@ -75,22 +65,22 @@ def trace(
     cache: KeyValueCache | None = None,
     ahead: int = AHEAD,
 ) -> Iterator[tuple[StageKey, Floats]]:
-    """As `forward`, with each tensor on the host in the shape of the table.
+    """As `forward`, with each tensor on the host in the shape of its stage.
 
     Args:
-        config, weights, backend, tokens, wants, cache: As for `forward`.
+        graph, weights, backend, tokens, wants, cache: As for `forward`.
         ahead: How many tensors a backend that queues its work may be ahead of what is yielded, as
             long as they are small; with 0 nothing is computed between one tensor and the next.
     """
     past = 0 if cache is None else cache.num_positions
-    sizes = config.sizes(len(tokens), past + len(tokens))
-    stream = forward(config, weights, backend, tokens, wants, cache)
+    sizes = graph.config.sizes(len(tokens), past + len(tokens))
+    stream = forward(graph, weights, backend, tokens, wants, cache)
     if isinstance(backend, QueuedBackend):
         fetched = _fetch(stream, backend, ahead)
     else:
         fetched = ((key, backend.to_host(tensor)) for key, tensor in stream)
     for key, tensor in fetched:
-        yield key, tensor.reshape(resolve_shape(BY_NAME[key.stage].shape, sizes))
+        yield key, tensor.reshape(graph.shape(key, sizes))
 
 
 def _fetch(
@@ -123,7 +113,7 @@ def _fetch(
 
 
 def forward(
-    config: ModelConfig,
+    graph: Graph,
     weights: Mapping[str, Weight],
     backend: Backend,
     tokens: Sequence[int],
@@ -137,7 +127,7 @@ def forward(
     Whether anyone keeps what is yielded does not change the arithmetic: nothing is written into.
 
     Args:
-        config: The model's configuration.
+        graph: The model's stages.
         weights: Its weights, by canonical name.
         backend: Where to compute.
         tokens: Token ids, [T], already checked against the vocabulary.
@@ -153,33 +143,30 @@ def forward(
         leading axis of one row for a stage of the last token only.
 
     Raises:
-        ConfigError: As `check_length`.
+        ConfigError: As `check_step`.
         WeightError: The model lacks a tensor.
         TruncatedError: A weight can no longer be read.
     """
     so_far = KeyValueCache() if cache is None else cache
-    check_length(config, so_far.num_positions + len(tokens))
+    check_step(graph.config, so_far.num_positions)
     positions = so_far.claim(len(tokens))
     given = {} if given is None else given
-    keys = needed_keys(config, wants, given)
-    reads = {
-        key: () if key in given else input_keys(key, config.num_layers, config.features)
-        for key in keys
-    }
+    keys = needed_keys(graph, wants, given)
+    reads = {key: () if key in given else graph.inputs(key) for key in keys}
     last_reader = {source: key for key in keys for source in reads[key]}
     ids = np.asarray(tokens, dtype=np.int64)
     if isinstance(backend, QueuedBackend):
-        backend.expect(product_weights(config, weights, keys))
+        backend.expect(product_weights(graph, weights, keys))
     alive: dict[StageKey, Array] = {}
     for key in keys:
         if key in given:
             tensor = backend.from_host(given[key])
         else:
-            operation = BY_NAME[key.stage].operation
+            operation = graph.operation(key)
             assert operation is not None, f"{key.stage} is read from dumps, never computed"
-            site = Site(config, ids, positions, key.layer, weights, cache)
+            site = Site(graph.config, ids, positions, key.layer, weights, cache)
             inputs = [alive[source] for source in reads[key]]
-            if BY_NAME[key.stage].last_token:
+            if graph.stage(key).last_token:
                 inputs = [backend.rows(x, ids.size - 1, ids.size) for x in inputs]
             tensor = operation(backend, site, *inputs)
         if key in last_reader:

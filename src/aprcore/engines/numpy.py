@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import Int64
 from aprcore.ground.parallel import available_threads, for_each, single_threaded_blas
+from aprcore.network.backend import Int64
+from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Float32, Weight, read_all, row_chunks, row_values
 
 
 class NumpyBackend:
-    """Float32 operations in canonical layout; see `aprcore.engines.base.Backend`.
+    """Float32 operations in canonical layout; see `aprcore.network.backend.Backend`.
 
     Results do not depend on the number of threads: each thread computes whole pieces of the output
     whose boundaries follow from the shapes alone.
@@ -41,8 +42,20 @@ class NumpyBackend:
             weight.read(token, token + 1, out[row])
         return out
 
-    def rms_norm(self, x: Float32, weight: Weight, eps: float) -> Float32:
+    def scale(self, x: Float32, factor: float) -> Float32:
+        return x * np.float32(factor)
+
+    def soft_cap(self, x: Float32, cap: float) -> Float32:
+        limit = np.float32(cap)
+        capped = x / limit
+        np.tanh(capped, out=capped)
+        capped *= limit
+        return capped
+
+    def rms_norm(self, x: Float32, weight: Weight, eps: float, offset: float = 0.0) -> Float32:
         gain = read_all(weight)
+        if offset:
+            gain = np.float32(offset) + gain
         groups = x.reshape(-1, gain.size)
         mean_square = np.einsum("ij,ij->i", groups, groups, dtype=np.float32) / np.float32(
             gain.size
@@ -88,22 +101,21 @@ class NumpyBackend:
         return rotated.reshape(x.shape)
 
     def attention_scores(
-        self, q: Float32, k: Float32, num_heads: int, num_kv_heads: int
+        self, q: Float32, k: Float32, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Float32:
         tokens, positions = q.shape[0], k.shape[0]
         queries = q.reshape(tokens, num_heads, -1).transpose(1, 0, 2)  # (H, T, D)
         keys = k.reshape(positions, num_kv_heads, -1).transpose(1, 2, 0)  # (K, D, S)
-        scale = np.float32(1 / math.sqrt(queries.shape[-1]))
         scores = np.empty((num_heads, tokens, positions), dtype=np.float32)
         group = num_heads // num_kv_heads
         for head in range(num_heads):
             np.matmul(queries[head], keys[head // group], out=scores[head])
-        scores *= scale
-        scores[:, ~_causal(tokens, positions)] = 0
+        scores *= np.float32(scale)
+        scores[:, ~mask.allowed(tokens, positions)] = 0
         return scores
 
-    def causal_softmax(self, scores: Float32) -> Float32:
-        allowed = _causal(*scores.shape[1:])
+    def masked_softmax(self, scores: Float32, mask: Mask) -> Float32:
+        allowed = mask.allowed(*scores.shape[1:])
         weights = np.where(allowed, scores, np.float32(-np.inf))
         weights -= weights.max(axis=-1, keepdims=True)
         np.exp(weights, out=weights)
@@ -154,9 +166,3 @@ class NumpyBackend:
             buffer = np.empty(values, dtype=np.float32)
             self._local.buffer = buffer
         return buffer
-
-
-def _causal(tokens: int, positions: int) -> NDArray[np.bool_]:
-    """Which positions each token may attend to, [T, S]: the last token sees all of them."""
-    offset = positions - tokens
-    return np.arange(positions)[None, :] <= np.arange(tokens)[:, None] + offset

@@ -21,7 +21,6 @@ pass over each weight serves several sides at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,12 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import Int64
 from aprcore.engines.estimate import Estimate, Float64, Profile
 from aprcore.engines.predicted_product import PredictedProduct
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.ground.parallel import available_threads, for_each, single_threaded_blas
 from aprcore.ground.precision import FLOAT32
+from aprcore.network.backend import Int64
+from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
 
@@ -51,7 +51,7 @@ ANGLE_ROUNDINGS = 4
 
 
 class PredictionBackend:
-    """Operations on `Estimate`; see `aprcore.engines.base.Backend`.
+    """Operations on `Estimate`; see `aprcore.network.backend.Backend`.
 
     Rows of different sides may be stacked for the row-wise operations: `profiles` then gives each
     block of rows its own engine.
@@ -83,15 +83,44 @@ class PredictionBackend:
         distinct = float(np.unique(tokens).size)
         return Estimate(value, variance + self._stored(value), distinct)
 
-    def rms_norm(self, x: Estimate, weight: Weight, eps: float) -> Estimate:
-        value = self._exact.rms_norm(x.value, weight, eps)
+    def scale(self, x: Estimate, factor: float) -> Estimate:
+        value = factor * x.value
+
+        def of_factor(energy: Float64, profile: Profile) -> Float64:
+            return energy * _rounding(factor, profile) ** 2
+
+        # The factor rounds once, by as much for every value: no mean over them is near a typical
+        # rounding, so it is the one that the type gives. Then each product rounds.
+        variance = factor**2 * x.variance + self._by_side(np.square(x.value), of_factor)
+        return Estimate(value, variance + self._stored(value), x.token_dof)
+
+    def soft_cap(self, x: Estimate, cap: float) -> Estimate:
+        value = self._exact.soft_cap(x.value, cap)
+        quotient, tanh = x.value / cap, value / cap
+        slope = 1 - np.square(tanh)
+        # Quotient, tanh and product are stored: a small score's quotient may be subnormal in half
+        # precision where the score is not, so that each counts by its own spacing.
+        variance = np.square(cap * slope) * self._stored(quotient)
+        variance += cap**2 * self._stored(tanh) + self._stored(value)
+        # tanh is good to a unit in the last place, and 1/cap may be a rounded factor.
+        variance += self._sum_error(4 * np.square(value))
+        if np.any(x.variance):
+            variance += np.square(slope) * x.variance
+        return Estimate(value, variance, x.token_dof)
+
+    def rms_norm(self, x: Estimate, weight: Weight, eps: float, offset: float = 0.0) -> Estimate:
+        value = self._exact.rms_norm(x.value, weight, eps, offset)
         size = weight.shape[0]
         groups = x.value.reshape(-1, size)
         scale = 1 / np.sqrt(np.mean(np.square(groups), axis=1, keepdims=True) + eps)
         normed = (groups * scale).reshape(value.shape)
-        gain = np.tile(read_all(weight).astype(np.float64), value.shape[1] // size)
+        stored = read_all(weight).astype(np.float64)
+        gain = np.tile(offset + stored, value.shape[1] // size)
         steps = np.tile(_steps(weight, 0, size).reshape(-1), value.shape[1] // size)
-        variance = np.square(normed) * self._weight_error(gain[None, :], steps[None, :])
+        stored = np.tile(stored, value.shape[1] // size)
+        variance = np.square(normed) * self._weight_error(stored[None, :], steps[None, :])
+        if offset:  # the sum with the weight is rounded once, in float32 at the coarsest
+            variance += np.square(value) * (FLOAT32.roundoff**2 / 3)
         # The mean of squares is a sum of `size` positive terms; the root halves its error.
         variance += self._sum_error(0.25 * np.square(value) * size / 3)
         variance += self._stored(value) + self._stored(normed) * np.square(gain)
@@ -175,15 +204,14 @@ class PredictionBackend:
         return Estimate(value, variance, x.token_dof)
 
     def attention_scores(
-        self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int
+        self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Estimate:
         exact = self._exact.attention_scores
-        value = exact(q.value, k.value, num_heads, num_kv_heads)
+        value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         head_dim = q.value.shape[1] // num_heads
-        root = math.sqrt(head_dim)  # `exact` divides by it once, squares need it twice
 
         def squares(a: Float64, b: Float64) -> Float64:
-            return exact(a, b, num_heads, num_kv_heads) / root
+            return exact(a, b, num_heads, num_kv_heads, scale**2, mask)
 
         wander = squares(np.square(q.value), np.square(k.value))
         variance = self._sum_error(wander * head_dim / 2 + np.square(value) * head_dim / 3)
@@ -193,8 +221,8 @@ class PredictionBackend:
             variance += squares(np.square(q.value), k.variance)
         return Estimate(value, variance)
 
-    def causal_softmax(self, scores: Estimate) -> Estimate:
-        value = self._exact.causal_softmax(scores.value)
+    def masked_softmax(self, scores: Estimate, mask: Mask) -> Estimate:
+        value = self._exact.masked_softmax(scores.value, mask)
         seen = value > 0
         top = np.where(seen, scores.value, -np.inf).max(axis=2, keepdims=True)
         depth = np.where(seen, top - scores.value, 0.0)
@@ -301,6 +329,11 @@ class PredictionBackend:
                 for count, p in self._profiles
             ]
         )
+
+
+def _rounding(number: float, profile: Profile) -> float:
+    """By how much a number of the model is off in the type that the engine stores."""
+    return float(profile.arithmetic.stored.round(np.asarray(number))) - number
 
 
 def _steps(weight: Weight, start: int, stop: int) -> Float64:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import Int64
+from aprcore.network.backend import Int64
+from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, row_chunks
 
@@ -24,7 +25,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 class ReferenceBackend:
-    """Float64 operations in canonical layout; see `aprcore.engines.base.Backend`."""
+    """Float64 operations in canonical layout; see `aprcore.network.backend.Backend`."""
 
     name = "reference"
 
@@ -37,8 +38,15 @@ class ReferenceBackend:
     def embed(self, tokens: Int64, weight: Weight) -> Float64:
         return np.concatenate([_wide(weight, t, t + 1) for t in tokens.tolist()])
 
-    def rms_norm(self, x: Float64, weight: Weight, eps: float) -> Float64:
-        gain = _wide(weight)
+    def scale(self, x: Float64, factor: float) -> Float64:
+        return factor * x
+
+    def soft_cap(self, x: Float64, cap: float) -> Float64:
+        grown = np.expm1(-2 * np.abs(x / cap))  # tanh by another route, without overflow
+        return np.asarray(np.copysign(cap * grown / (grown + 2), x))
+
+    def rms_norm(self, x: Float64, weight: Weight, eps: float, offset: float = 0.0) -> Float64:
+        gain = offset + _wide(weight)
         out = np.empty_like(x)
         for start in range(0, x.shape[1], gain.size):
             group = slice(start, start + gain.size)
@@ -71,26 +79,29 @@ class ReferenceBackend:
         return np.stack([points.real, points.imag], axis=2).reshape(x.shape)
 
     def attention_scores(
-        self, q: Float64, k: Float64, num_heads: int, num_kv_heads: int
+        self, q: Float64, k: Float64, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Float64:
         head_dim = q.shape[1] // num_heads
         group = num_heads // num_kv_heads
         queries = q.reshape(-1, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
         keys = k.reshape(-1, num_kv_heads, 1, head_dim).transpose(1, 2, 3, 0)  # (K, 1, D, S)
         scores: Float64 = np.matmul(queries, keys).reshape(num_heads, q.shape[0], k.shape[0])
-        scores /= math.sqrt(head_dim)
+        scores *= scale
         past = k.shape[0] - q.shape[0]
         for token in range(q.shape[0]):  # in place: a mask costs as much as the product
-            scores[:, token, past + token + 1 :] = 0
+            first, stop = mask.span(past + token, k.shape[0])
+            scores[:, token, :first] = 0
+            scores[:, token, stop:] = 0
         return scores
 
-    def causal_softmax(self, scores: Float64) -> Float64:
+    def masked_softmax(self, scores: Float64, mask: Mask) -> Float64:
         _, tokens, positions = scores.shape
         out = np.zeros_like(scores)
         for token in range(tokens):
-            seen = scores[:, token, : positions - tokens + token + 1]
+            first, stop = mask.span(positions - tokens + token, positions)
+            seen = scores[:, token, first:stop]
             powers = np.exp(seen - seen.max(axis=1, keepdims=True))
-            out[:, token, : seen.shape[1]] = powers / powers.sum(axis=1, keepdims=True)
+            out[:, token, first:stop] = powers / powers.sum(axis=1, keepdims=True)
         return out
 
     def weighted_values(self, softmax: Float64, v: Float64, num_kv_heads: int) -> Float64:

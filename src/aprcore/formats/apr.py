@@ -4,7 +4,7 @@ Opening reads the header, the metadata and the tensor index, and checks everythi
 checked without reading weights. The checksum of the data covers the whole file, so it is left to
 `verify_apr`: on a 40 GB file it takes minutes.
 
-Source: FORMATS.md, "APR v2 model file (`.apr`)".
+Source: docs/formats.md, "Models".
 """
 
 from __future__ import annotations

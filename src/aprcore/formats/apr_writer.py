@@ -4,7 +4,7 @@ The whole layout follows from the tensors' names, types and shapes, so header an
 first and the weights stream through: nothing larger than a piece is held. The file appears under
 its name only when it is complete.
 
-Source: FORMATS.md, "APR v2 model file (`.apr`)".
+Source: docs/formats.md, "Models".
 """
 
 from __future__ import annotations

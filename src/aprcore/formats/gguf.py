@@ -4,7 +4,7 @@ The `gguf` package gives the types and block sizes; the header is read with our 
 because the package's reader maps the file, does not check counts against its size, and takes 7.8 s
 for a vocabulary of 152,000 tokens (this one 0.3 s).
 
-Source: the GGUF specification (ggml, `docs/gguf.md`) and FORMATS.md, "GGUF".
+Source: ggml's specification of GGUF.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def read_safetensors_header(path: Path) -> tuple[DataFile, int, dict[str, Any]]:
             f"the header claims {size_bytes} bytes, above the format's {HEADER_LIMIT_BYTES}",
             where=path, offset_bytes=0, hint="this is no safetensors file, or it is damaged",
         )  # fmt: skip
-    header = parse_object(cursor.take(size_bytes), path, "the safetensors header")
+    header = parse_object(cursor.take(size_bytes), path, "the safetensors header", unique=True)
     return file, cursor.offset_bytes, header
 
 

@@ -16,8 +16,8 @@ from aprcore.quant.steps import join_rows, step_squares
 from aprcore.quant.types import (
     SCALE_BYTES,
     BlockFormat,
+    BlockLayout,
     Bytes,
-    Layout,
     dequantize,
     find_format,
     locate,
@@ -139,7 +139,7 @@ class StoredTensor:
         if not 0 <= start <= stop <= total_rows:
             raise IndexError(f"rows {start} to {stop} of {self.name!r}, which has {total_rows}")
         row, row_values = find_format(self.dtype), math.prod(self.shape[1:])
-        if row.layout not in (Layout.ROWS, Layout.PADDED_ROWS):
+        if row.layout not in (BlockLayout.ROWS, BlockLayout.PADDED_ROWS):
             return self._row_steps(start * row_values, (stop - start) * row_values, row_values)
         row_length = self.shape[-1] if self.shape else 1
         if len(self.shape) < 2:  # its blocks span its rows, so they are read from the first on
@@ -169,11 +169,11 @@ class StoredTensor:
     @property
     def _is_vector_of_blocks(self) -> bool:
         layout = find_format(self.dtype).layout
-        return len(self.shape) == 1 and layout in (Layout.ROWS, Layout.PADDED_ROWS)
+        return len(self.shape) == 1 and layout in (BlockLayout.ROWS, BlockLayout.PADDED_ROWS)
 
     def _scale(self) -> float:
         """The scale of an AprQ8 tensor; 1 for every other."""
-        if find_format(self.dtype).layout is not Layout.SCALED:
+        if find_format(self.dtype).layout is not BlockLayout.SCALED:
             return 1.0
         scale: float = struct.unpack("<f", self.file.read_bytes(self.offset_bytes, SCALE_BYTES))[0]
         return scale
@@ -228,7 +228,7 @@ def _take(out: Float32, count: int) -> Float32:
 
 def _piece_values(row: BlockFormat, row_length: int) -> int:
     """How many values to expand at once: whole rows for types in rows of blocks."""
-    if row.layout in (Layout.ROWS, Layout.PADDED_ROWS):
+    if row.layout in (BlockLayout.ROWS, BlockLayout.PADDED_ROWS):
         return max(1, PIECE_BYTES // max(1, row_bytes(row, row_length))) * row_length
     return PIECE_BYTES // row.block_bytes * row.block_values
 

@@ -10,11 +10,12 @@ import os
 import stat
 import weakref
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from aprcore.ground.errors import FormatError, TruncatedError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _CURSOR_BYTES = 64 * 1024
 

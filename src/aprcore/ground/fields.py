@@ -9,12 +9,11 @@ import json
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import msgspec
 
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import AprError, ConfigError, FormatError, Where, nearest
@@ -183,6 +182,8 @@ def convert(
     Raises:
         AprError: The value is something else; it names the key, what it has and what is allowed.
     """
+    import msgspec  # takes longer to import than all that reads `Fields`
+
     try:
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as fault:
@@ -222,19 +223,23 @@ def _shorten(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def parse_object(data: bytes, where: Where, what: str) -> dict[str, Any]:
-    """A JSON object out of bytes; of a key that is there twice the last counts.
+def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object out of bytes.
 
     Args:
         data: UTF-8 text.
         where: The file, for errors.
         what: What the text is, for errors.
+        unique: Whether a key that is there twice is an error; otherwise the last counts.
 
     Raises:
         FormatError: The bytes are no JSON object, or nest too deeply.
     """
     # Not by msgspec, which refuses the NaN and Infinity that Python itself writes.
-    value = _parsed(lambda: json.loads(data.decode()), where, f"{what} ", "JSON")
+    hook = _unique if unique else None
+    value = _parsed(
+        lambda: json.loads(data.decode(), object_pairs_hook=hook), where, f"{what} ", "JSON"
+    )
     if not isinstance(value, dict):
         raise FormatError(f"{what} is not a JSON object", where=where)
     return value
@@ -276,3 +281,11 @@ def _parsed(parse: Callable[[], Any], where: Where, subject: str, kind: str) -> 
         raise FormatError(f"{subject}nests too deeply", where=where) from error
     except ValueError as error:  # says where; also an integer of more digits than Python parses
         raise FormatError(f"{subject}is not {kind}: {error}", where=where) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} appears twice")
+    return values

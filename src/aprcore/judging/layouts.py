@@ -1,7 +1,7 @@
 """Layouts: the canonical shape of a stage's tensor, and the other shapes that engines dump.
 
 A dump in another layout holds the same numbers; that is worth a note and never a divergence.
-Source: FORMATS.md, "Canonical layouts".
+The layouts are those of docs/formats.md, "Stages and canonical layouts".
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.network.graph import BY_NAME, StageKey, axis_names, resolve_factors, resolve_shape
+from aprcore.network.graph import known_stages
+from aprcore.network.operations import AddBias, Linear, Operation, Rotate, Scores
+from aprcore.network.stages import StageKey, axis_names, resolve_factors, resolve_shape
 
 Floats = NDArray[np.floating[Any]]
 Int64 = NDArray[np.int64]
-
-# Stages whose last two axes are (query, key) of causal attention, and hold nothing above the
-# diagonal: engines write zeros, minus infinity, the type's lowest value or the raw product there.
-MASKED_STAGES = ("attn_scores",)
 
 
 class Layout(NamedTuple):
@@ -46,7 +44,7 @@ def layout_of(key: StageKey, sizes: Mapping[str, int], count: int) -> Layout:
 
     Falls back to one flat axis when the sizes are not known or do not fit.
     """
-    shape = BY_NAME[key.stage].shape
+    shape = known_stages()[key.stage].shape
     try:
         resolved = resolve_shape(shape, sizes)
     except KeyError:
@@ -68,27 +66,27 @@ def infer_sizes(
         num_tokens: T, if known.
         num_positions: S, if it is known; None where it is T.
     """
-    by_stage = {key.stage: count for key, count in counts.items()}
+    by_shape: dict[str, int] = {}
+    for key, count in counts.items():
+        shape = known_stages()[key.stage].shape
+        # Of two dumps one may hold the last token only.
+        by_shape[shape] = max(count, by_shape.get(shape, 0))
     sizes: dict[str, int] = {}
-    if "lm_head" in by_stage:
-        sizes["V"] = by_stage["lm_head"]
+    if "V" in by_shape:
+        sizes["V"] = by_shape["V"]
     if not num_tokens:
         return sizes
     sizes["T"], sizes["S"] = num_tokens, num_positions or num_tokens
 
-    def per_token(*names: str) -> int | None:
-        for name in names:
-            count = by_stage.get(name)
-            if count and count % num_tokens == 0:
-                return count // num_tokens
-        return None
+    def per_token(shape: str) -> int | None:
+        count = by_shape.get(shape)
+        return count // num_tokens if count and count % num_tokens == 0 else None
 
-    if hidden := per_token("attn_norm", "embedding", "ffn_norm", "attn_out", "final_norm"):
-        sizes["E"] = hidden
-    if ffn := per_token("ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl"):
-        sizes["F"] = ffn
-    heads, rest = divmod(by_stage.get("attn_scores", 0), num_tokens * sizes["S"])
-    query, keys = per_token("q_post_rope", "attention"), per_token("k_post_rope")
+    for letter in ("E", "F"):
+        if width := per_token(f"T,{letter}"):
+            sizes[letter] = width
+    heads, rest = divmod(by_shape.get("H,T,S", 0), num_tokens * sizes["S"])
+    query, keys = per_token("T,H·D"), per_token("T,K·D")
     if heads and not rest and query and query % heads == 0:
         sizes["H"], sizes["D"] = heads, query // heads
         if keys and keys % sizes["D"] == 0:
@@ -96,26 +94,38 @@ def infer_sizes(
     return sizes
 
 
-def zero_above_diagonal(key: StageKey, x: Floats, layout: Layout) -> Floats:
-    """`x` with what no judgment may look at set to zero: scores of positions after the query.
+def is_masked(operation: Operation | None) -> bool:
+    """Whether a tensor holds values that no judgment may look at: scores that nobody reads.
 
-    Returns `x` itself for stages without such positions.
+    Engines write zeros, minus infinity, the type's lowest value or the raw product there.
     """
-    if key.stage not in MASKED_STAGES or len(layout.factors) != 3:
+    return isinstance(operation, Scores)
+
+
+def zero_masked(operation: Operation | None, x: Floats, layout: Layout) -> Floats:
+    """`x` with what no judgment may look at set to zero.
+
+    Returns `x` itself for stages without such values.
+
+    Args:
+        operation: What makes the tensor: its mask says what nobody reads.
+        x: Its values, flat.
+        layout: Its layout.
+    """
+    if not isinstance(operation, Scores) or len(layout.factors) != 3:
         return x
-    _, queries, keys = layout.factors
-    allowed = np.arange(keys)[None, :] <= np.arange(queries)[:, None] + (keys - queries)
+    allowed = operation.mask.allowed(*layout.factors[1:])
     return np.where(allowed, x.reshape(layout.factors), np.zeros(1, dtype=x.dtype)).reshape(-1)
 
 
 def alternatives(
-    key: StageKey, x: Floats, layout: Layout, *, num_kv_heads: int | None = None,
+    operation: Operation | None, x: Floats, layout: Layout, *, num_kv_heads: int | None = None,
     is_oracle: bool = False,
 ) -> Iterator[tuple[str, Floats]]:  # fmt: skip
     """Other readings of a tensor: (what the dump did, the tensor put into canonical order).
 
     Args:
-        key: The stage.
+        operation: What makes the tensor.
         x: The dumped values, flat.
         layout: The canonical layout that they should have had.
         num_kv_heads: K; without it every number that fits is tried.
@@ -133,7 +143,7 @@ def alternatives(
             readings.append(("heads before tokens", by_head))
             yield readings[-1]
         for name, y in readings:
-            for order, columns in _column_orders(key, heads, dim, num_kv_heads, is_oracle):
+            for order, columns in _column_orders(operation, heads, dim, num_kv_heads, is_oracle):
                 both = f"{name}, {order}" if name else order
                 yield both, y.reshape(tokens, heads * dim)[:, columns].reshape(-1)
     if layout.axes == ("head", "token", "position") and factors[0] > 1 and factors[1] > 1:
@@ -150,12 +160,12 @@ def alternatives(
 
 
 def _column_orders(
-    key: StageKey, heads: int, dim: int, num_kv_heads: int | None, is_oracle: bool
+    operation: Operation | None, heads: int, dim: int, num_kv_heads: int | None, is_oracle: bool
 ) -> Iterator[tuple[str, Int64]]:
     """Where each canonical column lies in dumps of q, k and v with columns in another order."""
-    if key.stage in ("q_post_rope", "k_post_rope") and dim % 2 == 0:
+    if isinstance(operation, Rotate) and dim % 2 == 0:
         yield "adjacent pairs within each head", _adjacent_pairs(heads, dim)
-    if key.stage not in ("qkv_matmul", "qkv_bias") or is_oracle:
+    if not is_joined(operation) or is_oracle:
         return
     counts = range(1, heads // 3 + 1) if num_kv_heads is None else (num_kv_heads,)
     for kv in counts:
@@ -168,6 +178,11 @@ def _column_orders(
             yield "adjacent pairs within each head of q and k", columns
         for name, order in interleavings(heads - 2 * kv, kv, dim):
             yield name, np.argsort(order)
+
+
+def is_joined(operation: Operation | None) -> bool:
+    """Whether a tensor is q, k and v side by side."""
+    return isinstance(operation, Linear | AddBias) and len(operation.modules) > 1
 
 
 def _adjacent_pairs(heads: int, dim: int) -> Int64:
@@ -194,7 +209,7 @@ def last_token(
 ) -> tuple[Floats, Layout] | None:
     """The last token's part of a tensor of all tokens and its layout, if it has `count` values."""
     layout = layout_of(key, sizes, x.size)
-    if BY_NAME[key.stage].last_token and x.size == sizes.get("T", 0) * count:
+    if known_stages()[key.stage].last_token and x.size == sizes.get("T", 0) * count:
         row = x.reshape(-1)[-count:]  # an engine that dumps the logits of every token
         return row, layout_of(key, sizes, count)
     if "token" not in layout.axes:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
 
-# Relative gap under which two candidates for the next token count as tied (FORMATS.md).
+# Relative gap under which two candidates for the next token count as tied (docs/formats.md).
 NEAR_TIE_GAP = 0.15
 
 

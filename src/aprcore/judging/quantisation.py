@@ -22,12 +22,11 @@ from aprcore.ground.errors import WeightError
 from aprcore.ground.precision import EXACT
 from aprcore.judging.replay import RecordedSide, run_stage
 from aprcore.judging.verdict import FLOAT_TYPES, HALF_TYPES
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.operations import HEAD
+from aprcore.network.stages import StageKey
 
 if TYPE_CHECKING:
     from aprcore.models.model import Model
-
-HEAD = "lm_head.weight"  # a file may leave it out where it equals the embedding
 
 # Exact arithmetic leaves the error of the stored steps alone.
 _EXACT = Profile(EXACT, weights_rounded=True)
@@ -90,7 +89,7 @@ def _check(reference: Model, model: Model) -> None:
             where=reference.path, hint="name the checkpoint that was quantised",
         )  # fmt: skip
     for name in sorted(reference.weights.keys() ^ model.weights.keys()):
-        if name != HEAD:
+        if name != HEAD:  # a file may leave it out where it equals the embedding
             lacking = reference if name in model.weights else model
             raise WeightError(
                 f"{lacking.path} has no tensor {name!r}", where=reference.path,
@@ -116,9 +115,9 @@ def measure_quantisation(
         key: The stage.
         observed: The oracle's tensor of it, in canonical layout.
     """
-    stage = BY_NAME[key.stage]
+    operation = oracle.graph.operation(key)
     site = oracle.site(key)
-    used = [site.find(name) for name in (*stage.weights, *stage.optional)]
+    used = [] if operation is None else [site.find(use.name) for use in operation.weights]
     if all(weight is None or weight.dtype in ("F32", "F64") for weight in used):
         return None
     inputs = oracle.inputs(key)
@@ -126,9 +125,9 @@ def measure_quantisation(
         return None
     estimates = [x.estimate for x in inputs]
     backend = PredictionBackend([(None, _EXACT)])
-    quantised = run_stage(backend, site, key, estimates)
+    quantised = run_stage(backend, site, oracle.graph, key, estimates)
     site = dataclasses.replace(site, weights=reference.weights)
-    sound = run_stage(backend, site, key, estimates)
+    sound = run_stage(backend, site, oracle.graph, key, estimates)
     if quantised is None or sound is None or sound.value.size != observed.size:
         return None
     energy = float(np.square(sound.value).sum())

@@ -7,6 +7,7 @@ recomputed from the nearest recorded ancestors, and the span that is then judged
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import KeyValueCache, Site
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.network.config import ModelConfig
-from aprcore.network.graph import BY_NAME, STAGES, Scope, StageKey, input_keys
+from aprcore.judging.compare import compare
+from aprcore.judging.layouts import Layout
+from aprcore.judging.noise import allowed_ratio, assess
+from aprcore.judging.verdict import Judgment
+from aprcore.network.backend import KeyValueCache, Site
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey
 from aprcore.network.weights import Weight
 
 Floats = NDArray[np.floating[Any]]
@@ -48,35 +53,32 @@ class RecordedSide:
 
     Attributes:
         profile: What the side's engine rounds.
-        features: What its stages say it has.
+        graph: The stages of the model, with those that only this side recorded.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        graph: Graph,
         weights: Mapping[str, Weight],
         tokens: Sequence[int] | None,
         num_tokens: int,
         profile: Profile,
         *,
-        features: Iterable[str] | None = None,
         read: Read | None = None,
         past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
 
         Args:
-            config, weights: The model whose operations are replayed.
+            graph, weights: The model whose operations are replayed.
             tokens: Token ids; without them the embedding cannot be replayed.
             num_tokens: T.
             profile: What the side's engine rounds.
-            features: Features that decide which stages are read; default: the model's.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
             past: Keys and values before a decoding step, on the host; None for a full pass.
         """
         self.profile = profile
-        self.features = frozenset(config.features if features is None else features)
-        self._config = config
+        self.graph = graph
         self._weights = weights
         self._tokens = None if tokens is None else np.asarray(tokens, dtype=np.int64)
         self._past = None if past is None else past.converted(PredictionBackend([]).from_host)
@@ -96,15 +98,9 @@ class RecordedSide:
         if key.layer == self._layer:
             return
         self._layer = key.layer
-        num_layers = self._config.num_layers
         # The last layer may yet have to be recomputed for the stages of the whole model.
-        kept = {num_layers - 1 if key.layer is None else key.layer, None}
-        inputs = {
-            source
-            for stage in STAGES
-            if stage.scope is BY_NAME[key.stage].scope or stage.scope is Scope.LAYER
-            for source in input_keys(StageKey(key.layer, stage.name), num_layers, self.features)
-        }
+        kept = {self.graph.num_layers - 1 if key.layer is None else key.layer, None}
+        inputs = {self.graph.stream(key.layer)}
         for held in (self._recorded, self._replayed):
             for old in [k for k in held if k.layer not in kept and k not in inputs]:
                 del held[old]
@@ -116,13 +112,13 @@ class RecordedSide:
     def sizes(self) -> Mapping[str, int]:
         """Numbers for the letters of symbolic shapes."""
         num_tokens = self._positions.size
-        return self._config.sizes(num_tokens, self._num_past + num_tokens)
+        return self.graph.config.sizes(num_tokens, self._num_past + num_tokens)
 
     def site(self, key: StageKey) -> Site:
         """Where a stage runs."""
         tokens = self._positions * 0 if self._tokens is None else self._tokens
         past = None if self._past is None else self._past.copy()
-        return Site(self._config, tokens, self._positions, key.layer, self._weights, past)
+        return Site(self.graph.config, tokens, self._positions, key.layer, self._weights, past)
 
     def tensor(self, key: StageKey) -> Floats | None:
         """A recorded tensor as [T, C] or [H, T, S], or None."""
@@ -146,12 +142,14 @@ class RecordedSide:
     def inputs(self, key: StageKey) -> list[Expectation] | None:
         """The inputs of a stage, recorded or recomputed; None if that cannot be done."""
         found = []
-        for source in input_keys(key, self._config.num_layers, self.features):
+        if key not in self.graph:
+            return None
+        for source in self.graph.inputs(key):
             known = self._input(source, key.layer)
             if known is None:
                 return None
             found.append(known)
-        if BY_NAME[key.stage].reads == () and self._tokens is None:
+        if not found and self._tokens is None:
             return None
         return found
 
@@ -175,14 +173,14 @@ class RecordedSide:
 
     def _recompute(self, key: StageKey, layer: int | None) -> Expectation | None:
         """A tensor that was not recorded, from its ancestors within one layer."""
-        last = self._config.num_layers - 1 if layer is None else layer
+        last = self.graph.num_layers - 1 if layer is None else layer
         if key.layer is not None and key.layer < last:
             return None
         inputs = self.inputs(key)
         if inputs is None:
             return None
         backend = PredictionBackend([(None, self.profile)])
-        estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
+        estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
         if estimate is None or not np.isfinite(estimate.value).all():
             return None
         return Expectation(estimate, _starts(inputs), (*_recomputed(inputs), key))
@@ -193,7 +191,7 @@ class RecordedSide:
         if inputs is None:
             return None
         backend = PredictionBackend([(None, self.profile)])
-        estimate = run_stage(backend, self.site(key), key, [x.estimate for x in inputs])
+        estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
         return None if estimate is None else self.expectation(key, inputs, estimate)
 
     def expect_from(self, key: StageKey, inputs: Sequence[Floats]) -> Expectation | None:
@@ -201,7 +199,7 @@ class RecordedSide:
         backend = PredictionBackend([(None, self.profile)])
         values = [np.asarray(x, dtype=np.float64) for x in inputs]
         exact = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in values]
-        estimate = run_stage(backend, self.site(key), key, exact)
+        estimate = run_stage(backend, self.site(key), self.graph, key, exact)
         return None if estimate is None else Expectation(estimate)
 
     def expectation(
@@ -221,15 +219,21 @@ def _recomputed(inputs: Iterable[Expectation]) -> tuple[StageKey, ...]:
 
 
 def run_stage(
-    backend: PredictionBackend, site: Site, key: StageKey, inputs: Sequence[Estimate]
+    backend: PredictionBackend,
+    site: Site,
+    graph: Graph,
+    key: StageKey,
+    inputs: Sequence[Estimate],
 ) -> Estimate | None:
     """One stage on the prediction backend; None if the model lacks what the stage needs."""
-    stage = BY_NAME[key.stage]
-    if stage.operation is None or any(site.find(name) is None for name in stage.weights):
+    operation = graph.operation(key)
+    if operation is None:
         return None
-    if stage.last_token:
+    if any(use.needed and site.find(use.name) is None for use in operation.weights):
+        return None
+    if graph.stage(key).last_token:
         inputs = [backend.rows(x, x.value.shape[0] - 1, x.value.shape[0]) for x in inputs]
-    result: Estimate = stage.operation(backend, site, *inputs)
+    result: Estimate = operation(backend, site, *inputs)
     return result
 
 
@@ -242,19 +246,18 @@ def expect_both(
             None if trace is None else trace.expect(key),
             None if oracle is None else oracle.expect(key),
         )
-    if not _row_wise(key):
+    operation = trace.graph.operation(key)
+    if operation is None or not operation.row_wise:
         return trace.expect(key), oracle.expect(key)
     traced, captured = trace.inputs(key), oracle.inputs(key)
-    if traced is None or captured is None or trace.features != oracle.features:
+    if traced is None or captured is None or trace.graph.inputs(key) != oracle.graph.inputs(key):
         return trace.expect(key), oracle.expect(key)
-    last = BY_NAME[key.stage].last_token
+    last = trace.graph.stage(key).last_token
     stacked = [_stack(a.estimate, b.estimate, last) for a, b in zip(traced, captured)]
     rows = stacked[0].value.shape[0] // 2
     backend = PredictionBackend([(rows, trace.profile), (rows, oracle.profile)])
     site = trace.site(key)
     site = Site(site.config, site.tokens, np.tile(site.positions, 2), site.layer, site.weights)
-    operation = BY_NAME[key.stage].operation
-    assert operation is not None
     both: Estimate = operation(backend, site, *stacked)
     dof = both.token_dof if trace.profile.rounds_weights else None
     first = Estimate(both.value[:rows], both.variance[:rows], dof)
@@ -265,19 +268,22 @@ def expect_both(
     )
 
 
-def _row_wise(key: StageKey) -> bool:
-    """Whether each output row depends on the same row of the inputs only."""
-    stage = BY_NAME[key.stage]
-    if stage.operation is None or not stage.reads:
-        return False
-    shapes = [BY_NAME[s.stage].shape for s in input_keys(key, 1, ("qkv_bias",))]
-    token_rows = all(shape.startswith("T,") for shape in shapes)
-    return token_rows and (stage.last_token or stage.shape.startswith("T,"))
-
-
 def _stack(a: Estimate, b: Estimate, last_token: bool) -> Estimate:
     rows = slice(-1, None) if last_token else slice(None)
     value = np.concatenate([a.value[rows], b.value[rows]])
     if not (np.any(a.variance) or np.any(b.variance)):
         return Estimate(value, np.broadcast_to(0.0, value.shape))
     return Estimate(value, np.concatenate([a.variance[rows], b.variance[rows]]))
+
+
+def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:
+    """A tensor against what its side's own inputs say it should be; None if that is not finite."""
+    estimate = expected.estimate
+    if not np.isfinite(estimate.value).all() or not np.isfinite(x).all():
+        return None
+    found = compare(x, estimate.value)
+    assessment = assess(x, estimate, layout)
+    bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
+    return Judgment(
+        found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed
+    )  # fmt: skip

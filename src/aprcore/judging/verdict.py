@@ -15,7 +15,7 @@ from enum import Enum
 
 from aprcore.judging.compare import Comparison
 from aprcore.judging.noise import Assessment
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 
 class Verdict(Enum):
@@ -142,7 +142,7 @@ class Evidence:
 def decide(found: Evidence) -> tuple[Verdict | None, str]:
     """The verdict and one sentence that says why; None when there is nothing to judge by.
 
-    The first that holds (DESIGN.md): NONFINITE, LAYOUT, FAIL by kernel, FAIL by model, PASS, NOISE,
+    The first that holds: NONFINITE, LAYOUT, FAIL by kernel, FAIL by model, PASS, NOISE,
     INHERITED. SHAPE and MISSING are settled before there is any evidence.
     """
     comparison = found.comparison

@@ -197,9 +197,12 @@ def describe_config(config: ModelConfig) -> dict[str, Any]:
         "rope_type": SPLIT_HALVES,
         "rope_scaling": _describe_scaling(config.rope),
         "hidden_act": config.hidden_act,
-        "sliding_window": config.sliding_window,
+        "sliding_window": config.window,
+        "layer_types": _describe_windows(config),
+        "is_causal": None if config.is_causal else False,
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tied_head,
+        **config.numbers,
     }
     return _without_none(fields)
 
@@ -291,6 +294,14 @@ def _describe_scaling(rope: Rope) -> dict[str, Any] | None:
         return None
     fields = asdict(rope.scaling)
     return _without_none({"rope_type": fields.pop("kind"), **fields})
+
+
+def _describe_windows(config: ModelConfig) -> list[str] | None:
+    """Hugging Face's `layer_types`; None where all layers are alike."""
+    if len(set(config.windows)) == 1:
+        return None
+    pattern = (config.windows[n % len(config.windows)] for n in range(config.num_layers))
+    return ["full_attention" if w is None else "sliding_attention" for w in pattern]
 
 
 def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 from aprcore.formats.apr import dtype_id
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.errors import AprError
-from aprcore.models.names import EMBEDDING, HEAD
+from aprcore.network.operations import EMBEDDING, HEAD
 from aprcore.network.weights import Weight
 from aprcore.quant.quantise import QUANTISED
-from aprcore.quant.types import FORMATS, Bytes, Layout, rows_have_bytes
+from aprcore.quant.types import FORMATS, BlockLayout, Bytes, rows_have_bytes
 
 DTYPES = ("keep", "f32", "f16", "bf16")
 QUANTIZED = tuple(dtype.lower() for dtype in QUANTISED)
@@ -91,7 +91,7 @@ def _reason_to_spare(weight: Weight, dtype: str, with_embeddings: bool) -> str:
     if weight.name in (EMBEDDING, HEAD) and not with_embeddings:
         return "embedding and head stay float"
     row = FORMATS[dtype]
-    if row.layout is Layout.ROWS and weight.shape[-1] % row.block_values:
+    if row.layout is BlockLayout.ROWS and weight.shape[-1] % row.block_values:
         return f"rows of {weight.shape[-1]} are not whole blocks"
     return ""
 

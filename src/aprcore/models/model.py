@@ -1,6 +1,6 @@
 """An open model: its configuration, its tokenizer and its weights by canonical name.
 
-Nothing but headers is read on opening. Source: FORMATS.md, "Tensor names" and "GGUF".
+Nothing but headers is read on opening. What files may hold: docs/formats.md, "Models".
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -21,18 +21,21 @@ from aprcore.formats.storage import StoredTensor
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import ConfigError, FormatError, TokenizerError, WeightError, Where
 from aprcore.models.names import (
-    EMBEDDING,
-    HEAD,
     ROPE_DIVISORS,
     is_gguf_name,
     rename_tensors,
     split_fused,
     split_halves,
+    unshifted,
+    weights_of_layer,
 )
+from aprcore.network.architectures import known_names
 from aprcore.network.config import Declaration, ModelConfig
 from aprcore.network.dialects import declare_apr, declare_gguf, declare_huggingface
-from aprcore.network.graph import STAGES, WEIGHT_SHAPES, Scope, resolve_shape
+from aprcore.network.graph import Graph
+from aprcore.network.operations import EMBEDDING, HEAD, K_NORM, Q_NORM, K, Q, V, WeightUse
 from aprcore.network.rope import Rope, RopeScaling
+from aprcore.network.stages import resolve_shape
 from aprcore.network.weights import Weight, read_all
 from aprcore.tokenization.tokenizer import Tokenizer, TokenizerData
 from aprcore.tokenization.tokenizer_json import read_tokenizer_json
@@ -63,6 +66,11 @@ class Model:
     weights: Mapping[str, Weight]
     files: tuple[DataFile, ...]
     metadata: Mapping[str, Any]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The stages of its pass."""
+        return Graph(self.config)
 
     @cached_property
     def tokenizer_data(self) -> TokenizerData | None:
@@ -221,7 +229,8 @@ def assemble(
         WeightError: A tensor is missing, misshaped, stored twice or of no use.
     """
     config = declared.config
-    renamed = rename_tensors(tensors, where)
+    every = Graph(config, known_names(config.architecture))
+    renamed = rename_tensors(tensors, every, where)
     divisors = renamed.pop(ROPE_DIVISORS, None)
     if divisors is not None:
         config = dataclasses.replace(config, rope=_with_divisors(config.rope, divisors, where))
@@ -230,24 +239,38 @@ def assemble(
     if declared.tied and EMBEDDING not in renamed and HEAD in renamed:
         renamed[EMBEDDING] = dataclasses.replace(renamed.pop(HEAD), name=EMBEDDING)
     parts = split_fused(renamed, config, where)
-    weights: dict[str, Weight] = (
-        split_halves(parts, config.head_dim) if declared.adjacent_pairs else dict(parts)
+    weights = unshifted(
+        split_halves(parts, config.head_dim) if declared.adjacent_pairs else parts,
+        declared.norm_offset,
     )
-    config = dataclasses.replace(
-        config,
-        qkv_bias=_has_any(weights, _QKV_BIASES),
-        qk_norm=_has_any(weights, _QK_NORMS),
-        tied_head=HEAD not in weights,
-    )
+    config = with_found_weights(config, weights)
     _check_weights(config, declared, weights, where)
     return config, weights
 
 
-_QKV_BIASES = tuple(f"self_attn.{letter}_proj.bias" for letter in "qkv")
-_QK_NORMS = tuple(f"self_attn.{letter}_norm.weight" for letter in "qk")
+_QKV_BIASES = tuple(module.bias for module in (Q, K, V))
+_QK_NORMS = (Q_NORM, K_NORM)
 
 
-def _has_any(weights: Mapping[str, Weight], suffixes: tuple[str, ...]) -> bool:
+def with_found_weights(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """A configuration with what the names of the weights say and metadata does not."""
+    graph = Graph(config, known_names(config.architecture))
+    return dataclasses.replace(
+        config,
+        found=frozenset(
+            row.stage.name
+            for layer in (0, graph.num_layers - 1, None)
+            for row in graph.layer(layer).values()
+            if row.stage.conditional
+            and row.stage.operation is not None
+            and _has_any(names, tuple(use.name for use in row.stage.operation.weights))
+        ),
+        qk_norm=_has_any(names, _QK_NORMS),
+        tied_head=HEAD not in names,
+    )
+
+
+def _has_any(weights: Collection[str], suffixes: tuple[str, ...]) -> bool:
     return any(name.endswith(suffixes) for name in weights)
 
 
@@ -272,29 +295,24 @@ def _with_divisors(rope: Rope, tensor: StoredTensor, where: Where) -> Rope:
     return dataclasses.replace(rope, scaling=RopeScaling(), divisors=tuple(divisors.tolist()))
 
 
-def _used_weights(config: ModelConfig, declared: Declaration) -> Iterator[tuple[str, str, bool]]:
-    """Every weight that a stage uses: its whole name, its name in the table, whether it must be.
+def _used_weights(graph: Graph, declared: Declaration) -> Iterator[tuple[str, WeightUse]]:
+    """Every weight that a stage uses: its whole name, and what is known of it.
 
     Lazy, so that an absurd number of layers ends at the first missing tensor.
     """
-    norms = _QK_NORMS if config.qk_norm else ()
-    stages = [s for s in STAGES if s.feature is None or s.feature in config.features]
-    layers: Iterator[int | None] = chain((None,), range(config.num_layers))
+    norms = _QK_NORMS if graph.config.qk_norm else ()
+    layers: Iterator[int | None] = chain((None,), range(graph.num_layers))
     for layer in layers:
         prefix = "" if layer is None else f"model.layers.{layer}."
-        for stage in stages:
-            if (stage.scope is Scope.LAYER) != (layer is not None):
-                continue
-            for name in stage.weights:
-                yield prefix + name, name, True
-            for name in stage.optional:
-                yield prefix + name, name, name in norms or name in declared.promised
+        for use in weights_of_layer(graph, layer):
+            needed = use.needed or use.name in norms or use.name in declared.promised
+            yield prefix + use.name, use._replace(needed=needed)
 
 
 def _check_weights(
     config: ModelConfig, declared: Declaration, weights: Mapping[str, Weight], where: Where
 ) -> None:
-    """Hold the tensors against the table of stages.
+    """Hold the tensors against the graph.
 
     Raises:
         WeightError: One is missing, misshaped, or used by no stage.
@@ -302,20 +320,20 @@ def _check_weights(
     """
     sizes = config.sizes(1)
     used = set()
-    for name, row, needed in _used_weights(config, declared):
+    for name, use in _used_weights(Graph(config), declared):
         weight = weights.get(name)
         if weight is None:
-            if needed:
-                raise _missing_error(name, row, declared, where)
+            if use.needed:
+                raise _missing_error(name, use.name, declared, where)
             continue
-        if row in declared.denied:
+        if use.name in declared.denied:
             raise ConfigError(f"tensor {name!r} exists, though the configuration says that the "
                               "model has no such bias", where=where)  # fmt: skip
-        expected = resolve_shape(WEIGHT_SHAPES[row], sizes)
+        expected = resolve_shape(use.shape, sizes)
         if weight.shape != expected:
             raise WeightError(
                 f"tensor {name!r} has shape {list(weight.shape)}, expected {list(expected)} "
-                f"({WEIGHT_SHAPES[row]})", where=where,
+                f"({use.shape})", where=where,
             )  # fmt: skip
         used.add(name)
     unused = sorted(weights.keys() - used)
@@ -325,10 +343,10 @@ def _check_weights(
                           hint="the architecture or the number of layers may be wrong")  # fmt: skip
 
 
-def _missing_error(name: str, row: str, declared: Declaration, where: Where) -> WeightError:
+def _missing_error(name: str, short: str, declared: Declaration, where: Where) -> WeightError:
     hint = None
-    if row in declared.promised:
+    if short in declared.promised:
         hint = "the configuration says that the model has it"
-    elif row in (*_QKV_BIASES, *_QK_NORMS):
+    elif short in (*_QKV_BIASES, *_QK_NORMS):
         hint = "others of its kind exist"
     return WeightError(f"tensor {name!r} is missing", where=where, hint=hint)

@@ -3,49 +3,35 @@
 Files differ in names (Hugging Face's or GGUF's), in fusing q, k and v, and in the order of q and k
 rows. All of it is undone by views that are read lazily like the tensors themselves.
 
-Source: FORMATS.md, "Tensor names" and "GGUF"; llama.cpp's `convert_hf_to_gguf.py` for the order.
+Source: docs/formats.md, "Models"; llama.cpp's `convert_hf_to_gguf.py` for the order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.errors import WeightError, Where
+from aprcore.network.architectures import find_architecture
 from aprcore.network.config import ModelConfig
-from aprcore.network.graph import K, Q, V
+from aprcore.network.graph import Graph
+from aprcore.network.operations import PARTS, K, Q, V, WeightUse
+from aprcore.network.stages import Scope
 from aprcore.network.weights import Float32, Weight, row_values
 from aprcore.quant.types import Bytes
 
 ROPE_DIVISORS = "rope_freqs.weight"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FUSED_QKV = "self_attn.qkv_proj"
 
-_GGUF_MODEL = {
-    "token_embd.weight": EMBEDDING,
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": HEAD,
-}
-_GGUF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_NAME = re.compile(r"blk\.(\d{1,9})\.([a-z_]+)\.(weight|bias)", re.ASCII)
+_GGUF_LAYER = re.compile(r"blk\.(\d{1,9})\.([a-z_]+)\.(weight|bias)", re.ASCII)
+_GGUF_MODEL = re.compile(r"(token_embd|output_norm|output)\.(weight|bias)", re.ASCII)
 _FUSED_NAME = re.compile(r"(model\.layers\.\d{1,9}\.)self_attn\.qkv_proj\.(weight|bias)", re.ASCII)
 # A leftover of old checkpoints; the frequencies follow from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
@@ -163,32 +149,139 @@ class SplitHalves:
         return squares[rows - first], group
 
 
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """A vector stored with something added to it, as a weight: GGUF's norms by 1 + w.
+
+    Attributes:
+        name: The canonical name.
+        inner: The stored vector.
+        offset: What was added.
+    """
+
+    name: str
+    inner: StoredTensor | RowSlice | SplitHalves
+    offset: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, row-major."""
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        """The stored type."""
+        return self.inner.dtype
+
+    def read(self, start: int, stop: int, out: Float32 | None = None) -> Float32:
+        """See `Weight.read`. Exact for sums of a common size; else off by less than a step."""
+        values = self.inner.read(start, stop, out)
+        return np.subtract(values, np.float32(self.offset), out=None if out is None else values)
+
+    def step_squares(self, start: int, stop: int) -> tuple[Float32, int]:
+        """See `Weight.step_squares`: the steps of what is stored, and of the difference."""
+        squares, group = self.inner.step_squares(start, stop)
+        return squares + np.spacing(np.abs(self.read(start, stop)))[:, None] ** 2, group
+
+
 def is_gguf_name(name: str) -> bool:
     """Whether a tensor's name is one of GGUF's."""
-    return name in _GGUF_MODEL or _GGUF_NAME.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) for pattern in (_GGUF_LAYER, _GGUF_MODEL))
 
 
-def canonical_name(name: str) -> str:
-    """The Hugging Face name of a tensor; a name that is not GGUF's is returned as it is."""
-    if name in _GGUF_MODEL:
-        return _GGUF_MODEL[name]
-    match = _GGUF_NAME.fullmatch(name)
-    if match is None or match[2] not in _GGUF_LAYER:
-        return name
-    return f"model.layers.{int(match[1])}.{_GGUF_LAYER[match[2]]}.{match[3]}"
+class GgufNames:
+    """The names that GGUF gives the weights of a graph, by the `gguf` package's own map."""
+
+    def __init__(self, graph: Graph) -> None:
+        from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+        self._graph = graph
+        family = find_architecture(graph.config.architecture)
+        named = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+        self._map = get_tensor_name_map(
+            named.get(family.gguf or family.name, MODEL_ARCH.LLAMA), 1
+        )  # fmt: skip
+        self._layers: dict[int | None, Mapping[str, str]] = {}
+
+    def canonical(self, name: str) -> str:
+        """The Hugging Face name of a tensor; a name that is not GGUF's is returned as it is."""
+        if _GGUF_MODEL.fullmatch(name):
+            return self._names(None).get(name, name)
+        match = _GGUF_LAYER.fullmatch(name)
+        if match is None:
+            return name
+        layer = int(match[1])
+        short = self._names(min(layer, self._graph.num_layers - 1)).get(f"{match[2]}.{match[3]}")
+        return name if short is None else f"model.layers.{layer}.{short}"
+
+    def stored(self, name: str) -> str:
+        """GGUF's name of a canonical one: the way back."""
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        module, _, kind = (name if match is None else match[2]).rpartition(".")
+        found = self._lookup(module, None if match is None else 0)
+        if found is None:
+            return name
+        number = "" if match is None else match[1]
+        return f"{found}.{kind}" if match is None else f"blk.{number}.{found}.{kind}"
+
+    def _names(self, layer: int | None) -> Mapping[str, str]:
+        """Canonical names by GGUF's, without what says the layer."""
+        found = self._layers.get(layer)
+        if found is None:
+            found = {}
+            modules = {use.name.rpartition(".")[0] for use in weights_of_layer(self._graph, layer)}
+            if layer is not None:
+                modules.add(FUSED_QKV)
+            for module in modules:
+                stored = self._lookup(module, layer)
+                if stored is not None:
+                    found |= {f"{stored}.{kind}": f"{module}.{kind}" for kind in ("weight", "bias")}
+            self._layers[layer] = found
+        return found
+
+    def _lookup(self, module: str, layer: int | None) -> str | None:
+        """GGUF's name of a module, without the layer.
+
+        What the architecture's own map lacks is looked up in that of all: files fuse what a model
+        has apart, untie its head, or add norms.
+        """
+        from gguf import TENSOR_NAMES, TensorNameMap
+
+        name = self._map.get_name(module if layer is None else f"model.layers.0.{module}")
+        if name is None:
+            everything: Any = TensorNameMap  # its tables have no stubs
+            table = everything.mappings_cfg if layer is None else everything.block_mappings_cfg
+            wanted = module if layer is None else f"model.layers.{{bid}}.{module}"
+            names = (TENSOR_NAMES[tensor] for tensor, known in table.items() if wanted in known)
+            name = next(names, None)
+        return None if name is None else name.removeprefix("blk.0.").removeprefix("blk.{bid}.")
 
 
-def rename_tensors(tensors: Mapping[str, StoredTensor], where: Where) -> dict[str, StoredTensor]:
+def weights_of_layer(graph: Graph, layer: int | None) -> Iterator[WeightUse]:
+    """The weights that the stages of a layer use, or those of the whole model (None)."""
+    rows = [*graph.layer(layer).values()]
+    if layer is None:
+        rows += [row for row in graph.layer(0).values() if row.stage.scope is Scope.FIRST_LAYER]
+    for row in rows:
+        is_outside = row.stage.scope is not Scope.LAYER
+        if row.stage.operation is not None and is_outside == (layer is None):
+            yield from row.stage.operation.weights
+
+
+def rename_tensors(
+    tensors: Mapping[str, StoredTensor], graph: Graph, where: Where
+) -> dict[str, StoredTensor]:
     """Tensors under canonical names, without those that carry nothing.
 
     Raises:
         WeightError: Two tensors have the same canonical name.
     """
+    names = GgufNames(graph) if any(map(is_gguf_name, tensors)) else None
     renamed: dict[str, StoredTensor] = {}
     for stored, tensor in tensors.items():
         if stored.endswith(_IGNORED_SUFFIX):
             continue
-        name = canonical_name(stored)
+        name = stored if names is None else names.canonical(stored)
         if name in renamed:
             raise WeightError(f"{name} is stored twice, once as {stored!r}", where=where)
         renamed[name] = dataclasses.replace(tensor, name=name) if name != stored else tensor
@@ -213,9 +306,9 @@ def split_fused(
         if not tensor.shape or tensor.shape[0] != expected:
             raise WeightError(f"{name} has shape {list(tensor.shape)}, expected {expected} rows",
                               where=where)  # fmt: skip
-        for part, module in (("q", Q), ("k", K), ("v", V)):
+        for part, module in zip(PARTS, (Q, K, V)):
             start, stop = config.qkv_columns(part)
-            single = f"{match[1]}{module}.{match[2]}"
+            single = f"{match[1]}{module.path}.{match[2]}"
             _add(weights, single, RowSlice(single, tensor, start, stop - start), where)
     return weights
 
@@ -236,12 +329,24 @@ _ROTATED_NAME = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_(proj|norm)\.(w
 
 def split_halves(
     weights: Mapping[str, StoredTensor | RowSlice], head_dim: int
-) -> dict[str, Weight]:
+) -> Mapping[str, StoredTensor | RowSlice | SplitHalves]:
     """Weights whose q and k rows are for adjacent pairs, with those rows in split-half order.
 
     A norm of q or k scales the same dimensions, so it is stored in the same order.
     """
     return {
         name: SplitHalves(name, weight, head_dim) if _ROTATED_NAME.fullmatch(name) else weight
+        for name, weight in weights.items()
+    }
+
+
+def unshifted(
+    weights: Mapping[str, StoredTensor | RowSlice]
+    | Mapping[str, StoredTensor | RowSlice | SplitHalves],
+    offset: float,
+) -> dict[str, Weight]:
+    """Weights whose norms are stored with something added, with it taken off again."""
+    return {
+        name: Shifted(name, weight, offset) if offset and name.endswith("norm.weight") else weight
         for name, weight in weights.items()
     }

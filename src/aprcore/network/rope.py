@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SCALING_KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -67,6 +69,8 @@ class Rope:
 
     def inverse_frequencies(self) -> NDArray[np.float64]:
         """Radians per position for each of the D/2 frequencies, float64."""
+        import numpy as np
+
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
         plain = self.theta**-exponents
         if self.divisors is not None:
@@ -95,6 +99,8 @@ class Rope:
         return _mscale(factor, 1.0)
 
     def _llama3(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+        import numpy as np
+
         scaling = self.scaling
         original = float(scaling.original_max_position_embeddings or 8192)
         wavelength = 2 * math.pi / plain
@@ -108,6 +114,8 @@ class Rope:
         )
 
     def _yarn(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
+        import numpy as np
+
         scaling, dim = self.scaling, self.head_dim
         original = scaling.original_max_position_embeddings or self.max_position_embeddings or 2048
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import TraceError
-from aprcore.judging.layouts import MASKED_STAGES, Layout
-from aprcore.network.graph import StageKey
+from aprcore.judging.layouts import Layout, is_masked
+from aprcore.network.operations import Operation
+from aprcore.network.stages import StageKey
 
 Float32 = NDArray[np.float32]
 
@@ -100,7 +101,9 @@ class FilePlane:
         layout: Its canonical layout.
     """
 
-    def __init__(self, path: Path, key: StageKey, layout: Layout, offset_bytes: int) -> None:
+    def __init__(
+        self, path: Path, operation: Operation | None, layout: Layout, offset_bytes: int
+    ) -> None:
         """Open a file that holds the tensor behind `offset_bytes`, and nothing after it.
 
         Raises:
@@ -109,7 +112,7 @@ class FilePlane:
         """
         self.layout = layout
         self._offset_bytes = offset_bytes
-        self._is_masked = key.stage in MASKED_STAGES and len(layout.factors) == 3
+        self._is_masked = is_masked(operation) and len(layout.factors) == 3
         self._file = DataFile(path)
         expected = offset_bytes + 4 * math.prod(layout.shape)
         if self._file.size_bytes != expected:

@@ -1,6 +1,6 @@
 """Encoding float32 values in the stored types that this project writes.
 
-Source: FORMATS.md, "APR v2 model file".
+Source: docs/formats.md, "Models".
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The scales are then rounded to small integers and the codes are chosen anew, wit
 will multiply by. Every value counts alike: the aim is the smallest RMSE, which is also what the
 predicted noise floor speaks of. llama.cpp gives large values more weight.
 
-Source: FORMATS.md, "APR v2 model file"; llama.cpp's ggml-quants.c (`make_qkx2_quants`,
+Source: docs/formats.md, "Models"; llama.cpp's ggml-quants.c (`make_qkx2_quants`,
 `make_qx_quants`) for the search, gguf-py for Q8_0 and Q4_0.
 """
 

@@ -6,7 +6,7 @@ are the `d²`, from the stored bytes. A table row per type says how; values of a
 
 Measured against predicted is in docs/noise-floor.md; tests/unit/test_steps.py holds the bands.
 
-Source: DESIGN.md, "Quantised weights have a predictable noise floor"; ggml's block structures.
+Source: ggml's block structures; docs/formats.md for AprQ4 and AprQ8.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.quant.types import Bytes, Float32, Layout, dequantize, find_format, row_bytes
+from aprcore.quant.types import BlockLayout, Bytes, Float32, dequantize, find_format, row_bytes
 
 Halves = NDArray[np.uint16]
 
@@ -56,16 +56,16 @@ def step_squares(
     rows = count // max(1, row_length)
     with np.errstate(all="ignore"):
         match row.layout:
-            case Layout.PLAIN:
+            case BlockLayout.PLAIN:
                 if dtype not in _SPACINGS:
                     # Integers are exact, and F64 is finer than the float32 it is read as.
                     return np.zeros((rows, 1), np.float32), max(1, row_length)
                 squares = _spacing_squares(dtype, raw.view(row.number))
                 return squares.reshape(rows, row_length), 1
-            case Layout.SCALED:
+            case BlockLayout.SCALED:
                 square = _finite(np.full((rows, 1), scale, np.float32) ** 2)
                 return square, max(1, row_length)
-            case Layout.FLAT:
+            case BlockLayout.FLAT:
                 return _flat_squares(raw, skip_values, rows, row_length)
         kind = _BLOCKS[dtype]
         blocks = raw.reshape(-1, row.block_bytes)

@@ -4,13 +4,13 @@
 `aprcore.quant.super_blocks`, and its other types by the `gguf` package, which is imported only when
 such a tensor is read.
 
-Source: FORMATS.md, "APR v2 model file"; ggml's block structures as in `gguf.GGML_QUANT_SIZES`.
+Source: docs/formats.md, "Models"; ggml's block structures as in `gguf.GGML_QUANT_SIZES`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -26,7 +26,7 @@ Bytes = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
 
-class Layout(Enum):
+class BlockLayout(Enum):
     """How the values of a tensor are laid out in bytes."""
 
     PLAIN = "one number per value"
@@ -46,13 +46,16 @@ class BlockFormat:
         block_bytes: Bytes of a block.
         layout: How blocks follow each other.
         number: The numpy type of a `PLAIN` value; bits for BF16, which numpy lacks.
+        expand: Blocks, uint8 [n, bytes of a block], into float32 [values], written whole; None:
+            the `gguf` package does it.
     """
 
     name: str
     block_values: int
     block_bytes: int
-    layout: Layout
+    layout: BlockLayout
     number: str = ""
+    expand: Callable[[Bytes, Float32], None] | None = None
 
 
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
@@ -75,13 +78,13 @@ _GGML_PADDED_ROWS = {"Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144),
 FORMATS: Mapping[str, BlockFormat] = {
     row.name: row
     for row in (
-        *(BlockFormat(name, 1, np.dtype(number).itemsize, Layout.PLAIN, number)
+        *(BlockFormat(name, 1, np.dtype(number).itemsize, BlockLayout.PLAIN, number)
           for name, number in _PLAIN.items()),
-        *(BlockFormat(name, *sizes, Layout.ROWS) for name, sizes in _GGML_ROWS.items()),
-        *(BlockFormat(name, *sizes, Layout.PADDED_ROWS)
+        *(BlockFormat(name, *sizes, BlockLayout.ROWS) for name, sizes in _GGML_ROWS.items()),
+        *(BlockFormat(name, *sizes, BlockLayout.PADDED_ROWS, expand=EXPANSIONS.get(name))
           for name, sizes in _GGML_PADDED_ROWS.items()),
-        BlockFormat("AprQ4", 32, 18, Layout.FLAT),
-        BlockFormat("AprQ8", 1, 1, Layout.SCALED),
+        BlockFormat("AprQ4", 32, 18, BlockLayout.FLAT),
+        BlockFormat("AprQ8", 1, 1, BlockLayout.SCALED),
     )
 }  # fmt: skip
 
@@ -119,14 +122,14 @@ def storage_size(dtype: str, shape: tuple[int, ...]) -> int:
     row = find_format(dtype)
     values = math.prod(shape)
     match row.layout:
-        case Layout.PLAIN:
+        case BlockLayout.PLAIN:
             return values * row.block_bytes
-        case Layout.FLAT:
+        case BlockLayout.FLAT:
             return -(-values // row.block_values) * row.block_bytes
-        case Layout.SCALED:
+        case BlockLayout.SCALED:
             return SCALE_BYTES + values
     length = shape[-1] if shape else 1
-    if row.layout is Layout.ROWS and length % row.block_values:
+    if row.layout is BlockLayout.ROWS and length % row.block_values:
         raise UnsupportedError(
             f"rows of {length} values are not whole {dtype} blocks of {row.block_values}"
         )
@@ -142,9 +145,9 @@ def rows_have_bytes(dtype: str, shape: tuple[int, ...]) -> bool:
         UnsupportedError: The type is unknown.
     """
     layout = find_format(dtype).layout
-    if layout in (Layout.ROWS, Layout.PADDED_ROWS):
+    if layout in (BlockLayout.ROWS, BlockLayout.PADDED_ROWS):
         return len(shape) != 1
-    return layout is Layout.PLAIN
+    return layout is BlockLayout.PLAIN
 
 
 def row_bytes(row: BlockFormat, length: int) -> int:
@@ -158,11 +161,11 @@ def locate(row: BlockFormat, row_length: int, first: int, count: int) -> Span:
     For types in rows of blocks the range must be whole rows of `row_length` (the last axis).
     """
     match row.layout:
-        case Layout.PLAIN:
+        case BlockLayout.PLAIN:
             return Span(first * row.block_bytes, count * row.block_bytes, 0)
-        case Layout.SCALED:
+        case BlockLayout.SCALED:
             return Span(SCALE_BYTES + first, count, 0)
-        case Layout.FLAT:
+        case BlockLayout.FLAT:
             block, skip = divmod(first, row.block_values)
             return Span(block * row.block_bytes, row_bytes(row, skip + count), skip)
     stride = row_bytes(row, row_length)
@@ -195,13 +198,13 @@ def dequantize(
     # What a file holds may be any bits: an infinite scale is for the comparison to report.
     with np.errstate(all="ignore"):
         match row.layout:
-            case Layout.PLAIN:
+            case BlockLayout.PLAIN:
                 _widen(row, raw, out)
-            case Layout.SCALED:
+            case BlockLayout.SCALED:
                 np.multiply(raw.view(np.int8), np.float32(scale), out=out)
-            case Layout.FLAT:
+            case BlockLayout.FLAT:
                 out[:] = _expand_apr_q4(raw)[skip_values : skip_values + out.size]
-            case Layout.ROWS | Layout.PADDED_ROWS:
+            case BlockLayout.ROWS | BlockLayout.PADDED_ROWS:
                 _expand_ggml(row, raw, out, row_length or out.size)
 
 
@@ -256,14 +259,13 @@ def _expand_ggml(row: BlockFormat, raw: Bytes, out: Float32, row_length: int) ->
     """Rows of ggml blocks -> float32, the filling at the end of each row dropped."""
     if not out.size:
         return
-    expansion = EXPANSIONS.get(row.name)
-    if expansion is not None:
+    if row.expand is not None:
         blocks = raw.reshape(-1, row.block_bytes)
         if row_length % row.block_values == 0:
-            expansion(blocks, out.reshape(-1))
+            row.expand(blocks, out.reshape(-1))
             return
         filled = np.empty(len(blocks) * row.block_values, np.float32)
-        expansion(blocks, filled)
+        row.expand(blocks, filled)
         whole_rows = filled.reshape(out.size // row_length, -1)
         out.reshape(-1, row_length)[:] = whole_rows[:, :row_length]
         return

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey, computation_order
+from aprcore.network.graph import computation_order
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report, StageReport
 
 # The error of a stage that stays wrong has changed if it did so by this factor: an engine that sums

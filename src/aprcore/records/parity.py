@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aprcore.judging.compare import Comparison
 from aprcore.judging.layouts import Layout
 from aprcore.judging.verdict import FLOAT32_BOUND, Judgment, Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 
 
 @dataclass(frozen=True, slots=True)

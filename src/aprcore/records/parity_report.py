@@ -10,7 +10,7 @@ from aprcore.judging.compare import Comparison
 from aprcore.judging.layouts import Layout
 from aprcore.judging.logits import NEAR_TIE_GAP
 from aprcore.judging.verdict import FLOAT32_BOUND
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageFault, StageParity
 from aprcore.records.report_json import figures_to_json, json_ready, picked
 

@@ -10,7 +10,7 @@ from aprcore.judging.layouts import Layout
 from aprcore.judging.logits import LogitsComparison
 from aprcore.judging.quantisation import Quantisation
 from aprcore.judging.verdict import Judgment, Verdict
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageParity
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from aprcore.ground.errors import AprError, FormatError
 from aprcore.ground.whole_file import write_whole
 from aprcore.judging.layouts import Layout
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.pictures.plane import MemoryPlane, Plane, TensorPair
 from aprcore.records.environment import (
     Environment,

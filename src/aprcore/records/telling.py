@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from aprcore.network.graph import BY_NAME
+from aprcore.ground.visible import visible
 
 if TYPE_CHECKING:
     from aprcore.causes.records import CauseTried, Explanation
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from aprcore.records.environment import Environment
     from aprcore.records.report import LogitsReport, Report, RunHeader, Side, StageReport
 
-LINE_LIMIT = 300
 # Characters of a reason of the engine, which may list stages.
 REASON_LIMIT = 1000
 # A cosine in seven decimals tells rounding (1 - 1e-7) from equality; four are for narrow columns.
@@ -120,17 +119,6 @@ class Layer(NamedTuple):
         """Of the stages that have a judgment, the one that fares worst in it."""
         made = (stage for stage in self.stages if error_of(stage, name) is not None)
         return max(made, key=lambda stage: rank_of(stage, name), default=None)
-
-
-def visible(text: str, limit: int = LINE_LIMIT) -> str:
-    r"""`text` on one line with everything that does not print spelled out ("\x1b", "\u202e").
-
-    Longer text ends in an ellipsis.
-    """
-    shown = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    if shown.isprintable():
-        return shown
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def quoted(text: str) -> str:
@@ -465,7 +453,9 @@ def absence(stage: StageReport, name: str, header: RunHeader) -> str:
         return "no model"
     if not header.judged:
         return "not asked for"
-    if BY_NAME[stage.key.stage].operation is None:
+    from aprcore.network.graph import known_stages  # the command line words without it
+
+    if known_stages()[stage.key.stage].operation is None:
         return "no supported model computes this stage"
     is_model = name == "model"
     side, statistics = ("oracle", stage.oracle) if is_model else ("trace", stage.trace)

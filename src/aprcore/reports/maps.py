@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.pictures import Grid
 from aprcore.records.telling import format_ratio, plural, quoted
 

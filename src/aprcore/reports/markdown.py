@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from aprcore.causes.records import CauseTried
+from aprcore.ground.visible import visible
 from aprcore.judging.verdict import Verdict
 from aprcore.records import telling
 from aprcore.records.environment import Environment, format_command
 from aprcore.records.report import Report, RunHeader, StageReport
-from aprcore.records.telling import Fact, Table, plain, plural, visible
+from aprcore.records.telling import Fact, Table, plain, plural
 
 # GitHub refuses a comment of more than 65,536 characters; some room is for the writer's own words.
 MOST_CHARACTERS = 60_000

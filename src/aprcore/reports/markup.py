@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from aprcore.records.telling import visible
+from aprcore.ground.visible import visible
 
 # Longer than any sentence of the engine; a hostile name of a megabyte is cut.
 TEXT_LIMIT = 4000

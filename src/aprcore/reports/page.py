@@ -12,7 +12,8 @@ from importlib.resources import files
 
 from aprcore.causes.records import CauseTried
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 from aprcore.records import telling
 from aprcore.records.environment import Environment, format_command
 from aprcore.records.report import Report, StageReport
@@ -151,7 +152,7 @@ def _fault(stage: StageReport, report: Report, shown: StageMap | None) -> Markup
     shape = "" if stage.layout is None else f" {telling.format_shape(stage.layout.shape)}"
     parts = [
         element("h3", _verdict(stage.verdict), f" {stage.key}"),
-        element("p", f"{BY_NAME[stage.key.stage].title}{shape}", class_="quiet"),
+        element("p", f"{known_stages()[stage.key.stage].title}{shape}", class_="quiet"),
     ]
     for part in telling.fault_finding(stage, report.header):
         if isinstance(part, Table):

@@ -51,7 +51,7 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
     started = time.perf_counter()
     budgets = NO_BUDGETS if request.budgets is None else request.budgets
     with open_sides(request) as sides, ExitStack() as stack:
-        budgets.check(sides.header.num_layers)
+        budgets = budgets.resolved(sides.graph)
         dtype = run_dtype(sides.header)
         yield sides.header
         judge = StageJudge(sides, request.top_k)
@@ -63,7 +63,8 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
         results = []
         unasked_s = 0.0  # of the stages that a row reads and that nobody asked about
         for (key, tensor), made_s in timed(sides.tensors()):
-            if kept is not None and tensor is not None and sides.trace is None:
+            is_kept = kept is not None and sides.trace is None and sides.graph.is_stream(key)
+            if kept is not None and tensor is not None and is_kept:
                 kept.keep(key, tensor)
             judged_at = time.perf_counter()
             budget = budgets.find(key, dtype)

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,21 +26,11 @@ import msgspec
 from aprcore.ground.errors import PlanError, Where
 from aprcore.ground.fields import convert, read_toml
 from aprcore.judging.verdict import Judgment, Verdict
-from aprcore.network.graph import ALIASES, BY_NAME, Scope, StageKey
+from aprcore.models.names import GgufNames
+from aprcore.network.architectures import COMPUTED
+from aprcore.network.graph import Graph, known_stages, outline
+from aprcore.network.stages import ALIASES, Scope, StageKey
 from aprcore.records.report import RunHeader, StageReport
-
-# What the modules behind the stages are called elsewhere; q, k and v are one stage here, and with a
-# bias two.
-MODULES: Mapping[str, tuple[str, ...]] = {
-    "embed_tokens": ("embedding",), "token_embd": ("embedding",),
-    "input_layernorm": ("attn_norm",), "post_attention_layernorm": ("ffn_norm",),
-    "q_proj": ("qkv_matmul", "qkv_bias"), "k_proj": ("qkv_matmul", "qkv_bias"),
-    "v_proj": ("qkv_matmul", "qkv_bias"), "qkv_proj": ("qkv_matmul", "qkv_bias"),
-    "o_proj": ("attn_out",), "attn_output": ("attn_out",),
-    "gate_proj": ("ffn_gate",), "up_proj": ("ffn_up",), "down_proj": ("ffn_out",),
-    "ffn_down": ("ffn_out",), "act_fn": ("ffn_silu",), "ffn_swiglu": ("ffn_swigl",),
-    "output_norm": ("final_norm",), "logits": ("lm_head",),
-}  # fmt: skip
 
 # Keys of a tolerance file: the coarsest type of both sides' activations, or any.
 DTYPES = ("bfloat16", "float16", "float32")
@@ -58,12 +49,14 @@ class Budget:
         layer: The layer it is for, or None for all.
         relative_l2: The largest own error that it allows.
         dtype: The type of activations it is for, or None for any.
+        module: The module that `stages` were named by, if they were.
     """
 
     stages: tuple[str, ...] | None
     layer: int | None
     relative_l2: float
     dtype: str | None = None
+    module: str | None = None
 
     def covers(self, key: StageKey, dtype: str) -> bool:
         """Whether it is for this stage of a run in this type."""
@@ -115,16 +108,27 @@ class Budgets:
                 return max(fitting, key=lambda line: line.precedence).relative_l2
         return None
 
-    def check(self, num_layers: int) -> None:
-        """Hold the budgets against a run.
+    def resolved(self, graph: Graph) -> Budgets:
+        """The budgets for the stages of one run: modules mean what they make there.
 
         Raises:
             PlanError: One is for a layer that the model does not have.
         """
         for line in (*self.options, *self.file):
-            if line.layer is not None and line.layer >= num_layers:
+            if line.layer is not None and line.layer >= graph.num_layers:
                 raise PlanError(f"a budget is for layer {line.layer}, but the layers are"
-                                f" 0 to {num_layers - 1}")  # fmt: skip
+                                f" 0 to {graph.num_layers - 1}")  # fmt: skip
+        if all(line.module is None for line in (*self.options, *self.file)):
+            return self
+        made = modules_of(graph)
+
+        def resolve(lines: Iterable[Budget]) -> tuple[Budget, ...]:
+            return tuple(
+                line if line.module is None else replace(line, stages=made.get(line.module, ()))
+                for line in lines
+            )
+
+        return Budgets(resolve(self.options), resolve(self.file))
 
 
 NO_BUDGETS = Budgets()
@@ -150,32 +154,68 @@ def _parse_option(text: str) -> Budget:
     if not math.isfinite(number) or number < 0:
         raise PlanError(f"cannot read the budget {text!r}",
                         hint="write STAGE=TOLERANCE, such as layer3.ffn_out=1e-3")  # fmt: skip
-    return Budget(*_parse_pattern(pattern.strip(), None), number)
+    stages, layer, module = _parse_pattern(pattern.strip(), None)
+    return Budget(stages, layer, number, None, module)
 
 
-def _parse_pattern(text: str, where: Where) -> tuple[tuple[str, ...] | None, int | None]:
-    """Stages and layer of "ffn_out", "layer3.ffn_down", "layer-3/ffn_out", "layer*.ffn_out", "*".
+def modules_of(graph: Graph) -> Mapping[str, tuple[str, ...]]:
+    """Stages by the last name of what makes them: a module of transformers, a weight, a node.
+
+    q, k and v are one stage, and with a bias two.
+    """
+    gguf = GgufNames(graph)
+    found: dict[str, dict[str, None]] = {}
+    for row in (*graph.layer(0).values(), *graph.layer(None).values()):
+        operation = row.stage.operation
+        uses = () if operation is None else operation.weights
+        prefix = "model.layers.0." if row.stage.scope is Scope.LAYER else ""
+        stored = [prefix + use.name for use in uses if use.needed]
+        names = [name.rpartition(".")[0] for name in (*stored, *map(gguf.stored, stored))]
+        names += [name for shown in row.stage.shown for name in shown]
+        names += [name for node in row.stage.nodes for name in node.names]
+        for name in names:
+            short = name.rpartition(".")[2]
+            if short not in ("", "input", "1", row.stage.name):
+                found.setdefault(short, {})[row.stage.name] = None
+    return {name: tuple(stages) for name, stages in found.items()}
+
+
+@cache
+def known_modules() -> Mapping[str, tuple[str, ...]]:
+    """Those of every architecture: whether a name means anything at all."""
+    found: dict[str, tuple[str, ...]] = {}
+    for architecture in COMPUTED:
+        for name, stages in modules_of(outline(1, known_stages(), architecture)).items():
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *stages)))
+    return found
+
+
+def _parse_pattern(
+    text: str, where: Where
+) -> tuple[tuple[str, ...] | None, int | None, str | None]:
+    """Stages, layer and module of "ffn_out", "layer3.down_proj", "layer-3/ffn_out", "*".
 
     Raises:
         PlanError: It is no such pattern, or names no stage.
     """
     match = _PATTERN.fullmatch(text.lower())
-    hint = f"write a stage, layerN.STAGE or *; stages are {', '.join(BY_NAME)}"
+    hint = f"write a stage, layerN.STAGE or *; stages are {', '.join(known_stages())}"
     if match is None:
         raise PlanError(f"{text!r} names no stage", where=where, hint=hint)
     layer = None if match[1] in (None, "*") else int(match[1])
     if match[2] == "*":
-        return None, layer
+        return None, layer, None
     name = ALIASES.get(match[2], match[2])
-    stages = MODULES.get(name, (name,))
-    if stages[0] not in BY_NAME:
+    module = None if name in known_stages() else name
+    stages = (name,) if module is None else known_modules().get(name, ())
+    if not stages:
         raise PlanError(f"unknown stage {match[2]!r}", where=where, hint=hint)
-    scope = BY_NAME[stages[0]].scope
+    scope = known_stages()[stages[0]].scope
     if match[1] is not None and scope is Scope.MODEL:
         raise PlanError(f"{text!r}: {stages[0]} is in no layer", where=where)
     if layer and scope is Scope.FIRST_LAYER:
         raise PlanError(f"{text!r}: {stages[0]} is in layer 0 only", where=where)
-    return stages, layer
+    return stages, layer, module
 
 
 def _read_tolerances(path: Path) -> list[Budget]:
@@ -187,19 +227,20 @@ def _read_tolerances(path: Path) -> list[Budget]:
         PlanError: It has anything else, or names no stage.
     """
     held = convert(read_toml(path), _ToleranceFile, path, error=PlanError)
-    lines = _budgets(None, None, held.default)
+    lines = _budgets((None, None, None), held.default)
     for pattern, table in held.stage.items():
         prefix = f"stage.{pattern}."
         tolerances = convert(table, _Tolerances, path, prefix=prefix, error=PlanError)
-        lines += _budgets(*_parse_pattern(pattern, path), tolerances)
+        lines += _budgets(_parse_pattern(pattern, path), tolerances)
     return lines
 
 
 def _budgets(
-    stages: tuple[str, ...] | None, layer: int | None, tolerances: _Tolerances
+    target: tuple[tuple[str, ...] | None, int | None, str | None], tolerances: _Tolerances
 ) -> list[Budget]:
+    stages, layer, module = target
     return [
-        Budget(stages, layer, value, None if dtype == ANY_DTYPE else dtype)
+        Budget(stages, layer, value, None if dtype == ANY_DTYPE else dtype, module)
         for dtype, value in msgspec.structs.asdict(tolerances).items() if value is not None
     ]  # fmt: skip
 

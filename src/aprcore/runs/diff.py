@@ -1,7 +1,7 @@
 """Differences of two stage files, two directories of stage files, or two models.
 
 A plain comparison of stored values: nothing is permuted, masked or judged. The JSON of two files
-is FORMATS.md's `apr-stage-diff-v1`; directories and models hold one such record per tensor.
+is `apr-stage-diff-v1` of docs/formats.md; directories and models hold one such record per tensor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The device's path, and the CPU that takes over from it, never silently.
 
-Source: FORMATS.md, the CPU-vs-GPU gate: every rejection says so in one line.
+Every rejection says so in one line: docs/contracts/parity.yaml.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aprcore.engines.decode import Decoder, Outcome, StepSource, nothing
+from aprcore.engines.decode import Decoder, PassOutcome, StepSource, nothing
 from aprcore.engines.engine import Engine, open_engine
-from aprcore.engines.forward import Wants
 from aprcore.ground.errors import BackendError
+from aprcore.network.stages import Wants
 from aprcore.records.parity_report import GATE
 from aprcore.runs.parity_gate import DEFAULT_STEPS, compare_step
 from aprcore.runs.parity_steps import find_fault
@@ -50,7 +50,7 @@ def open_decoder(
     """
     with ExitStack() as stack:
         cpu = stack.enter_context(open_engine("numpy", threads=threads))
-        trusted = Decoder(model.config, model.weights, cpu)
+        trusted = Decoder(model.graph, model.weights, cpu)
         if not use_gpu:
             yield trusted
             return
@@ -60,7 +60,7 @@ def open_decoder(
             reject(str(error))
             yield trusted
             return
-        tested = Decoder(model.config, model.weights, engine)
+        tested = Decoder(model.graph, model.weights, engine)
         yield GuardedDecoder(trusted, tested, reject)
 
 
@@ -95,23 +95,25 @@ class GuardedDecoder:
         """What ran the last tokens."""
         return (self._trusted if self._tested is None else self._tested).engine
 
-    def feed(self, tokens: Sequence[int], wants: Wants = nothing) -> Outcome:
+    def feed(self, tokens: Sequence[int], wants: Wants = nothing) -> PassOutcome:
         """Run the next tokens; see `Decoder.feed`.
 
         While both sides run, the logits are the CPU's, and the stages are the device's.
         """
-        outcome: Outcome | str | None = None
+        outcome: PassOutcome | str | None = None
         if self._tested is not None:
             outcome = self._try_device(self._tested, tokens, wants)
             if isinstance(outcome, str):
                 self._give_up(outcome)
-        if not isinstance(outcome, Outcome):
+        if not isinstance(outcome, PassOutcome):
             outcome = self._trusted.feed(tokens, wants)
         self._fed += tuple(tokens)
         self._step += 1
         return outcome
 
-    def _try_device(self, tested: Decoder, tokens: Sequence[int], wants: Wants) -> Outcome | str:
+    def _try_device(
+        self, tested: Decoder, tokens: Sequence[int], wants: Wants
+    ) -> PassOutcome | str:
         """What the device gives, or why it is to be given up."""
         try:
             if self._step > self._steps:
@@ -124,7 +126,7 @@ class GuardedDecoder:
                 position=len(self._fed) + len(tokens) - 1, token=tokens[-1],
             )  # fmt: skip
             if found.passed:
-                return Outcome(ours.logits, theirs.stages)
+                return PassOutcome(ours.logits, theirs.stages)
             self._trusted = before[0].copy()
             fault = find_fault(*before, tokens, self._step)
         except BackendError as error:
@@ -140,7 +142,7 @@ class GuardedDecoder:
             self._trusted.feed(missed)
 
 
-def _if_finite(outcome: Outcome, step: int) -> Outcome | str:
+def _if_finite(outcome: PassOutcome, step: int) -> PassOutcome | str:
     """A step of a device that goes alone, or why it cannot be used: NaN chooses no token."""
     lost = int(np.count_nonzero(~np.isfinite(outcome.logits)))
     if not lost:

@@ -6,7 +6,7 @@ run the same tokens at the same positions, and each tensor must be known to be t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from aprcore.ground.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtyp
 from aprcore.judging.layouts import infer_sizes
 from aprcore.judging.quantisation import open_reference
 from aprcore.judging.verdict import cumulative_bound
-from aprcore.network.graph import BY_NAME, StageKey, computation_order, parse_path, stage_keys
+from aprcore.network.graph import Graph, computation_order, known_stages, outline, parse_path
+from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader, Side
 from aprcore.runs.request import Request
 from aprcore.runs.sides import Sides, token_texts
@@ -91,19 +92,19 @@ def _paths(request: Request) -> tuple[Path | None, Path | None, Path | None]:
 def _open_dumps(request: Request, model: Model | None) -> Dumps:
     """The dumps that a request names."""
     names = None if request.names is None else read_name_map(request.names)
-    has_bias = model is not None and "qkv_bias" in model.config.features
+    graph = None if model is None else model.graph
     opened: dict[Path | None, StageSource] = {}
     for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
-        opened[path] = _open_checked(path, names, has_bias)
-        if model is None:  # directories come first: they tell whether projections have a bias
-            has_bias = has_bias or any(key.stage == "qkv_bias" for key in opened[path].keys())
+        opened[path] = _open_checked(path, names, graph)
+        if model is None:  # directories come first: they tell what the stages of files may be
+            graph = _outline(opened.values())
     dumps = Dumps(*(opened.get(path) for path in _paths(request)))
     _check_positions(model, dumps)
     return dumps
 
 
-def _open_checked(path: Path, names: Dialect | None, has_bias: bool) -> StageSource:
-    directory = open_dump(path, names, has_qkv_bias=has_bias)
+def _open_checked(path: Path, names: Dialect | None, graph: Graph | None) -> StageSource:
+    directory = open_dump(path, names, graph=graph)
     if isinstance(directory, TraceDirectory):
         directory.check_headers()
     return directory
@@ -144,7 +145,8 @@ def _check_positions(model: Model | None, dumps: Dumps) -> None:
 def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
     trace, oracle, against = dumps
     tokens, notes = agree_on_tokens(request, model, dumps)
-    num_layers, features = _depth(model, dumps)
+    graph = _outline(dumps.present) if model is None else model.graph
+    num_layers = graph.num_layers
     if request.plan is not None:
         check_layers(request.plan.layers, num_layers)
     keys = _rows(request.plan, model, dumps)
@@ -198,7 +200,7 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         trace=trace,
         oracle=oracle,
         sizes=_sizes(model, dumps, tokens),
-        features=features,
+        graph=graph,
         not_computed=missing if trace is None else frozenset(),
         arithmetic=_arithmetic(request.arithmetic, trace),
         bound_alone=cumulative_bound(types),
@@ -256,8 +258,8 @@ def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
 
     assert sides.model is not None and sides.trace is not None
     arithmetic, explained, judged = detect_arithmetic(
-        sides.model.config, sides.model.weights, sides.header.tokens, sides.sizes["T"],
-        sides.trace.keys(), sides.features, sides.reader(sides.trace), sides.trace.sidecar.dtype,
+        sides.graph, sides.model.weights, sides.header.tokens, sides.sizes["T"],
+        sides.trace.keys(), sides.reader(sides.trace), sides.trace.sidecar.dtype,
     )  # fmt: skip
     if not explained:
         note = f"{name} does not record its arithmetic, and none explains it; see --arithmetic"
@@ -269,16 +271,13 @@ def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
     return replace(sides, arithmetic=arithmetic), note
 
 
-def _depth(model: Model | None, dumps: Dumps) -> tuple[int, frozenset[str]]:
-    """Layers and features of the model, or those that the directories show."""
-    if model is not None:
-        return model.config.num_layers, model.config.features
-    directories = dumps.present
-    stages = {key.stage for directory in directories for key in directory.keys()}
-    features = {"dense"} if "moe_ffn_out" not in stages else {"experts"}
-    if "qkv_bias" in stages:
-        features.add("qkv_bias")
-    return max(directory.num_layers for directory in directories), frozenset(features)
+def _outline(dumps: Iterable[StageSource]) -> Graph:
+    """The graph that dumps give away, where no model is at hand."""
+    held = list(dumps)
+    names = {key.stage for dump in held for key in dump.keys()}
+    stated = ((dump.sidecar.model or {}).get("architecture") for dump in held)
+    architecture = next((name for name in stated if isinstance(name, str)), None)
+    return outline(max(dump.num_layers for dump in held), names, architecture)
 
 
 def _rows(plan: Plan | None, model: Model | None, dumps: Dumps) -> tuple[StageKey, ...]:
@@ -290,7 +289,7 @@ def _rows(plan: Plan | None, model: Model | None, dumps: Dumps) -> tuple[StageKe
     """
     own: set[StageKey] = set()
     if model is not None:
-        own = set(stage_keys(model.config.num_layers, model.config.features))
+        own = set(model.graph.keys)
     trace, oracle, against = dumps
     both = own.union(*map(_recorded, dumps.present))
     if plan is not None:
@@ -327,14 +326,14 @@ def _sizes(model: Model | None, dumps: Dumps, tokens: Sequence[int] | None) -> M
             counts[key] = max(values, counts.get(key, 0))
     count = None if tokens is None else len(tokens)
     if count is None:
-        shapes = (d.shape(k) for d in directories for k in d.keys() if k.stage != "lm_head")
+        shapes = (d.shape(k) for d in directories for k in d.keys() if k.layer is not None)
         count = next((shape[0] for shape in shapes if shape is not None and len(shape) == 2), None)
     if model is None:
         ends = [d.sidecar.positions[-1] + 1 for d in directories if d.sidecar.positions]
         return infer_sizes(counts, count, max(ends, default=None))
     hidden = model.config.hidden_size
     if count is None:
-        rows = (n for key, n in counts.items() if BY_NAME[key.stage].shape == "T,E")
+        rows = (n for key, n in counts.items() if known_stages()[key.stage].shape == "T,E")
         count = next((n // hidden for n in rows if n and n % hidden == 0), None)
     return infer_sizes(counts, None) if count is None else model.config.sizes(count)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from aprcore.causes import Explanation, explain
 from aprcore.judging.compare import Comparison, compare
-from aprcore.judging.layouts import Layout, alternatives, last_token, layout_of, zero_above_diagonal
-from aprcore.judging.replay import RecordedSide
+from aprcore.judging.layouts import Layout, alternatives, last_token, layout_of, zero_masked
+from aprcore.judging.replay import RecordedSide, make_judgment
 from aprcore.judging.verdict import FLOAT32_BOUND, Judgment, Verdict
-from aprcore.network.graph import BY_NAME, StageKey, input_keys, split_axes
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey, split_axes
 from aprcore.records.parity import SideJudgment, StageParity, is_different
 from aprcore.records.report import StageReport
-from aprcore.runs.stage_judge import make_judgment
 
 Floats = NDArray[np.floating[Any]]
 
@@ -29,16 +29,14 @@ BLAME_FLOOR = 1e-5
 class KernelJudge:
     """Judges each stage of one pass on the inputs that it had there."""
 
-    def __init__(self, side: RecordedSide, sources: Sources, *, has_past: bool = False) -> None:
+    def __init__(self, side: RecordedSide, *, has_past: bool = False) -> None:
         """Begin with a side that has recorded nothing.
 
         Args:
             side: Keeps the tensors.
-            sources: Which stages a stage reads.
             has_past: Whether the pass continues a text.
         """
         self._side = side
-        self._sources = sources
         self._has_past = has_past
 
     def record(self, key: StageKey, tensor: Floats) -> None:
@@ -65,13 +63,11 @@ class KernelJudge:
             return SideJudgment(kernel)
         cause = None
         # The catalogue's alternatives of attention are written for a full pass.
-        read = (key, *self._sources(key))
-        if not (self._has_past and any(("S",) in split_axes(BY_NAME[k.stage].shape) for k in read)):
+        graph = self._side.graph
+        read = (key, *graph.inputs(key))
+        if not (self._has_past and any(("S",) in split_axes(graph.stage(k).shape) for k in read)):
             cause = explain(self._side, key, tensor, expected, layout, in_file=False)
         return SideJudgment(kernel, describe_fault(kernel, cause))
-
-
-Sources = Callable[[StageKey], Sequence[StageKey]]
 
 
 def is_blamed(kernel: Judgment | None, budget: float | None = None) -> bool:
@@ -110,7 +106,7 @@ class PairJudge:
     def __init__(
         self,
         sizes: Mapping[str, int],
-        sources: Sources,
+        graph: Graph,
         *,
         bound: float = FLOAT32_BOUND,
         top_k: int = 0,
@@ -121,14 +117,14 @@ class PairJudge:
 
         Args:
             sizes: Numbers for the letters of symbolic shapes, as far as known.
-            sources: Which stages a stage reads.
+            graph: Which stages there are, and what they read.
             bound: The relative L2 up to which two sides are the same.
             top_k: How many of the largest differences to keep.
             step: The number of the step, for the report.
             permuted: Whether a side may have written its tensors in another layout.
         """
         self._sizes = sizes
-        self._sources = sources
+        self._graph = graph
         self._bound = bound
         self._top_k = top_k
         self._step = step
@@ -209,14 +205,15 @@ class PairJudge:
         self, key: StageKey, tested: Floats, trusted: Floats, layout: Layout
     ) -> Iterator[tuple[str | None, Floats, Floats]]:
         """Both sides as they are, then one of them in another layout."""
-        a, b = (zero_above_diagonal(key, x, layout) for x in (tested, trusted))
+        operation = self._graph.operation(key)
+        a, b = (zero_masked(operation, x, layout) for x in (tested, trusted))
         yield None, a, b
         if not self._permuted:
             return
-        for name, x in alternatives(key, tested, layout):
-            yield f"{name} on the tested side", zero_above_diagonal(key, x, layout), b
-        for name, x in alternatives(key, trusted, layout):
-            yield f"{name} on the trusted side", a, zero_above_diagonal(key, x, layout)
+        for name, x in alternatives(operation, tested, layout):
+            yield f"{name} on the tested side", zero_masked(operation, x, layout), b
+        for name, x in alternatives(operation, trusted, layout):
+            yield f"{name} on the trusted side", a, zero_masked(operation, x, layout)
 
     def _decide(
         self, key: StageKey, found: Comparison, permutation: str | None,
@@ -255,22 +252,11 @@ class PairJudge:
 
     def _origins(self, key: StageKey) -> list[StageKey]:
         """The nearest stages before one that both sides have."""
-        found: list[StageKey] = []
-        unseen, visited = [key], set[StageKey]()
-        while unseen:
-            for source in self._sources(unseen.pop()):
-                if source not in visited:
-                    visited.add(source)
-                    (found if source in self._seen else unseen).append(source)
-        return found
+        before = self._graph.ancestors(key, goes_on=lambda source: source not in self._seen)
+        return [source for source, _ in before if source in self._seen]
 
 
 def _describe_nonfinite(found: Comparison) -> str:
     count = found.unequal_nonfinite
     values = "1 value is" if count == 1 else f"{count} values are"
     return f"{values} NaN or infinite on one side only"
-
-
-def sources_of(num_layers: int, features: frozenset[str]) -> Sources:
-    """What each stage of a model reads."""
-    return lambda key: input_keys(key, num_layers, features)

@@ -1,8 +1,8 @@
 """The gate: whether another backend says the same as the CPU, step by step.
 
 Both sides run the prompt and then decode, always on the token that the CPU chooses, so that one
-different choice does not make everything after it incomparable. Source: FORMATS.md, "Numbers from
-the public SHIP-007 bisection".
+different choice does not make everything after it incomparable. The bounds are
+those of docs/formats.md, "JSON of the commands".
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class _Gate:
     def __init__(self, model: Model, header: ParityHeader, request: ParityRequest) -> None:
         self._header = header
         self._request = request
-        self._cpu = Decoder(model.config, model.weights, header.cpu)
-        self._tested = Decoder(model.config, model.weights, header.tested)
+        self._cpu = Decoder(model.graph, model.weights, header.cpu)
+        self._tested = Decoder(model.graph, model.weights, header.tested)
         self._steps: list[StepParity] = []
         self._stages: list[StageParity] = []
         self._caches: list[CacheParity] = []

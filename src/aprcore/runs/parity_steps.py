@@ -19,9 +19,10 @@ from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.compare import compare
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.replay import RecordedSide
-from aprcore.network.graph import BY_NAME, StageKey, split_axes
+from aprcore.network.graph import Graph
+from aprcore.network.stages import StageKey, split_axes
 from aprcore.records.parity import SideJudgment, StageFault, StageParity, is_different
-from aprcore.runs.pair_judge import KernelJudge, PairJudge, sources_of
+from aprcore.runs.pair_judge import KernelJudge, PairJudge
 
 Floats = NDArray[np.floating[Any]]
 Item = TypeVar("Item")
@@ -38,15 +39,15 @@ def compare_stages(
         step: Its number, for the report.
         top_k: How many of the largest differences to keep.
     """
-    config, past = tested.config, tested.past()
+    graph, past = tested.graph, tested.past()
     has_past = past.num_positions > 0
     side = RecordedSide(
-        config, tested.weights, tokens, len(tokens),
+        graph, tested.weights, tokens, len(tokens),
         Profile(ARITHMETICS["f32"], weights_rounded=False), past=past if has_past else None,
     )  # fmt: skip
-    sizes, sources = side.sizes(), sources_of(config.num_layers, config.features)
-    kernels = KernelJudge(side, sources, has_past=has_past)
-    pairs = PairJudge(sizes, sources, top_k=top_k, step=step)
+    sizes = side.sizes()
+    kernels = KernelJudge(side, has_past=has_past)
+    pairs = PairJudge(sizes, graph, top_k=top_k, step=step)
     streams = timed(trusted.stages(tokens)), timed(tested.stages(tokens))
     for ((key, ours), trusted_s), ((_, theirs), tested_s) in zip(*streams, strict=True):
         judged = kernels.judge(key, theirs, layout_of(key, sizes, theirs.size))
@@ -106,8 +107,8 @@ def find_cache_fault(
         history: The tokens before it.
         step: Its number, for the report.
     """
-    sizes = before.config.sizes(1, len(history) + 1)
-    whole = _last_rows(before.fresh().stages([*history, *tokens]))
+    sizes = before.graph.config.sizes(1, len(history) + 1)
+    whole = _last_rows(before.graph, before.fresh().stages([*history, *tokens]))
     for (key, full), (_, cached) in zip(whole, before.stages(tokens), strict=True):
         found = compare(cached, full)
         if is_different(found):
@@ -126,11 +127,12 @@ def timed(stream: Iterable[Item]) -> Iterator[tuple[Item, float]]:
 
 
 def _last_rows(
+    graph: Graph,
     stream: Iterator[tuple[StageKey, Floats]],
 ) -> Iterator[tuple[StageKey, Floats]]:
     """The tensors of a pass, of its last token only."""
     for key, tensor in stream:
-        axes = split_axes(BY_NAME[key.stage].shape)
+        axes = split_axes(graph.stage(key).shape)
         if ("T",) in axes:
             tensor = np.take(tensor, [-1], axis=axes.index(("T",)))
         yield key, tensor

@@ -14,17 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.decode import LOGITS
 from aprcore.engines.engine import open_engine
 from aprcore.ground.errors import BackendError
 from aprcore.judging.compare import Comparison, compare
-from aprcore.judging.layouts import layout_of, zero_above_diagonal
+from aprcore.judging.layouts import layout_of, zero_masked
 from aprcore.judging.verdict import cumulative_bound
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import SideJudgment, StageParity
 from aprcore.records.report import DeviceOpened, PathRejected, StageReport
 from aprcore.runs.fallback import RejectedError
-from aprcore.runs.pair_judge import KernelJudge, PairJudge, side_of, sources_of
+from aprcore.runs.pair_judge import KernelJudge, PairJudge, side_of
 from aprcore.runs.parity_gate import compare_step
 from aprcore.runs.parity_steps import timed
 from aprcore.runs.request import Request
@@ -106,10 +105,9 @@ class DeviceSide:
         self.rejected: PathRejected | None = None
         self._request = request
         self._sides = sides
-        sources = sources_of(sides.header.num_layers, sides.features)
         recorded, _ = replace(sides, oracle=None).recorded()
-        self._kernels = None if recorded is None else KernelJudge(recorded, sources)
-        self._pairs = PairJudge(sides.sizes, sources, top_k=request.top_k)
+        self._kernels = None if recorded is None else KernelJudge(recorded)
+        self._pairs = PairJudge(sides.sizes, sides.graph, top_k=request.top_k)
         self._stack = ExitStack()
         self._stream: Iterator[tuple[tuple[StageKey, Floats | None], float]] = iter(())
 
@@ -162,7 +160,7 @@ class DeviceSide:
         )  # fmt: skip
         self.parity.append(stage)
         yield stage
-        if first.key == LOGITS:
+        if first.key == self._sides.graph.logits:
             yield from self._pass_gate(tested.reshape(-1), first.tensor.reshape(-1))
 
     def _pass_gate(self, tested: Floats, cpu: Floats) -> Iterator[PathRejected]:
@@ -174,7 +172,7 @@ class DeviceSide:
             return
         stages = [stage for stage in self.parity if stage.fault]
         stages += [stage for stage in self.parity if stage.differs]
-        key, reason = LOGITS, found.fault
+        key, reason = self._sides.graph.logits, found.fault
         if stages:
             key = stages[0].key
             reason = f"{found.fault}; {key}: {stages[0].fault or stages[0].reason}"
@@ -228,7 +226,7 @@ class DumpSide:
         types = {x.sidecar.dtype or "float32" for x in (sides.trace, other.trace)}
         types |= {x.arithmetic.name.upper() for x in (sides, other)}
         self._pairs = PairJudge(
-            sides.sizes, sources_of(sides.header.num_layers, sides.features),
+            sides.sizes, sides.graph,
             bound=cumulative_bound(types), top_k=top_k, permuted=True,
         )  # fmt: skip
 
@@ -266,5 +264,5 @@ def against_oracle(sides: Sides, first: FirstSide, tensor: Floats) -> Comparison
         return None
     layout = layout_of(first.key, sides.sizes, tensor.size)
     pair = (tensor.reshape(-1), first.oracle.reshape(-1))
-    a, b = (zero_above_diagonal(first.key, x, layout) for x in pair)
+    a, b = (zero_masked(sides.graph.operation(first.key), x, layout) for x in pair)
     return compare(a, b)

@@ -13,14 +13,15 @@ from aprcore.dumps.source import StageSource
 from aprcore.engines.estimate import Profile
 from aprcore.ground.errors import AprError
 from aprcore.ground.precision import Arithmetic, arithmetic_of_dtype
-from aprcore.judging.layouts import layout_of, zero_above_diagonal
+from aprcore.judging.layouts import layout_of, zero_masked
 from aprcore.judging.replay import RecordedSide
-from aprcore.network.graph import StageKey, computation_order, stage_keys
+from aprcore.network.graph import Graph, computation_order
+from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader
 
 if TYPE_CHECKING:
-    from aprcore.engines.base import Backend
     from aprcore.models.model import Model
+    from aprcore.network.backend import Backend
 
 Floats = NDArray[np.floating[Any]]
 
@@ -35,7 +36,7 @@ class Sides:
         trace: The dump under test; None when the model is traced.
         oracle: The reference, if there is one.
         sizes: Numbers for the letters of symbolic shapes, as far as known.
-        features: Features of the model, or those that the dumped stages give away.
+        graph: The stages of the model, or those that the dumped ones give away.
         not_computed: Rows whose oracle is missing and which nothing else needs.
         arithmetic: What the engine behind the trace computes in.
         bound_alone: The cumulative bound where neither other judgment can be made.
@@ -50,7 +51,7 @@ class Sides:
     trace: StageSource | None
     oracle: StageSource | None
     sizes: Mapping[str, int]
-    features: frozenset[str]
+    graph: Graph
     not_computed: frozenset[StageKey]
     arithmetic: Arithmetic
     bound_alone: float
@@ -65,17 +66,17 @@ class Sides:
         if model is None or num_tokens is None or self.cumulative_only:
             return None, None
         trace = RecordedSide(
-            model.config, model.weights, self.header.tokens, num_tokens,
+            self.graph, model.weights, self.header.tokens, num_tokens,
             Profile(self.arithmetic, weights_rounded=False),
-            features=self.features, read=None if self.trace is None else self.reader(self.trace),
+            read=None if self.trace is None else self.reader(self.trace),
         )  # fmt: skip
         if self.oracle is None:
             return trace, None
-        extra = {"qkv_bias"} if any(k.stage == "qkv_bias" for k in self.oracle.keys()) else set()
         oracle = RecordedSide(
-            model.config, model.weights, self.header.tokens, num_tokens,
+            self.graph.including(key.stage for key in self.oracle.keys()), model.weights,
+            self.header.tokens, num_tokens,
             Profile(arithmetic_of_dtype(self.oracle.sidecar.dtype), weights_rounded=True),
-            features=model.config.features | extra, read=self.reader(self.oracle),
+            read=self.reader(self.oracle),
         )  # fmt: skip
         return trace, oracle
 
@@ -89,7 +90,7 @@ class Sides:
             layout = layout_of(key, self.sizes, x.size)
             if layout.axes == ("index",):
                 return None
-            return zero_above_diagonal(key, x, layout).reshape(layout.shape)
+            return zero_masked(self.graph.operation(key), x, layout).reshape(layout.shape)
 
         return read
 
@@ -114,12 +115,11 @@ class Sides:
         from aprcore.engines.forward import needed_keys, trace
         from aprcore.engines.numpy import NumpyBackend
 
-        config = self.model.config
-        own = set(stage_keys(config.num_layers, config.features))
-        rows = {k for k in self.header.keys if k in own and k not in self.not_computed}
-        wanted = set(needed_keys(config, rows.__contains__))
+        graph = self.graph
+        rows = {k for k in self.header.keys if k in graph and k not in self.not_computed}
+        wanted = set(needed_keys(graph, rows.__contains__))
         stream = trace(
-            config, self.model.weights, backend or NumpyBackend(self.threads),
+            graph, self.model.weights, backend or NumpyBackend(self.threads),
             self.header.tokens, wanted.__contains__, ahead=ahead,
         )  # fmt: skip
         for key in sorted(wanted.union(self.header.keys), key=computation_order):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,19 +12,19 @@ from numpy.typing import NDArray
 from aprcore.causes import Explanation, explain, explain_nonfinite
 from aprcore.judging.compare import Comparison, compare, describe, may_be_permuted
 from aprcore.judging.layouts import (
-    MASKED_STAGES,
     Layout,
     alternatives,
+    is_joined,
+    is_masked,
     last_token,
     layout_of,
-    zero_above_diagonal,
+    zero_masked,
 )
 from aprcore.judging.logits import compare_logits
-from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.quantisation import measure_quantisation
-from aprcore.judging.replay import Expectation, expect_both
+from aprcore.judging.replay import Expectation, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
-from aprcore.network.graph import BY_NAME, StageKey, input_keys
+from aprcore.network.stages import StageKey
 from aprcore.records.report import LogitsReport, StageReport
 from aprcore.runs.sides import Sides
 
@@ -55,8 +53,7 @@ class StageJudge:
         self._oracle_lost: dict[StageKey, int] = {}
         self._verdicts: dict[StageKey, Verdict | None] = {}
         self._layouts: dict[tuple[str, int], Layout] = {}
-        num_layers, features = sides.header.num_layers, sides.features
-        self._sources = cache(lambda key: input_keys(key, num_layers, features))
+        self._graph = sides.graph
         self.tensors: tuple[Floats | None, Floats | None] = (None, None)
 
     def record(self, key: StageKey, traced: Floats) -> None:
@@ -186,7 +183,7 @@ class StageJudge:
         elif explanation is not None and explanation.named:
             reason = f"{explanation.clause()}; {reason}"
         logits = None
-        if key.stage == "lm_head" and traced is not None and oracle is not None and traced.size:
+        if key == self._graph.logits and traced is not None and oracle is not None and traced.size:
             found = compare_logits(traced, oracle, k=LOGITS_TOP_K)
             texts = self._sides.token_texts({*found.top_a, *found.top_b})
             logits = LogitsReport(found, texts)
@@ -226,18 +223,17 @@ class StageJudge:
             return verdict, reason or "no oracle to hold it against"
         if traced is not None or key in sides.not_computed:
             return Verdict.MISSING, "the oracle lacks it"
-        feature = BY_NAME[key.stage].feature
-        if sides.model is not None and feature and feature not in sides.model.config.features:
+        is_layer = key.layer is None or key.layer < self._graph.num_layers
+        if sides.model is not None and key not in self._graph and is_layer:
             return self._foreign(key, oracle)
         return Verdict.MISSING, "the trace lacks it"
 
     def _foreign(self, key: StageKey, oracle: Floats | None) -> tuple[Verdict, str]:
         """A stage that the oracle has and this model's table has not: perhaps lost on import."""
-        reads = BY_NAME[key.stage].reads
+        reads = self._graph.including([key.stage]).inputs(key)
         before = None
         if len(reads) == 1 and self._sides.oracle is not None:
-            source = StageKey(key.layer, reads[0])
-            before = self._sides.oracle.read(source) if source in self._sides.oracle else None
+            before = self._sides.oracle.read(reads[0]) if reads[0] in self._sides.oracle else None
         if before is not None and oracle is not None and before.size == oracle.size:
             found = compare(before, oracle)
             if within(found, self._sides.header.bound):
@@ -264,7 +260,7 @@ class StageJudge:
         """A tensor judged against its expectation, read in another layout if that explains it."""
         if x is None:
             return None, None, None
-        dumped, x = x, zero_above_diagonal(key, x, layout)
+        dumped, x = x, self._unmasked(key, x, layout)
         if expected is None or expected.estimate.value.size != x.size:
             return x, None, None
         judgment = make_judgment(x, expected, layout)
@@ -273,9 +269,9 @@ class StageJudge:
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
         for name, reading in alternatives(
-            key, dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
+            self._graph.operation(key), dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
         ):
-            permuted = zero_above_diagonal(key, reading, layout)
+            permuted = self._unmasked(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
             if other is None or not other.passed:
                 continue
@@ -290,19 +286,18 @@ class StageJudge:
         An engine that permutes the rows of q and k writes what one writes that keeps them in
         another order throughout. What reads them tells the two apart.
         """
-        if key.stage not in ("qkv_matmul", "qkv_bias") or self._trace is None:
+        if not is_joined(self._graph.operation(key)) or self._trace is None:
             return True
-        for stage in ("qkv_bias", "q_post_rope", "k_post_rope"):
-            reader = StageKey(key.layer, stage)
+        for reader in self._graph.readers(key):
             dumped = self._trace.peek(reader)
-            if dumped is None or key not in self._sources(reader):
+            if dumped is None or len(self._graph.inputs(reader)) > 1:
                 continue
             expected = self._trace.expect_from(reader, [qkv])
             layout = layout_of(reader, self._sides.sizes, dumped.size)
             kv_heads = self._sides.sizes.get("K")
             readings = [dumped.reshape(-1)]
-            readings += [y for _, y in alternatives(reader, readings[0], layout,
-                                                    num_kv_heads=kv_heads)]  # fmt: skip
+            readings += [y for _, y in alternatives(self._graph.operation(reader), readings[0],
+                                                    layout, num_kv_heads=kv_heads)]  # fmt: skip
             judged = (make_judgment(x, expected, layout) for x in readings if expected is not None)
             if expected is not None and not any(j is not None and j.passed for j in judged):
                 return False
@@ -319,7 +314,7 @@ class StageJudge:
         if within(plain, bound):
             return plain_a, plain_b, plain, None
         # What a mask leaves out depends on the order; elsewhere every reading has the same values.
-        if key.stage in MASKED_STAGES or may_be_permuted(a, b, plain, bound):
+        if is_masked(self._graph.operation(key)) or may_be_permuted(a, b, plain, bound):
             for name, ours, theirs in readings:
                 found = compare(ours, theirs, self._top_k)
                 if within(found, bound):
@@ -332,11 +327,12 @@ class StageJudge:
         """Both sides as they are, then one or each in another layout. Our own is canonical."""
 
         def read(x: Floats, is_canonical: bool) -> Iterator[tuple[str | None, Floats]]:
-            yield None, zero_above_diagonal(key, x, layout)
+            yield None, self._unmasked(key, x, layout)
             if is_canonical:
                 return
-            for name, y in alternatives(key, x, layout, num_kv_heads=self._sides.sizes.get("K")):
-                yield name, zero_above_diagonal(key, y, layout)
+            kv_heads, operation = self._sides.sizes.get("K"), self._graph.operation(key)
+            for name, y in alternatives(operation, x, layout, num_kv_heads=kv_heads):
+                yield name, self._unmasked(key, y, layout)
 
         for ours, x in read(a, is_canonical=self._sides.trace is None):
             for theirs, y in read(b, is_canonical=False):
@@ -357,7 +353,7 @@ class StageJudge:
         self, key: StageKey, comparison: Comparison | None, *, layout: str | None,
         kernel: Judgment | None = None, model: Judgment | None = None,
     ) -> Evidence:  # fmt: skip
-        known = [self._verdicts[s] for s in self._sources(key) if s in self._verdicts]
+        known = [self._verdicts[s] for s in self._graph.inputs(key) if s in self._verdicts]
         return Evidence(
             comparison=comparison,
             bound=self._sides.header.bound,
@@ -370,6 +366,10 @@ class StageJudge:
             inputs_pass=all(verdict is Verdict.PASS for verdict in known),
             layout=layout,
         )
+
+    def _unmasked(self, key: StageKey, x: Floats, layout: Layout) -> Floats:
+        """A tensor without what no judgment may look at."""
+        return zero_masked(self._graph.operation(key), x, layout)
 
     def _layout(self, key: StageKey, count: int) -> Layout:
         """The layout of a tensor; a stage's is the same in every layer."""
@@ -387,32 +387,9 @@ class StageJudge:
     def _count_nonfinite(self, key: StageKey, x: Floats) -> int:
         """NaN and infinities of a tensor where they count: scores may be -inf over the diagonal."""
         layout = self._layout(key, x.size)
-        return x.size - int(np.count_nonzero(np.isfinite(zero_above_diagonal(key, x, layout))))
+        return x.size - int(np.count_nonzero(np.isfinite(self._unmasked(key, x, layout))))
 
     def _ancestors_finite(self, key: StageKey, lost: dict[StageKey, int]) -> bool:
         """Whether the nearest recorded ancestors of a stage were finite."""
-        unseen = [key]
-        visited = set()
-        while unseen:
-            for source in self._sources(unseen.pop()):
-                if source in visited:
-                    continue
-                visited.add(source)
-                if source not in lost:
-                    unseen.append(source)
-                elif lost[source]:
-                    return False
-        return True
-
-
-def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:
-    """A tensor against what its side's own inputs say it should be; None if that is not finite."""
-    estimate = expected.estimate
-    if not np.isfinite(estimate.value).all() or not np.isfinite(x).all():
-        return None
-    found = compare(x, estimate.value)
-    assessment = assess(x, estimate, layout)
-    bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
-    return Judgment(
-        found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed
-    )  # fmt: skip
+        nearest = self._graph.ancestors(key, goes_on=lambda source: source not in lost)
+        return not any(lost.get(source) for source, _ in nearest)

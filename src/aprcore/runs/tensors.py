@@ -23,8 +23,9 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.stage_file import HEADER
 from aprcore.ground.errors import TraceError
-from aprcore.judging.layouts import Layout, alternatives, last_token, layout_of, zero_above_diagonal
-from aprcore.network.graph import BY_NAME, StageKey, resolve_shape, stage_keys
+from aprcore.judging.layouts import Layout, alternatives, last_token, layout_of, zero_masked
+from aprcore.network.operations import Operation
+from aprcore.network.stages import StageKey
 from aprcore.pictures.plane import FilePlane, MemoryPlane, Plane, TensorPair, changed
 from aprcore.records.report import StageReport
 from aprcore.records.saved_run import SavedRun
@@ -37,9 +38,6 @@ Floats = NDArray[np.floating[Any]]
 Float32 = NDArray[np.float32]
 
 __all__ = ["LayerInputs", "TensorPair", "TensorStore"]
-
-# What layers read, and the final norm: see `aprcore.network.graph.LAYER_INPUT`.
-LAYER_INPUTS = ("embedding", "post_ffn_residual")
 
 
 class LayerInputs(Mapping[StageKey, Float32]):
@@ -57,9 +55,7 @@ class LayerInputs(Mapping[StageKey, Float32]):
         self._is_closed = False
 
     def keep(self, key: StageKey, tensor: Floats) -> None:
-        """Keep a tensor if it is the input of a layer or of the final norm."""
-        if key.stage not in LAYER_INPUTS:
-            return
+        """Keep a tensor: the stream that a layer or what follows the layers is given."""
         values = np.ascontiguousarray(tensor, dtype=np.float32)
         with self._lock:
             if self._is_closed or key in self._held:
@@ -175,17 +171,15 @@ class TensorStore:
             self._sides = None
 
     def _read(self, sides: Sides, report: StageReport) -> TensorPair:
-        key = report.key
+        key, operation = report.key, sides.graph.operation(report.key)
         trace: _Stored | _Made | None = None
         if sides.trace is not None:
-            trace = _Stored(sides.trace, key) if key in sides.trace else None
-        elif sides.model is not None and sides.header.tokens is not None:
-            config = sides.model.config
-            if key in stage_keys(config.num_layers, config.features):
-                trace = _Made(sides, key, self._kept)
+            trace = _Stored(sides.trace, key, operation) if key in sides.trace else None
+        elif sides.model is not None and sides.header.tokens is not None and key in sides.graph:
+            trace = _Made(sides, key, self._kept)
         oracle = None
         if sides.oracle is not None and key in sides.oracle:
-            oracle = _Stored(sides.oracle, key)
+            oracle = _Stored(sides.oracle, key, operation)
         sources = [x for x in (trace, oracle) if x is not None]
         if report.layout is not None:
             judged = math.prod(report.layout.shape)
@@ -202,15 +196,16 @@ class TensorStore:
             if is_last_token and len({x.count for x in sources}) > 1:
                 assert report.layout is not None
                 layout = report.layout
-            planes.append(_open_plane(source, layout, report, side, sides.sizes))
+            planes.append(_open_plane(source, layout, report, side, sides))
         return TensorPair(key, *planes)
 
 
 class _Stored:
     """A tensor of a dump."""
 
-    def __init__(self, source: StageSource, key: StageKey) -> None:
+    def __init__(self, source: StageSource, key: StageKey, operation: Operation | None) -> None:
         self.count = source.counts[key]
+        self._operation = operation
         self.where = source.path
         self._source = source
         self._key = key
@@ -223,7 +218,7 @@ class _Stored:
         """The tensor in its file, where it lies there as it is."""
         if not isinstance(self._source, TraceDirectory):
             return None
-        return FilePlane(self._source.file(self._key), self._key, layout, HEADER.size)
+        return FilePlane(self._source.file(self._key), self._operation, layout, HEADER.size)
 
 
 class _Made:
@@ -231,8 +226,7 @@ class _Made:
 
     def __init__(self, sides: Sides, key: StageKey, kept: Mapping[StageKey, Float32]) -> None:
         assert sides.model is not None
-        shape = resolve_shape(BY_NAME[key.stage].shape, sides.sizes)
-        self.count = math.prod(shape)
+        self.count = math.prod(sides.graph.shape(key, sides.sizes))
         self.where = sides.model.path
         self._sides = sides
         self._key = key
@@ -247,14 +241,14 @@ class _Made:
         assert model is not None and tokens is not None
         wants = self._key.__eq__
         try:
-            needed = needed_keys(model.config, wants, self._kept)
+            needed = needed_keys(self._sides.graph, wants, self._kept)
             given = {key: self._kept[key] for key in needed if key in self._kept}
         except (KeyError, OSError) as error:  # closed meanwhile, or a disk that fails
             raise TraceError("what was kept of the run is gone", hint="run again") from error
         if self._key in given:
             return given[self._key].reshape(-1)
         backend = NumpyBackend(self._sides.threads)
-        stream = forward(model.config, model.weights, backend, tokens, wants, given=given)
+        stream = forward(self._sides.graph, model.weights, backend, tokens, wants, given=given)
         _, tensor = next(stream)
         values: Float32 = np.ascontiguousarray(tensor).reshape(-1)
         return values
@@ -266,10 +260,10 @@ class _Made:
 
 def _open_plane(
     source: _Stored | _Made, layout: Layout, report: StageReport, side: str,
-    sizes: Mapping[str, int],
+    sides: Sides,
 ) -> Plane:  # fmt: skip
     """One side in a layout, read as it was judged."""
-    key = report.key
+    key, sizes, operation = report.key, sides.sizes, sides.graph.operation(report.key)
     is_whole = source.count == math.prod(layout.shape)
     clauses = (clause.rpartition(" in the ") for clause in report.permuted.split("; "))
     name = next((name for name, _, where in clauses if where == side), None)
@@ -282,13 +276,13 @@ def _open_plane(
         assert last is not None, "one side was judged to be the last token of the other"
         x, _ = last
     if name is None:
-        return MemoryPlane(_canonical(key, x, layout), layout)
+        return MemoryPlane(_canonical(operation, x, layout), layout)
     fits = []
     for num_kv_heads in (sizes.get("K"), None):
-        for other, reading in alternatives(key, x, layout, num_kv_heads=num_kv_heads):
+        for other, reading in alternatives(operation, x, layout, num_kv_heads=num_kv_heads):
             if other != name:
                 continue
-            values = _canonical(key, reading, layout)
+            values = _canonical(operation, reading, layout)
             if _agrees(values, report, side):
                 return MemoryPlane(values, layout)
             fits.append(values)
@@ -297,8 +291,8 @@ def _open_plane(
     return MemoryPlane(fits[0], layout)
 
 
-def _canonical(key: StageKey, x: Floats, layout: Layout) -> Float32:
-    values = zero_above_diagonal(key, x, layout)
+def _canonical(operation: Operation | None, x: Floats, layout: Layout) -> Float32:
+    values = zero_masked(operation, x, layout)
     return np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aprcore.dumps.plan import DEFAULT_PROMPT
 from aprcore.dumps.source import StageSource
 from aprcore.ground.errors import OracleError, PlanError, TokenizerError
-from aprcore.network.graph import BY_NAME
+from aprcore.network.graph import known_stages
 from aprcore.runs.request import Request
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _check_length(directory: StageSource, model: Model, num_tokens: int) -> None
         return
     width = model.config.hidden_size
     for key, count in directory.counts.items():
-        if BY_NAME[key.stage].shape == "T,E" and count % width == 0:
+        if known_stages()[key.stage].shape == "T,E" and count % width == 0:
             found = count // width
             if found not in (1, num_tokens):
                 raise OracleError(

@@ -20,7 +20,8 @@ from aprcore.ground.errors import FormatError, PlanError, TraceError
 from aprcore.ground.fields import convert, parse_object
 from aprcore.judging.compare import Comparison
 from aprcore.judging.verdict import Verdict
-from aprcore.network.graph import StageKey, computation_order
+from aprcore.network.graph import computation_order
+from aprcore.network.stages import StageKey
 from aprcore.records.parity import StageParity
 from aprcore.records.report import Report, StageReport
 from aprcore.records.report_json import json_ready
@@ -32,7 +33,8 @@ ERROR = "ERROR"
 
 # In place of a judgment: the device, held against the CPU, is to blame.
 DEVICE = "device"
-LOGITS = StageKey(None, "lm_head")
+
+OTHER_FILE = "choose another file with -o"
 
 OTHER_FILE = "choose another file with -o"
 
@@ -143,7 +145,7 @@ def _faults(report: Report) -> tuple[Fault, ...]:
     of_device = [(s.key, _device_fault(s)) for s in report.parity if s.verdict.is_divergence]
     rejected = report.rejected
     if rejected is not None and not of_device:  # both sides' logits differ, by no single stage
-        key = rejected.key or LOGITS
+        key = rejected.key or report.header.keys[-1]
         of_device.append((key, Fault(
             key.path, Verdict.FAIL.value, DEVICE, None, rejected.line_reason, None
         )))  # fmt: skip

@@ -3,7 +3,7 @@
 A model brings either a `tokenizer.json`, which is used as it is, or a bare vocabulary inside its
 own file (`TokenizerData`), from which an equivalent tokenizer is built.
 
-Source: FORMATS.md, "Metadata keys"; GGUF's specification; the pre-tokenizers as in llama.cpp's
+Source: docs/formats.md, "Models"; GGUF's specification; the pre-tokenizers as in llama.cpp's
 `llm_tokenizer_bpe`; the SentencePiece conversion as in transformers' `LlamaConverter`.
 """
 

@@ -1,6 +1,6 @@
 """A tokenizer's data as model files carry it: the vocabulary, how to merge it, what is special.
 
-Source: FORMATS.md, "Metadata keys"; GGUF's `tokenizer.ggml.*`; the `tokenizers` library's JSON.
+Source: docs/formats.md, "Models"; GGUF's `tokenizer.ggml.*`; the `tokenizers` library's JSON.
 """
 
 from __future__ import annotations

@@ -31,6 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         "there is (default: cpu)")  # fmt: skip
     parser.add_argument("--trust-remote-code", action="store_true",
                         help="run Python code that comes with the model")  # fmt: skip
+    parser.add_argument("--no-check", dest="check", action="store_false",
+                        help="do not run the model a second time, without hooks, nor judge what is "
+                        "captured: half the time")  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=args.device,
         trust_remote_code=args.trust_remote_code,
+        check=args.check,
     )
     on_terminal = sys.stderr.isatty()
     if on_terminal:
@@ -64,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     ids = ",".join(map(str, summary.tokens))
     print(f"{summary.count} tensors in {summary.directory}, {len(summary.tokens)} tokens: {ids}")
+    if on_terminal:
+        told = f"{summary.judged} stages follow from their inputs" if args.check else "not checked"
+        print(told, file=sys.stderr)
     return 0
 
 

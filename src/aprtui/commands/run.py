@@ -119,7 +119,6 @@ def _print_text(
     traced = None
     events = generate(
         decoder, tokens, args.max_tokens, stop_tokens=find_stop_tokens(model),
-        window=model.config.sliding_window,
         traced=None if args.trace_step is None else StepRequest(args.trace_step),
     )  # fmt: skip
     for event in events:

@@ -12,7 +12,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import figures_of, format_ratio
 from aprtui.theme import MARKS, Paint, mark_of
 

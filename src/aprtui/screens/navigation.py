@@ -9,7 +9,7 @@ from typing import Any
 
 from textual.screen import Screen
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.bindings import shown_key
 from aprtui.rows import Row, matching_keys, place_among
 from aprtui.widgets.breadcrumb import Breadcrumb

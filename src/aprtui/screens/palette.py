@@ -13,7 +13,8 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.dom import DOMNode
 from textual.markup import escape
 
-from aprcore.network.graph import BY_NAME, StageKey
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 from aprtui.rows import Filter, summarise_layer
 from aprtui.text import visible
 from aprtui.theme import mark_of, mark_of_verdict
@@ -163,7 +164,11 @@ class ExplorerCommands(ScreenCommands):
                 name = f"{key}  {mark.glyph} {mark.word}".rstrip()
                 yield (
                     key,
-                    Offer(name, BY_NAME[key.stage].title, partial(self._navigation.go_to, key)),
+                    Offer(
+                        name,
+                        known_stages()[key.stage].title,
+                        partial(self._navigation.go_to, key),
+                    ),
                 )
 
 

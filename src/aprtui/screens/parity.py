@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import Footer, Static
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import (
     COSINE_PLACES,
     figures_of,

@@ -14,7 +14,8 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Footer, Static
 
-from aprcore.network.graph import STAGES, StageKey
+from aprcore.network.graph import known_stages
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import format_ratio
 from aprtui.profile import LEAST, MOST, Curve, Point, gather, height_of, points_of
 from aprtui.run_state import RunState
@@ -231,7 +232,7 @@ class ProfileScreen(RunView):
     def action_stage(self, step: int) -> None:
         """Show another stage over all layers, or all stages."""
         present = {key.stage for key in self._state.keys if key.layer is not None}
-        stages = [None, *(stage.name for stage in STAGES if stage.name in present)]
+        stages = [None, *(name for name in known_stages() if name in present)]
         point = self.plot.point() if self.plot.stage is None else None
         if point is not None and point.key.stage in present:
             self.plot.stage = point.key.stage  # what is being looked at comes first

@@ -9,7 +9,7 @@ from typing import ClassVar
 from textual.command import Provider
 from textual.screen import Screen
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.run_state import RunState
 from aprtui.screens.palette import ScreenCommands
 

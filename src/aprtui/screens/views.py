@@ -72,6 +72,8 @@ class Views:
 
     def _show_changes(self) -> None:
         """Show what has changed since the run before."""
+        # The line that says which key shows them has been read.
+        self._screen.app.clear_notifications()
         before, after = self._state.previous, self._state.report
         if before is None:
             key = shown_key(self._screen.app, "explorer.rerun")

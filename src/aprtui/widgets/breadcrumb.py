@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.text import Text
 from textual.widget import Widget
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.run_state import RunState
 from aprtui.theme import Paint, mark_of
 

@@ -29,7 +29,7 @@ WIDE_CELLS = 56
 TEXT_HEADING, TEXT_CELLS = "text", 16
 
 
-class Column(NamedTuple):
+class DivergenceColumn(NamedTuple):
     """A right-aligned column; `cells` includes the gap before it."""
 
     heading: str
@@ -97,9 +97,9 @@ class DivergenceTable(ScrollView):
     def _is_wide(self) -> bool:
         return self.size.width >= WIDE_CELLS
 
-    def _columns(self, layout: Layout) -> list[Column]:
+    def _columns(self, layout: Layout) -> list[DivergenceColumn]:
         """As wide as what can come, and a gap: a smaller one where they would not fit."""
-        columns: list[Column] = []
+        columns: list[DivergenceColumn] = []
         for gap in (3, 2) if self._is_wide else (1,):
             columns = self._columns_apart(layout, gap)
             if sum(column.cells for column in columns) <= self.size.width:
@@ -108,30 +108,32 @@ class DivergenceTable(ScrollView):
         longest = max(map(cell_len, self._texts), default=0)
         if any(self._texts) and left >= len(TEXT_HEADING):
             cells = min(left, max(longest, len(TEXT_HEADING)), TEXT_CELLS)
-            columns.insert(-3, Column(TEXT_HEADING, cells + gap, "ink-quiet"))
+            columns.insert(-3, DivergenceColumn(TEXT_HEADING, cells + gap, "ink-quiet"))
         return columns
 
-    def _columns_apart(self, layout: Layout, gap: int) -> list[Column]:
+    def _columns_apart(self, layout: Layout, gap: int) -> list[DivergenceColumn]:
         value_cells = 10 if self._is_wide else 9
-        columns = [Column("#", 3, "ink-quiet")] if self._is_wide else []
+        columns = [DivergenceColumn("#", 3, "ink-quiet")] if self._is_wide else []
         for axis, size in zip(layout.axes, layout.factors):
             heading = axis if self._is_wide else SHORT_AXES.get(axis, axis)
             cells = max(len(heading), len(str(size - 1))) + (gap if columns else 0)
-            columns.append(Column(heading, cells, "ink-quiet"))
+            columns.append(DivergenceColumn(heading, cells, "ink-quiet"))
         return [
             *columns,
-            Column("trace", value_cells + gap, "ink-trace"),
-            Column("oracle", value_cells + gap, "ink-oracle"),
-            Column("|diff|", 7 + gap, "ink-quiet"),
+            DivergenceColumn("trace", value_cells + gap, "ink-trace"),
+            DivergenceColumn("oracle", value_cells + gap, "ink-oracle"),
+            DivergenceColumn("|diff|", 7 + gap, "ink-quiet"),
         ]
 
-    def _headings(self, columns: list[Column]) -> Text:
+    def _headings(self, columns: list[DivergenceColumn]) -> Text:
         paint = Paint(self.app.theme_variables)
         return Text.assemble(
             *((column.heading.rjust(column.cells), paint(column.ink)) for column in columns)
         )
 
-    def _row(self, number: int, columns: list[Column], top: Ranking, layout: Layout) -> Text:
+    def _row(
+        self, number: int, columns: list[DivergenceColumn], top: Ranking, layout: Layout
+    ) -> Text:
         form = format_value if self._is_wide else format_short
         a, b = float(top.a[number]), float(top.b[number])
         texts = [str(number + 1)] if self._is_wide else []

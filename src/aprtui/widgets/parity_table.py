@@ -12,7 +12,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import figures_of, format_cosine, format_position, format_ratio
 from aprtui.run_state import RunState
 from aprtui.theme import PENDING, Paint, judgment_mark, mark_of_verdict

@@ -17,7 +17,7 @@ from aprtui.widgets.picture_view import PictureView
 from aprtui.widgets.tabs import DetailTab
 
 if TYPE_CHECKING:
-    from aprcore.network.graph import StageKey
+    from aprcore.network.stages import StageKey
     from aprcore.records.report import RunHeader, StageReport
     from aprcore.records.tensor_source import TensorSource
 

@@ -9,7 +9,7 @@ from textual import events
 from textual.message import Message
 from textual.widget import Widget
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.profile import CURVE_OF, Curve, Point, by_layer, gather, height_of
 from aprtui.run_state import RunState
 from aprtui.theme import Paint, mark_of

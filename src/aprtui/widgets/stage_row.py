@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprcore.records.telling import worst_of
 from aprtui.measures import JUDGMENTS, Measure
 from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer

@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from aprcore.network.graph import StageKey
+from aprcore.network.stages import StageKey
 from aprtui.measures import Measure
 from aprtui.rows import RUN_ROW, Filter, Row, SortOrder, arrange
 from aprtui.run_state import RunState

@@ -30,12 +30,12 @@ WIDE_CELLS, WIDEST_CELLS = 56, 84
 TEXT_CELLS = 14
 
 
-class Figures(NamedTuple):
+class BarFigures(NamedTuple):
     """What is known of the tokens.
 
     Attributes:
-        tokens: Figures of each token; None where there are no two sides of one layout.
-        by_head: Figures of each head of each token, where there are heads.
+        tokens: BarFigures of each token; None where there are no two sides of one layout.
+        by_head: BarFigures of each head of each token, where there are heads.
     """
 
     tokens: TokenFigures | None = None
@@ -46,15 +46,15 @@ class Figures(NamedTuple):
 class TokensAsk(Ask):
     """How far off each token is."""
 
-    def make(self, tensor: OpenTensor, is_cancelled: Callable[[], bool]) -> Figures:
+    def make(self, tensor: OpenTensor, is_cancelled: Callable[[], bool]) -> BarFigures:
         """Compare both sides, token by token."""
         from aprcore.pictures import token_figures
 
         if not tensor.pair.comparable:
-            return Figures()
+            return BarFigures()
         tokens = token_figures(tensor.pair, is_cancelled, by_head=False)
         by_head = token_figures(tensor.pair, is_cancelled)
-        return Figures(tokens, by_head if by_head.heads else None)
+        return BarFigures(tokens, by_head if by_head.heads else None)
 
 
 class Columns(NamedTuple):
@@ -68,7 +68,7 @@ class Columns(NamedTuple):
 
 
 class TokenBars(LinePicture):
-    """Figures per token under headings that stay; `h` shows a square per head instead.
+    """BarFigures per token under headings that stay; `h` shows a square per head instead.
 
     Attributes:
         by_head: Whether heads are shown.
@@ -92,7 +92,7 @@ class TokenBars(LinePicture):
         self.commands = {"next-head": self._toggle_heads, "previous-head": self._toggle_heads}
         self.by_head = False
         self.token = self.head = 0
-        self._figures = Figures()
+        self._figures = BarFigures()
         self._texts: tuple[str, ...] = ()
         self._ids: tuple[int, ...] = ()
         self._measured: Columns | None = None
@@ -158,7 +158,7 @@ class TokenBars(LinePicture):
 
     @property
     def _shown_heads(self) -> TokenFigures | None:
-        """Figures by head, where they are there and wanted."""
+        """BarFigures by head, where they are there and wanted."""
         return self._figures.by_head if self.by_head else None
 
     # A line per token

@@ -1,1 +1,1 @@
-"""The GPU path: the operations of the table of stages as OpenCL kernels."""
+"""The GPU path: the operations of the stages as OpenCL kernels."""

@@ -1,4 +1,4 @@
-"""The operations of the table of stages on an OpenCL device, in float32."""
+"""The operations of the stages on an OpenCL device, in float32."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.base import Int64
 from aprcore.engines.opencl.device import OpenDevice, open_device
 from aprcore.engines.opencl.launch import DeviceArray, Launcher
 from aprcore.engines.opencl.products import Products, copy_columns, stored_kernel
 from aprcore.engines.opencl.streaming import Piece
 from aprcore.engines.opencl.weights_on_device import DeviceWeights
+from aprcore.network.backend import Int64
+from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Float32, Weight, row_values
 
@@ -25,10 +26,11 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 _KEPT_TABLES = 4
 
 _u32, _u64, _f32 = np.uint32, np.uint64, np.float32
+_UNBOUNDED = 2**32 - 1  # as a bound of a mask: more than there are positions
 
 
 class OpenCLBackend:
-    """Float32 operations in canonical layout; see `aprcore.engines.base.Backend`.
+    """Float32 operations in canonical layout; see `aprcore.network.backend.Backend`.
 
     For one thread at a time: kernels hold their arguments, and all work goes through one in-order
     queue. Results repeat bit for bit on a device, whatever is kept or streamed.
@@ -125,13 +127,25 @@ class OpenCLBackend:
         )  # fmt: skip
         return out
 
-    def rms_norm(self, x: DeviceArray, weight: Weight, eps: float) -> DeviceArray:
+    def scale(self, x: DeviceArray, factor: float) -> DeviceArray:
+        """See `Backend`."""
+        return self._each("scale", x, _f32(factor))
+
+    def soft_cap(self, x: DeviceArray, cap: float) -> DeviceArray:
+        """See `Backend`."""
+        return self._each("soft_cap", x, _f32(cap))
+
+    def rms_norm(
+        self, x: DeviceArray, weight: Weight, eps: float, offset: float = 0.0
+    ) -> DeviceArray:
         """See `Backend`."""
         size = weight.shape[0]
         y = self._launcher.empty(x.shape)
         kernel = self._launcher.kernel("rms_norm", ["norms.cl"])
         gain = self.weights.vector(weight)
-        self._launcher.run(kernel, (x.size // size,), x, gain, _u32(size), _f32(eps), y)
+        self._launcher.run(
+            kernel, (x.size // size,), x, gain, _u32(size), _f32(eps), _f32(offset), y
+        )
         return y
 
     def linear(self, x: DeviceArray, weights: Sequence[Weight]) -> DeviceArray:
@@ -191,26 +205,28 @@ class OpenCLBackend:
         return y
 
     def attention_scores(
-        self, q: DeviceArray, k: DeviceArray, num_heads: int, num_kv_heads: int
-    ) -> DeviceArray:
+        self, q: DeviceArray, k: DeviceArray, num_heads: int, num_kv_heads: int, scale: float,
+        mask: Mask,
+    ) -> DeviceArray:  # fmt: skip
         """See `Backend`."""
         tokens, positions, size = q.shape[0], k.shape[0], q.shape[1] // num_heads
         scores = self._launcher.empty((num_heads, tokens, positions))
         kernel = self._launcher.kernel("attention_scores", ["attention.cl"])
         self._launcher.run_over(
             kernel, scores.size, q, k, _u32(tokens), _u32(positions), _u32(num_heads),
-            _u32(num_kv_heads), _u32(size), _f32(1 / math.sqrt(size)), scores, cost=size,
+            _u32(num_kv_heads), _u32(size), _f32(scale), *_bounds(mask), scores, cost=size,
         )  # fmt: skip
         return scores
 
-    def causal_softmax(self, scores: DeviceArray) -> DeviceArray:
+    def masked_softmax(self, scores: DeviceArray, mask: Mask) -> DeviceArray:
         """See `Backend`."""
         heads, tokens, positions = scores.shape
         weights = self._launcher.empty(scores.shape)
-        kernel = self._launcher.kernel("causal_softmax", ["attention.cl"])
+        kernel = self._launcher.kernel("masked_softmax", ["attention.cl"])
         self._launcher.run(
-            kernel, (heads * tokens,), scores, _u32(tokens), _u32(positions), weights
-        )
+            kernel, (heads * tokens,), scores, _u32(tokens), _u32(positions), *_bounds(mask),
+            weights,
+        )  # fmt: skip
         return weights
 
     def weighted_values(
@@ -231,10 +247,7 @@ class OpenCLBackend:
         """See `Backend`."""
         if kind not in _ACTIVATIONS:
             raise ValueError(f"unknown activation {kind!r}")
-        y = self._launcher.empty(x.shape)
-        kernel = self._launcher.kernel(kind, ["elementwise.cl"])
-        self._launcher.run_over(kernel, x.size, x, _u64(x.size), y)
-        return y
+        return self._each(kind, x)
 
     def add(self, x: DeviceArray, y: DeviceArray) -> DeviceArray:
         """See `Backend`."""
@@ -250,6 +263,12 @@ class OpenCLBackend:
         kernel = self._launcher.kernel("argmax", ["argmax.cl"])
         self._launcher.run(kernel, (1,), x, _u32(x.size), found)
         return int(self.to_host(found).view(np.uint32)[0])
+
+    def _each(self, name: str, x: DeviceArray, *numbers: np.float32) -> DeviceArray:
+        y = self._launcher.empty(x.shape)
+        kernel = self._launcher.kernel(name, ["elementwise.cl"])
+        self._launcher.run_over(kernel, x.size, x, _u64(x.size), *numbers, y)
+        return y
 
     def _pairwise(self, name: str, x: DeviceArray, y: DeviceArray) -> DeviceArray:
         if x.shape != y.shape:
@@ -274,3 +293,9 @@ class OpenCLBackend:
                 self._launcher.upload(np.sin(angles) * factor),
             )
         return self._tables[key]
+
+
+def _bounds(mask: Mask) -> tuple[np.uint32, np.uint32]:
+    """How many positions behind its own and ahead of it a query sees, as kernels take them."""
+    behind, ahead = (_UNBOUNDED if n is None else min(n, _UNBOUNDED) for n in mask)
+    return _u32(behind), _u32(ahead)

@@ -15,7 +15,7 @@ import numpy as np
 from aprcore.formats.storage import StoredTensor
 from aprcore.models.names import RowSlice, SplitHalves
 from aprcore.network.weights import Weight, row_values
-from aprcore.quant.types import SCALE_BYTES, Bytes, Layout, find_format, row_bytes
+from aprcore.quant.types import SCALE_BYTES, BlockLayout, Bytes, find_format, row_bytes
 
 FLOAT_FORMATS = ("F32", "F16", "BF16", "AprQ8")
 BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "AprQ4")
@@ -88,11 +88,11 @@ def _stored_source(weight: RowSlice | StoredTensor) -> RowSource | None:
     if tensor.dtype not in (*FLOAT_FORMATS, *BLOCK_FORMATS) or len(tensor.shape) != 2:
         return None
     row, width = find_format(tensor.dtype), tensor.shape[1]
-    if row.layout is Layout.FLAT and width % row.block_values:
+    if row.layout is BlockLayout.FLAT and width % row.block_values:
         return None
     stride = row_bytes(row, width)
     start_bytes, scale = tensor.offset_bytes, 1.0
-    if row.layout is Layout.SCALED:
+    if row.layout is BlockLayout.SCALED:
         scale = struct.unpack("<f", tensor.file.read_bytes(start_bytes, SCALE_BYTES))[0]
         start_bytes += SCALE_BYTES
 

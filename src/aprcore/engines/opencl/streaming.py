@@ -23,7 +23,7 @@ SLOTS = 3
 
 
 @dataclass(eq=False)
-class Request:
+class ReadRequest:
     """Rows that are wanted on the device.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Slot:
 
 @dataclass(eq=False)
 class _Loading:
-    request: Request
+    request: ReadRequest
     slot: _Slot
     buffer: Any
     ready: Future[Any]
@@ -97,16 +97,16 @@ class PieceStream:
             self._transfers = cl.CommandQueue(device.context)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="aprcore-upload")
         self._free = deque(_Slot(None, 0) for _ in range(SLOTS))
-        self._planned: deque[Request] = deque()
+        self._planned: deque[ReadRequest] = deque()
         self._loading: deque[_Loading] = deque()
 
-    def plan(self, requests: Iterable[Request]) -> None:
+    def plan(self, requests: Iterable[ReadRequest]) -> None:
         """Queue requests up and begin to load."""
         self._planned.extend(requests)
         self._advance()
 
     @property
-    def head(self) -> Request | None:
+    def head(self) -> ReadRequest | None:
         """The request that will be taken next."""
         if self._loading:
             return self._loading[0].request
@@ -171,7 +171,7 @@ class PieceStream:
             ready = self._loader.submit(self._load, request, buffer, busy)
             self._loading.append(_Loading(request, slot, buffer, ready))
 
-    def _buffer(self, request: Request, slot: _Slot) -> Any:
+    def _buffer(self, request: ReadRequest, slot: _Slot) -> Any:
         if request.keep:
             try:
                 return self._allocate(request.size_bytes)
@@ -192,7 +192,7 @@ class PieceStream:
                 self._device.context, flags.READ_ONLY | flags.ALLOC_HOST_PTR, size_bytes
             )
 
-    def _load(self, request: Request, buffer: Any, busy: Any) -> Any:
+    def _load(self, request: ReadRequest, buffer: Any, busy: Any) -> Any:
         """Runs in the thread: fill the buffer, return the event that it is the device's again."""
         import pyopencl as cl
 

@@ -11,7 +11,7 @@ import numpy as np
 from aprcore.engines.opencl.device import DeviceInfo, OpenDevice
 from aprcore.engines.opencl.errors import driver_errors
 from aprcore.engines.opencl.stored_rows import RowSource, row_source
-from aprcore.engines.opencl.streaming import Piece, PieceStream, Request
+from aprcore.engines.opencl.streaming import Piece, PieceStream, ReadRequest
 from aprcore.network.weights import Weight, read_all
 
 _MIB = 1024 * 1024
@@ -37,7 +37,7 @@ _ROW_GROUP = 12
 class _Plan:
     """The requests for a weight that are queued up, and what was set aside for keeping it."""
 
-    requests: list[Request]
+    requests: list[ReadRequest]
     reserved_bytes: int
 
 
@@ -215,7 +215,7 @@ class DeviceWeights:
         if rows >= _ROW_GROUP:
             rows -= rows % _ROW_GROUP
         requests = [
-            Request(source, start, min(start + rows, source.num_rows), keep)
+            ReadRequest(source, start, min(start + rows, source.num_rows), keep)
             for start in range(0, source.num_rows, rows)
         ]
         entry.plan = _Plan(requests, reserved_bytes)

@@ -1,16 +1,24 @@
 // Attention as three stages, each of which is written out whole. T tokens are the last of S
-// positions, so token t may attend to the positions up to t + S - T. Several query heads share a
-// key and value head.
+// positions, so token t is at position t + S - T; a mask lets it see so many positions behind its
+// own and so many ahead of it. Several query heads share a key and value head.
 
-// q [T, H, D], k [S, K, D] -> scores [H, T, S], zero after the token.
+// The positions [x, y) that the token at `position` sees: itself at least. No bound is too large.
+static inline uint2 seen_from(uint position, uint positions, uint behind, uint ahead) {
+    return (uint2)(position - min(position, behind),
+                   position + min(ahead, positions - 1 - position) + 1);
+}
+
+// q [T, H, D], k [S, K, D] -> scores [H, T, S], zero where masked.
 kernel GROUP void attention_scores(global const float *q, global const float *k, uint tokens,
                                    uint positions, uint heads, uint kv_heads, uint size,
-                                   float scale, global float *restrict scores) {
+                                   float scale, uint behind, uint ahead,
+                                   global float *restrict scores) {
     const uint vectors = size / 8;
     FOR_SPAN(index, (size_t)heads * tokens * positions) {
         const uint s = index % positions, t = index / positions % tokens;
         const uint head = index / positions / tokens, kv_head = head / (heads / kv_heads);
-        if (s > t + (positions - tokens)) {
+        const uint2 seen = seen_from(t + (positions - tokens), positions, behind, ahead);
+        if (s < seen.x || s >= seen.y) {
             scores[index] = 0;
             continue;
         }
@@ -24,27 +32,29 @@ kernel GROUP void attention_scores(global const float *q, global const float *k,
     }
 }
 
-// scores [rows, S] -> weights [rows, S], row t of every `tokens` rows over its own positions.
-kernel GROUP void causal_softmax(global const float *scores, uint tokens, uint positions,
-                                 global float *restrict weights) {
+// scores [rows, S] -> weights [rows, S], row t of every `tokens` rows over what token t sees.
+kernel GROUP void masked_softmax(global const float *scores, uint tokens, uint positions,
+                                 uint behind, uint ahead, global float *restrict weights) {
     SCRATCH;
     const uint lane = get_local_id(0), row = get_group_id(0);
-    const uint seen = row % tokens + (positions - tokens) + 1;
+    const uint position = row % tokens + (positions - tokens);
+    const uint2 seen = seen_from(position, positions, behind, ahead);
     scores += (size_t)row * positions;
     weights += (size_t)row * positions;
     // fmax passes over NaN; the power of a NaN makes the sum NaN, and with it the whole row.
     float largest = -INFINITY;
-    for (uint s = lane; s < seen; s += LANES) largest = fmax(largest, scores[s]);
+    for (uint s = seen.x + lane; s < seen.y; s += LANES) largest = fmax(largest, scores[s]);
     largest = max_lanes(largest, scratch);
     float total = 0;
-    for (uint s = lane; s < seen; s += LANES) {
+    for (uint s = seen.x + lane; s < seen.y; s += LANES) {
         const float power = exp(scores[s] - largest);
         weights[s] = power;
         total += power;
     }
     total = sum_lanes(total, scratch);
-    for (uint s = lane; s < seen; s += LANES) weights[s] /= total;
-    for (uint s = seen + lane; s < positions; s += LANES) weights[s] = 0 / total;
+    for (uint s = seen.x + lane; s < seen.y; s += LANES) weights[s] /= total;
+    for (uint s = lane; s < seen.x; s += LANES) weights[s] = 0 / total;
+    for (uint s = seen.y + lane; s < positions; s += LANES) weights[s] = 0 / total;
 }
 
 // weights [H, T, S], v [S, K, D] -> out [T, H, D]. One index is eight dimensions.
@@ -59,7 +69,7 @@ kernel GROUP void weighted_values(global const float *weights, global const floa
         global const float *from = v + (size_t)kv_head * size + 8 * part;
         global float *to = out + ((size_t)t * heads + head) * size + 8 * part;
         const size_t stride = (size_t)kv_heads * size;
-        // Positions after the token weigh 0 and are not skipped: a NaN there shows, as on the CPU.
+        // Masked positions weigh 0 and are not skipped: a NaN there shows, as on the CPU.
         if (count == 8) {
             float8 sums = 0;
             for (uint s = 0; s < positions; s++) sums += LOAD8(from + s * stride) * row[s];

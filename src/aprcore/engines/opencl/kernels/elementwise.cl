@@ -10,6 +10,17 @@ kernel GROUP void multiply(global const float *x, global const float *y, ulong c
     FOR_SPAN(i, count) out[i] = x[i] * y[i];
 }
 
+kernel GROUP void scale(global const float *x, ulong count, float factor,
+                        global float *restrict y) {
+    FOR_SPAN(i, count) y[i] = x[i] * factor;
+}
+
+kernel GROUP void soft_cap(global const float *x, ulong count, float cap,
+                           global float *restrict y) {
+    // A quotient that overflows is infinite, and cap * tanh(inf) is the right limit.
+    FOR_SPAN(i, count) y[i] = cap * tanh(x[i] / cap);
+}
+
 // The bias of columns first to first + count of rows of `width` values.
 kernel GROUP void add_bias(global const float *x, global const float *bias, uint rows, uint width,
                            uint first, uint count, global float *restrict out) {

@@ -1,6 +1,7 @@
-// y = x / sqrt(mean(x²) + eps) * gain over groups of `size` values: whole rows, or single heads.
+// y = x / sqrt(mean(x²) + eps) * (offset + gain) over groups of `size` values: whole rows, or
+// single heads.
 kernel GROUP void rms_norm(global const float *x, global const float *gain, uint size, float eps,
-                           global float *restrict y) {
+                           float offset, global float *restrict y) {
     SCRATCH;
     const uint lane = get_local_id(0), vectors = size / 8;
     x += (size_t)get_group_id(0) * size;
@@ -14,5 +15,5 @@ kernel GROUP void rms_norm(global const float *x, global const float *gain, uint
     for (uint i = 8 * vectors + lane; i < size; i += LANES) total += x[i] * x[i];
     total = sum_lanes(total, scratch);
     const float scale = 1 / sqrt(total / size + eps);
-    for (uint i = lane; i < size; i += LANES) y[i] = x[i] * scale * gain[i];
+    for (uint i = lane; i < size; i += LANES) y[i] = x[i] * scale * (offset + gain[i]);
 }

@@ -3,7 +3,7 @@
 // eight(row, block, part, scale): values 8 * part to 8 * part + 7 of a block. The loops that call
 // it run over the parts of a block with constant bounds, so the compiler decodes each scale once.
 //
-// Source: ggml's block structures; AprQ4 as in FORMATS.md. Products of a scale and a quant are
+// Source: ggml's block structures; AprQ4 as in docs/formats.md. Products of a scale and a quant are
 // exact in float32 (11 + 6 + 4 or 11 + 7 + 6 bits), so values equal the host's to the last bit.
 
 static inline float half_at(global const uchar *bytes) {

@@ -1,4 +1,4 @@
-"""The protocol of a backend: one method per operation of the table of stages."""
+"""The protocol of a backend: one method for each thing that operations do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from aprcore.ground.errors import WeightError
 from aprcore.network.config import ModelConfig
+from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight
 
@@ -117,8 +118,16 @@ class Backend(Protocol):
         """Rows of `weight` [V, E] by token id -> [T, E]."""
         ...
 
-    def rms_norm(self, x: Array, weight: Weight, eps: float) -> Array:
-        """RMSNorm over groups of len(weight) values: whole rows, or each head on its own."""
+    def scale(self, x: Array, factor: float) -> Array:
+        """X times a number, which is rounded to the backend's type first."""
+        ...
+
+    def soft_cap(self, x: Array, cap: float) -> Array:
+        """Cap times tanh(x / cap)."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Weight, eps: float, offset: float = 0.0) -> Array:
+        """RMSNorm by offset + weight, over groups of len(weight) values: rows, or heads."""
         ...
 
     def linear(self, x: Array, weights: Sequence[Weight]) -> Array:
@@ -137,12 +146,14 @@ class Backend(Protocol):
         """Rotate every head of x [T, N·D], pairing dimension i with i + D/2."""
         ...
 
-    def attention_scores(self, q: Array, k: Array, num_heads: int, num_kv_heads: int) -> Array:
-        """Q [T, H·D] · k [S, K·D] / sqrt(D) -> [H, T, S], zero where s is after t."""
+    def attention_scores(
+        self, q: Array, k: Array, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
+    ) -> Array:
+        """Q [T, H·D] · k [S, K·D] · scale -> [H, T, S], zero where t does not see s."""
         ...
 
-    def causal_softmax(self, scores: Array) -> Array:
-        """Softmax over s <= t of scores [H, T, S], zero elsewhere."""
+    def masked_softmax(self, scores: Array, mask: Mask) -> Array:
+        """Softmax of scores [H, T, S] over what each query sees, zero elsewhere."""
         ...
 
     def weighted_values(self, softmax: Array, v: Array, num_kv_heads: int) -> Array:
