@@ -196,6 +196,13 @@ def test_sliding_window(architecture: str, changes: dict[str, Any], windows: Any
     assert tuple(found[layer % len(found)] for layer in range(3)) == expected
 
 
+def test_windows_of_a_family_without_any_are_refused() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(ConfigError, match="layer_types has sliding_attention"):
+        hf(layer_types=kinds, sliding_window=8)
+    assert hf(layer_types=["full_attention"] * 3, sliding_window=8).windows == (None,)
+
+
 @pytest.mark.parametrize(
     ("pattern", "windows"),
     [

@@ -61,7 +61,9 @@ class Architecture:
     end: Callable[[Builder], None] = blocks.head
     defaults: Mapping[str, Any] = field(default_factory=dict)
     switches: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    windows: Callable[[Fields, int], Windows] = lambda fields, num_layers: (None,)
+    windows: Callable[[Fields, int], Windows] = lambda fields, num_layers: no_windows(
+        fields, num_layers
+    )
     gguf_windows: Callable[[int | None, Any, int], Windows] | None = None
     numbers: Sequence[Number] = ()
     attention_keywords: frozenset[str] = frozenset({"sliding_window"})
@@ -90,6 +92,21 @@ def windows_of_layer_types(fields: Fields, num_layers: int, window: int | None) 
         raise ConfigError("layer_types has sliding_attention, and sliding_window is not given",
                           where=fields.where)  # fmt: skip
     return tuple(known[kind] for kind in kinds[:num_layers])
+
+
+def no_windows(fields: Fields, num_layers: int) -> Windows:
+    """Those of a family that has none: a window that `layer_types` gives to a layer is refused.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    window = fields.optional_size(("sliding_window",))
+    if set(windows_of_layer_types(fields, num_layers, window) or (None,)) != {None}:
+        raise ConfigError(
+            "layer_types has sliding_attention, and this architecture has no windows",
+            where=fields.where, hint="the model may be of another architecture",
+        )  # fmt: skip
+    return (None,)
 
 
 def qwen_windows(fields: Fields, num_layers: int) -> Windows:
