@@ -72,8 +72,6 @@ class Views:
 
     def _show_changes(self) -> None:
         """Show what has changed since the run before."""
-        # The line that says which key shows them has been read.
-        self._screen.app.clear_notifications()
         before, after = self._state.previous, self._state.report
         if before is None:
             key = shown_key(self._screen.app, "explorer.rerun")
@@ -82,6 +80,8 @@ class Views:
         elif after is None:
             self._screen.notify("the run is not over yet")
         else:
+            # The line that says which key shows them has been read.
+            self._screen.app.clear_notifications()
             from aprtui.screens.changes import ChangesScreen
 
             changes = ChangesScreen(before, after)
