@@ -58,7 +58,7 @@ DEFAULT_EPS = 1e-6  # of every architecture here, in transformers
 ACTIVATION_ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
 # Keys of config.json that change what is computed, with the values that change nothing. A family
-# that honours one says so (`Architecture.numbers`, `.understood`); elsewhere it is refused, since a
+# that honours one says so (`Architecture.numbers`); elsewhere it is refused, since a
 # model that is computed otherwise than its file says is worse than none. Source: configuration
 # classes of transformers 5.23.
 ARITHMETIC_KEYS: Mapping[str, tuple[Any, ...]] = {
@@ -307,7 +307,7 @@ def _refuse_unknown(fields: Fields, family: Architecture) -> None:
     Raises:
         ConfigError: There is one, with a value that changes something.
     """
-    known = {number.key for number in family.numbers} | family.understood
+    known = {number.key for number in family.numbers}
     for key, neutral in ARITHMETIC_KEYS.items():
         value = fields.values.get(key)
         if value is None or key in known or value in neutral or value == []:

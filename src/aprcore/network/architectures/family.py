@@ -50,7 +50,6 @@ class Architecture:
         attention_keywords: What transformers' attention call may be given besides its tensors.
         gguf_adjacent_pairs: Whether GGUF holds the rows of q and k for RoPE on adjacent pairs.
         gguf_norm_offset: What GGUF's writers add to the weights of norms.
-        understood: Keys of config.json of `ARITHMETIC_KEYS` that this family reads.
         is_computed: Whether its models can be run; otherwise its stages are known from dumps.
     """
 
@@ -69,7 +68,6 @@ class Architecture:
     attention_keywords: frozenset[str] = frozenset({"sliding_window"})
     gguf_adjacent_pairs: bool = False
     gguf_norm_offset: float = 0.0
-    understood: frozenset[str] = frozenset()
     is_computed: bool = True
 
 
