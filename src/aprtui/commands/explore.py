@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aprtui.commands.run_options import add_run_options, add_save_option, make_request
+from aprtui.outgoing import is_terminal
 from aprtui.screen_options import ScreenOptions
 from aprtui.settings import THEMES
 
@@ -111,7 +112,7 @@ def open_explorer(
 
     # A dumb terminal has no cursor to move; the explorer would draw into it for ever.
     is_dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
-    has_terminal = not is_dumb and sys.stdin.isatty() and sys.stdout.isatty()
+    has_terminal = not is_dumb and sys.stdin.isatty() and is_terminal(sys.stdout)
     # `aprtui serve` puts a browser in the terminal's place.
     if not has_terminal and os.environ.get("TEXTUAL_DRIVER") != WEB_DRIVER:
         raise PlanError(

@@ -39,7 +39,8 @@ class HandingOn:
             return
         picture = self._screen.app.export_screenshot()
         header = self._state.report.header
-        name = Path(header.model or header.trace.path).stem or "run"
+        # The name is a file's, and an input shows what is typed as it is.
+        name = visible(Path(header.model or header.trace.path).stem) or "run"
 
         def write(path: Path | None) -> None:
             if path is not None:
