@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aprtui.commands.run_options import add_run_options, add_save_option, make_request
 from aprtui.outgoing import is_terminal
-from aprtui.screen_options import ScreenOptions
+from aprtui.screen_options import ALLOW_WRITE_VARIABLE, ScreenOptions
 from aprtui.settings import THEMES
 
 if TYPE_CHECKING:
@@ -60,7 +61,20 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = choose_settings(args)
     options = ScreenOptions(args.watch, args.save, tuple(sys.argv))
+    if os.environ.get("TEXTUAL_DRIVER") == WEB_DRIVER:
+        options = _in_browser(options)
     return open_explorer(request_under(args, settings), settings, options)
+
+
+def _in_browser(options: ScreenOptions) -> ScreenOptions:
+    """Options of an explorer that may write where its server says, and else nowhere."""
+    allowed = os.environ.get(ALLOW_WRITE_VARIABLE, "")
+    return replace(
+        options,
+        save=None if options.save is None else options.save.absolute(),
+        may_write=bool(allowed),
+        folder=Path(allowed) if allowed else None,
+    )
 
 
 def choose_settings(args: argparse.Namespace) -> Settings:
