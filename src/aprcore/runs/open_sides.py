@@ -238,17 +238,23 @@ def _arithmetic(stated: str | None, trace: StageSource | None) -> Arithmetic:
     """What the engine behind a trace computes in, as stated or recorded."""
     if trace is None:
         return ARITHMETICS["f32"]  # the CPU path
-    stated = stated or trace.sidecar.arithmetic
+    stated = stated or _stated_in_one_word(trace)
     dtype = trace.sidecar.dtype
     known = ARITHMETICS.get(stated or "") or arithmetic_of_dtype(dtype)
     return known.dumped_as(dtype)
+
+
+def _stated_in_one_word(trace: StageSource) -> str | None:
+    """The arithmetic that a sidecar states in one word; of one that states parts, none."""
+    arithmetic = trace.sidecar.arithmetic
+    return arithmetic if isinstance(arithmetic, str) else None
 
 
 def _must_detect(stated: str | None, sides: Sides) -> bool:
     """Whether the arithmetic of a dump matters and nobody says what it is."""
     if sides.trace is None or sides.model is None or sides.cumulative_only:
         return False
-    stated = stated or sides.trace.sidecar.arithmetic
+    stated = stated or _stated_in_one_word(sides.trace)
     return stated not in ARITHMETICS and "T" in sides.sizes
 
 

@@ -1,0 +1,1 @@
+"""Running other engines to dump what they compute."""
