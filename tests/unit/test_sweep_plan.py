@@ -142,7 +142,7 @@ class TestPlan:
             ("[[matrix]]\nmodels = ['a']\nlayers = ['3..1']", ["'layers'", "'3..1'"]),
             ("[[matrix]]\nmodels = ['a']\nlayers = [3]", ["layers[0] is 3, not a text"]),
             ("[[matrix]]\nmodels = ['a']\nstages = 'attn'", ["'stages'", "'attn'"]),
-            ("[[matrix]]\nmodels = ['a']\narithmetic = 'f8'", ["'arithmetic' is 'f8'"]),
+            ("[[matrix]]\nmodels = ['a']\narithmetic = 'f8'", ["'arithmetic'", "'f8' is not known for all; one of f32"]),
             ("[[matrix]]\nmodels = ['a']\nstrict = 1", ["strict is 1, not true or false"]),
             ("[[matrix]]\nmodels = ['a']\ntimeout = 0", ["timeout is 0, not a number > 0"]),
             ("[[matrix]]\nmodels = ['a']\ntimeout = true", ["timeout is True, not a number"]),

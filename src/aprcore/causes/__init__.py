@@ -114,7 +114,7 @@ def _scene(
         plain=expected.estimate,
         layout=layout,
         in_file=in_file,
-        profile=side.profile,
+        profile=side.profile(key),
         recorded=side.peek,
         graph=side.graph,
     )

@@ -37,7 +37,8 @@ class Sidecar:
         history: Tokens before them, in a decoding step: their keys and values were in the cache.
         model: `file`, `sha256`, `size_bytes`, `architecture` and `num_layers` of the model.
         backend, device, driver: What computed the tensors.
-        arithmetic: Precision of the arithmetic, a name in `aprcore.ground.precision.ARITHMETICS`.
+        arithmetic: What its engine rounds: a word for all of it, or words by operation; see
+            `aprcore.engines.arithmetic`.
         dtype: Type of the activations: "float32", "float16", "bfloat16".
         attention: The attention implementation.
         checked: What an oracle was checked for when it was captured: "logits and stages", that

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.ground.precision import FLOAT32, Arithmetic
+from aprcore.engines.arithmetic import Arithmetic
+from aprcore.ground.precision import FLOAT32
 
 Float64 = NDArray[np.float64]
 
@@ -30,10 +31,10 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What the engine on one side rounds.
+    """What the engine on one side rounds in an operation.
 
     Attributes:
-        arithmetic: Its precision.
+        arithmetic: Its precision there.
         weights_rounded: Whether its weights are other roundings of the same numbers, so that the
             step of the stored ones counts as an error.
     """

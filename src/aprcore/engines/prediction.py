@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import Arithmetic
 from aprcore.engines.estimate import Estimate, Float64, Profile
 from aprcore.engines.predicted_product import PredictedProduct
 from aprcore.engines.reference import ReferenceBackend
@@ -37,6 +38,7 @@ from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
+from aprcore.quant.roundings import Rounding
 
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
 # leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
@@ -65,6 +67,7 @@ class PredictionBackend:
         """One (number of rows, profile) per stacked side; None rows for a single side."""
         self._profiles = profiles
         self._threads = threads or available_threads()
+        # Factors are rounded here, where it is known how well they are known.
         self._exact = ReferenceBackend()
 
     def from_host(self, x: NDArray[np.floating[Any]]) -> Estimate:
@@ -133,16 +136,20 @@ class PredictionBackend:
         rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
         # sum_k w^2 x^2 goes where the variance will be: what follows from it is added at the end.
         value, variance, more = (np.empty((rows, width)) for _ in range(3))
-        product = PredictedProduct(x, self._profiles_of(rows))
+        products: dict[tuple[Rounding | None, ...], PredictedProduct] = {}
         jobs = []
         first = 0
         for weight in weights:
+            roundings = self._roundings(lambda a: a.rounding_of(weight))  # noqa: B023
+            if roundings not in products:
+                factor = self._factor(x, roundings)
+                products[roundings] = PredictedProduct(factor, self._profiles_of(rows))
             pieces = row_chunks(weight, PIECE_BYTES)
-            jobs += [(weight, first, start, stop) for start, stop in pieces]
+            jobs += [(products[roundings], weight, first, *piece) for piece in pieces]
             first += weight.shape[0]
 
-        def multiply(job: tuple[Weight, int, int, int]) -> None:
-            weight, first, start, stop = job
+        def multiply(job: tuple[PredictedProduct, Weight, int, int, int]) -> None:
+            product, weight, first, start, stop = job
             columns = slice(first + start, first + stop)
             product.rows(weight, start, stop, *(y[:, columns] for y in (value, variance, more)))
 
@@ -184,7 +191,10 @@ class PredictionBackend:
         )
 
     def rope(self, x: Estimate, positions: Int64, rope: Rope) -> Estimate:
-        value = self._exact.rope(x.value, positions, rope)
+        value = np.concatenate([
+            ReferenceBackend(profile.arithmetic).rope(x.value[rows], positions[rows], rope)
+            for rows, profile in self._profiles_of(x.value.shape[0])
+        ])  # fmt: skip
         half = rope.head_dim // 2
 
         def swapped(y: Float64) -> Float64:
@@ -206,6 +216,9 @@ class PredictionBackend:
     def attention_scores(
         self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Estimate:
+        width = q.value.shape[1] // num_heads
+        q = self._factor(q, self._roundings(lambda a: a.activation_rounding), width)
+        k = self._factor(k, self._roundings(lambda a: a.cache_rounding), width)
         exact = self._exact.attention_scores
         value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         head_dim = q.value.shape[1] // num_heads
@@ -228,6 +241,8 @@ class PredictionBackend:
         depth = np.where(seen, top - scores.value, 0.0)
         # The argument of exp is off by u (top - s); exp, the sum and the division by a few u.
         relative = np.square(depth) + 4 + value.shape[2] / 3
+        if any(profile.arithmetic.scales_late for _, profile in self._profiles):
+            relative = relative + np.square(scores.value)  # what it scales itself, it rounds itself
         variance = self._sum_error(np.square(value) * relative) + self._stored(value)
         # exp of what lies far below the maximum underflows to zero in float32.
         variance += np.where(seen, np.square(2.0**FLOAT32.min_exponent), 0.0)
@@ -237,6 +252,9 @@ class PredictionBackend:
         return Estimate(value, variance)
 
     def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
+        softmax = self._factor(softmax, self._roundings(lambda a: a.activation_rounding))
+        v = self._factor(v, self._roundings(lambda a: a.cache_rounding),
+                         v.value.shape[1] // num_kv_heads)  # fmt: skip
         exact = self._exact.weighted_values
         value = exact(softmax.value, v.value, num_kv_heads)
         positions = softmax.value.shape[2]
@@ -287,6 +305,36 @@ class PredictionBackend:
             start += count
         assert start == rows, f"{rows} rows where the sides have {start}"
         return blocks
+
+    def _roundings(
+        self, of: Callable[[Arithmetic], Rounding | None]
+    ) -> tuple[Rounding | None, ...]:
+        """How each side's engine rounds a factor."""
+        return tuple(of(profile.arithmetic) for _, profile in self._profiles)
+
+    def _factor(
+        self, x: Estimate, roundings: tuple[Rounding | None, ...], width: int | None = None
+    ) -> Estimate:
+        """A factor as the engines round it, in rows of this width (its last axis by default)."""
+        if not any(roundings):
+            return x
+        value, variance = x.value.copy(), np.array(x.variance)
+        if len(self._profiles) == 1:
+            blocks = [slice(None)]
+        else:
+            blocks = [rows for rows, _ in self._profiles_of(x.value.shape[0])]
+        for rows, rounding in zip(blocks, roundings):
+            if rounding is None:
+                continue
+            shape = value[rows].shape
+            flat = (-1, width or shape[-1])
+            spread: Float64 | float = 0.0
+            if np.any(variance[rows]):
+                spread = np.sqrt(variance[rows]).reshape(flat)
+            found = rounding(value[rows].reshape(flat), spread)
+            value[rows] = found.value.reshape(shape)
+            variance[rows] += found.variance.reshape(shape)
+        return Estimate(value, variance, x.token_dof)
 
     def _any_weights_rounded(self) -> bool:
         return any(profile.rounds_weights for _, profile in self._profiles)

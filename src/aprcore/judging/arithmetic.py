@@ -1,91 +1,307 @@
-"""Which arithmetic explains a dump: f32, f64, half precision, or activations rounded to 8 bits.
+"""Which arithmetic explains a dump: what its engine rounds, found operation by operation.
 
-An engine that rounds its activations to Q8_K before every product looks wrong everywhere when it is
-judged as float32. So the stages of one layer are replayed under
-each arithmetic, and the one that explains most of them is taken; of equals the least noisy.
-An engine that computes in float64 and rounds on dump shows where values are added: float32 would
-round their sum alone.
+Most stages of most dumps are sound. So each operation is replayed in several layers under one
+arithmetic after the other, the finest first, and the finest that explains most of its sites is what
+the engine is then held to everywhere. A site that needs a coarser one is a finding.
+
+What an engine rounds on its way into a product can be reproduced, and explains an output exactly or
+not at all. A type that results are rounded to shows in the values themselves: where they are not
+all numbers of that type, nothing is explained by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS, FLOAT32, Arithmetic, arithmetic_of_dtype
+from aprcore.engines.arithmetic import (
+    CACHES,
+    GGML,
+    RESULTS,
+    Arithmetic,
+    EngineArithmetic,
+    cached_in,
+    engine_arithmetic,
+    group,
+    product_arithmetics,
+)
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FLOAT_TYPES, FloatType
 from aprcore.judging.layouts import alternatives, layout_of
 from aprcore.judging.noise import assess
-from aprcore.judging.replay import Floats, RecordedSide
-from aprcore.network.graph import Graph
+from aprcore.judging.replay import RecordedSide
 from aprcore.network.stages import StageKey
-from aprcore.network.weights import Weight
+
+# Layers looked at, evenly spread: enough for a majority that one wrong layer does not change.
+LAYERS = 8
+LAYERS_OF_PRODUCTS = 3  # whose weights cost the most to read
+PASSES = 2
 
 
-def detect_arithmetic(
-    graph: Graph,
-    weights: Mapping[str, Weight],
-    tokens: Sequence[int] | None,
-    num_tokens: int,
+class Inferred(NamedTuple):
+    """What was found of an operation.
+
+    Attributes:
+        part: The operation, as in `EngineArithmetic.parts`.
+        arithmetic: What explains it, or None where nothing explains most of its sites.
+        explained, judged: Sites that it explains, of those that were replayed.
+    """
+
+    part: str
+    arithmetic: Arithmetic | None
+    explained: int
+    judged: int
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Arithmetics that may be behind an operation.
+
+    Attributes:
+        parts: One for each operation that it settles: the judged one first.
+        rank: Of what may be taken only where nothing of a lower rank explains most sites.
+    """
+
+    parts: Mapping[str, Arithmetic]
+    rank: int
+
+
+def infer_arithmetic(
+    side: RecordedSide,
     keys: Iterable[StageKey],
-    read: Callable[[StageKey], Floats | None],
+    stated: Mapping[str, str],
     dtype: str | None = None,
-) -> tuple[Arithmetic, int, int]:
-    """Find the arithmetic of an engine's dump.
+) -> tuple[EngineArithmetic, list[Inferred]]:
+    """Find what an engine computes in.
 
     Args:
-        graph, weights: The model that the engine ran.
-        tokens: Token ids, if known.
-        num_tokens: T.
-        keys: Stages that the dump holds; those of its first complete layer are replayed.
-        read: Fetches a tensor of the dump in canonical layout.
+        side: The dump, with any arithmetic.
+        keys: The stages that it holds.
+        stated: What is said of it (`engine_arithmetic`); that is taken as it is.
         dtype: The type of the dump's values, if it says so.
 
     Returns:
-        The arithmetic, how many stages it explains, and how many were replayed.
+        The arithmetic, and what was found of each operation that nothing was said of.
     """
-    stages = _one_layer(graph, keys)
-    # An engine of the dump's own type is the likelier one, and lets less pass than one that only
-    # dumps in it, whose every recorded input is off.
-    own = arithmetic_of_dtype(dtype)
-    is_coarse = own.stored.digits < FLOAT32.digits
-    likely = sorted(ARITHMETICS.values(), key=lambda a: is_coarse and a is not own)
-    candidates = [arithmetic.dumped_as(dtype) for arithmetic in likely]
-    best = (candidates[0], -1, 0)
-    for arithmetic in candidates:
-        side = RecordedSide(
-            graph, weights, tokens, num_tokens, Profile(arithmetic, weights_rounded=False),
-            read=read,
-        )  # fmt: skip
-        outcomes = [explained for key in stages if (explained := _explained(side, key)) is not None]
-        if sum(outcomes) > best[1]:
-            best = (arithmetic, sum(outcomes), len(outcomes))
-        if best[1] == best[2] > 0:
-            break  # nothing explains more than all of them
-    return best
+    said = engine_arithmetic(stated).dumped_as(dtype)
+    if "all" in stated:
+        return said, []
+    sites = _sites(side, keys)
+    engine, found = _infer(side, sites, said, None)
+    # An engine that computes in a finer type than its dump has did not compute with what it
+    # recorded: sums of recorded values show it, whatever else is settled without.
+    for dumped in _storages(side, sites, dtype):
+        if all(x.arithmetic is not None for x in found):
+            break
+        other, outcomes = _infer(side, sites, said, dumped)
+        if _settled(outcomes) > _settled(found):
+            engine, found = other, outcomes
+    return engine, found
 
 
-def _one_layer(graph: Graph, keys: Iterable[StageKey]) -> list[StageKey]:
-    """The stages of the layer of which most are recorded, the first of equals; all have inputs."""
-    layers: dict[int, list[StageKey]] = {}
+def _settled(found: Sequence[Inferred]) -> int:
+    return sum(x.arithmetic is not None for x in found)
+
+
+def _storages(
+    side: RecordedSide, sites: Mapping[str, Sequence[StageKey]], dtype: str | None
+) -> list[Arithmetic]:
+    """Results that may have been rounded when they were dumped: of float64, or to a half type."""
+    every = [key for keys in sites.values() for key in keys]
+    halves = [RESULTS["f32"].dumped_as(kind.name) for kind in _types(side, every, dtype)]
+    return [RESULTS["f64"], *halves]
+
+
+def _infer(
+    side: RecordedSide,
+    sites: Mapping[str, Sequence[StageKey]],
+    said: EngineArithmetic,
+    dumped: Arithmetic | None,
+) -> tuple[EngineArithmetic, list[Inferred]]:
+    """Settle every operation of which nothing was said.
+
+    Args:
+        side, sites: The dump, and the stages to replay by operation.
+        said: What was said.
+        dumped: How results were rounded on dump, if they were.
+    """
+    engine = said if dumped is None else replace(said, common=dumped)
+    outcomes: dict[str, Inferred] = {}
+    for _ in range(PASSES):
+        # A stage whose inputs had to be recomputed tells nothing before their makers are settled.
+        waiting = [part for part in sites if part not in said.parts
+                   and (part not in outcomes or outcomes[part].arithmetic is None)]  # fmt: skip
+        for part in sorted(waiting, key=lambda p: _is_span(side, sites[p])):
+            outcomes[part], engine = _settle(side.with_engine(engine), part, sites[part], dumped)
+    found = [outcomes[part] for part in sites if part in outcomes]
+    common = _common(found) if dumped is None else dumped
+    parts = dict(engine.parts)
+    for name in (x.part for x in found if x.arithmetic is None):
+        # Held to what its like compute in: products by their weights' types.
+        kind, _, types = name.partition(".")
+        other = {"linear": "head", "head": "linear"}.get(kind, "")
+        like = parts.get(f"{other}.{types}")
+        if like is not None:
+            parts[name] = like
+    return replace(engine, common=common, parts=parts), found
+
+
+def _sites(side: RecordedSide, keys: Iterable[StageKey]) -> dict[str, list[StageKey]]:
+    """The stages to replay, by operation, in the order of computation."""
+    held: dict[str, dict[int | None, list[StageKey]]] = {}
     for key in keys:
-        if key.layer is not None and graph.inputs(key):
-            layers.setdefault(key.layer, []).append(key)
-    return max(layers.values(), key=len, default=[])
+        operation = side.graph.operation(key) if key in side.graph else None
+        if operation is not None and operation.role:
+            name = group(operation, side.weight_types(key))
+            held.setdefault(name, {}).setdefault(key.layer, []).append(key)
+    order = {key: number for number, key in enumerate(side.graph.keys)}
+    chosen = {}
+    for name, layers in held.items():
+        count = LAYERS_OF_PRODUCTS if name.startswith(("linear", "head")) else LAYERS
+        numbers = sorted(layers, key=lambda n: -1 if n is None else n)
+        spread = np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int))
+        chosen[name] = [key for i in spread.tolist() for key in layers[numbers[i]]]
+    return dict(sorted(chosen.items(), key=lambda item: order[item[1][0]]))
 
 
-def _explained(side: RecordedSide, key: StageKey) -> bool | None:
-    """Whether rounding explains a stage, in any layout; None where that cannot be judged."""
-    observed = side.tensor(key)
-    expected = side.expect(key)
-    if observed is None or expected is None or not np.isfinite(observed).all():
-        return None
-    if not np.isfinite(expected.estimate.value).all():
-        return None
+def _settle(
+    side: RecordedSide, part: str, keys: Sequence[StageKey], dumped: Arithmetic | None
+) -> tuple[Inferred, EngineArithmetic]:
+    """The arithmetic of one operation, and the engine with it."""
+    judged = [key for key in keys if _is_judged(side, key)]
+    results = _results(_types(side, judged)) if dumped is None else [dumped]
+    best: tuple[int, int] = (0, 0)  # sites explained, and at which rank
+    chosen: _Choice | None = None
+    for choice in _choices(side, part, judged, results):
+        if chosen is not None and choice.rank > best[1]:
+            break  # what is finer explains most
+        engine = side.engine
+        for name, arithmetic in choice.parts.items():
+            engine = engine.with_part(name, arithmetic)
+        tried = side.with_engine(engine)
+        explained = 0
+        for number, key in enumerate(judged):
+            explained += _explained(tried, key)
+            left = len(judged) - number - 1
+            if explained + left <= max(best[0], len(judged) // 2):
+                break  # it can no longer be the best
+        if explained > len(judged) / 2 and explained > best[0]:
+            best, chosen = (explained, choice.rank), choice
+        if explained == len(judged):
+            break
+    if chosen is None:
+        return Inferred(part, None, 0, len(judged)), side.engine
+    engine = side.engine
+    for name, arithmetic in chosen.parts.items():
+        engine = engine.with_part(name, arithmetic)
+    return Inferred(part, next(iter(chosen.parts.values())), best[0], len(judged)), engine
+
+
+def _choices(
+    side: RecordedSide, part: str, judged: Sequence[StageKey], results: Sequence[Arithmetic]
+) -> Iterator[_Choice]:
+    """What may be behind an operation, the finest first."""
+    for rank, result in enumerate(results):
+
+        def typed(plain: Arithmetic) -> Arithmetic:
+            return replace(
+                plain, name=plain.name if plain.activations else result.name,  # noqa: B023
+                stored=result.stored, accumulated=result.accumulated,  # noqa: B023
+                rounds_on_dump=result.rounds_on_dump,  # noqa: B023
+            )  # fmt: skip
+
+        kind = part.partition(".")[0]
+        match kind:
+            case "linear" | "head":
+                for product in product_arithmetics():
+                    yield _Choice({part: typed(product)}, rank)
+            case "scores" | "values":
+                for parts in _attention(side, part, judged):
+                    yield _Choice({name: typed(x) for name, x in parts.items()}, rank)
+            case "rope":
+                for iterated in (False, True):
+                    yield _Choice({part: replace(result, iterates_angles=iterated)}, rank)
+            case "softmax":
+                for late in (False, True):
+                    yield _Choice({part: replace(result, scales_late=late)}, rank)
+            case _:
+                yield _Choice({part: result}, rank)
+    if part == "values" and not _is_recorded(side, judged, 0):
+        # Flash attention may carry its sums in the cache's half type; nothing finer explains it.
+        for parts in _attention(side, part, judged):
+            if parts["values"].cached == "f16":
+                coarse = replace(parts["values"], accumulated=FLOAT16)
+                yield _Choice({**parts, "values": coarse}, len(results))
+
+
+def _attention(
+    side: RecordedSide, part: str, judged: Sequence[StageKey]
+) -> Iterator[dict[str, Arithmetic]]:
+    """What a cache makes of keys and values: of both, where the scores are not recorded."""
+    place = ("scores", "values").index(part)
+    is_whole = part == "values" and not _is_recorded(side, judged, 0)
+    settled = side.engine.parts.get("scores")
+    if part == "values" and not is_whole and settled is not None and settled.cached:
+        yield {part: cached_in(settled.cached)[1]}
+    for cache in CACHES:
+        scores, values = cached_in(cache)
+        if is_whole:
+            yield {"values": values, "scores": scores}
+            if values.activations:  # flash attention keeps the attention weights as they are
+                yield {"values": replace(values, activations=""), "scores": scores}
+            continue
+        told = (scores, values)[place]
+        yield {part: told}
+        if told.activations:
+            yield {part: replace(told, activations="")}
+
+
+def _is_span(side: RecordedSide, keys: Sequence[StageKey]) -> bool:
+    """Whether stages are judged together with others, whose results are not recorded."""
+    return any(side.tensor(source) is None for key in keys for source in side.graph.inputs(key))
+
+
+def _is_recorded(side: RecordedSide, judged: Sequence[StageKey], argument: int) -> bool:
+    """Whether the stages' own inputs are there to be read."""
+    return any(side.tensor(side.graph.inputs(key)[argument]) is not None for key in judged)
+
+
+def _results(types: Sequence[FloatType]) -> list[Arithmetic]:
+    """Types of results that the values allow."""
+    names = {FLOAT16: "f16", BFLOAT16: "bf16"}
+    return [RESULTS["f32"], *(RESULTS[names[kind]] for kind in types)]
+
+
+def _types(
+    side: RecordedSide, judged: Sequence[StageKey], dtype: str | None = None
+) -> list[FloatType]:
+    """The half types that hold every value of most of the stages."""
+    found = []
+    for kind in (FLOAT16, BFLOAT16):
+        tensors = (side.tensor(key) for key in judged)
+        held = [kind.holds(x) for x in tensors if x is not None]
+        if sum(held) > len(held) / 2:
+            found.append(kind)
+    stated = FLOAT_TYPES.get(dtype or "")
+    return sorted(found, key=lambda kind: kind is not stated)
+
+
+def _is_judged(side: RecordedSide, key: StageKey) -> bool:
+    """Whether a stage can be replayed at all."""
+    observed, inputs = side.tensor(key), side.inputs(key)
+    return observed is not None and inputs is not None and bool(np.isfinite(observed).all())
+
+
+def _explained(side: RecordedSide, key: StageKey) -> bool:
+    """Whether rounding explains a stage, in any layout."""
+    observed, expected = side.tensor(key), side.expect(key)
+    if observed is None or expected is None or not np.isfinite(expected.estimate.value).all():
+        return False
     flat = observed.reshape(-1)
     if flat.size != expected.estimate.value.size:
-        return None
+        return False
     layout = layout_of(key, side.sizes(), flat.size)
     if assess(flat, expected.estimate, layout).explained:
         return True
@@ -95,3 +311,44 @@ def _explained(side: RecordedSide, key: StageKey) -> bool | None:
             side.graph.operation(key), flat, layout, num_kv_heads=side.sizes()["K"]
         )
     )
+
+
+def _common(found: Sequence[Inferred]) -> Arithmetic:
+    """What holds for operations that were not settled: the type of most results that were."""
+    stored = [x.arithmetic.stored for x in found if x.arithmetic is not None]
+    most = max(stored, key=stored.count, default=FLOAT32)
+    return next(x for x in RESULTS.values() if x.stored is most)
+
+
+def describe_inference(engine: EngineArithmetic, found: Sequence[Inferred]) -> str:
+    """What was found, in a sentence: what is common, then where operations differ."""
+    explained, judged = sum(x.explained for x in found), sum(x.judged for x in found)
+    differing: dict[str, list[str]] = {}
+    for part, arithmetic in engine.parts.items():
+        text = _differs(arithmetic, engine.common)
+        if text:
+            differing.setdefault(text, []).append(part)
+    words = [engine.common.name]
+    words += [f"{' and '.join(parts)} with {text}" for text, parts in differing.items()]
+    return f"{', '.join(words)} explains {explained} of {judged} stages replayed"
+
+
+def _differs(arithmetic: Arithmetic, common: Arithmetic) -> str:
+    """What an operation does otherwise than most."""
+    words = []
+    if (arithmetic.stored, arithmetic.rounds_on_dump) != (common.stored, common.rounds_on_dump):
+        words.append(f"{arithmetic.stored.name} results")
+    if arithmetic.accumulated.digits < common.accumulated.digits:
+        words.append(f"sums in {arithmetic.accumulated.name}")
+    if arithmetic.activations == GGML:
+        words.append("activations rounded as ggml does")
+    elif arithmetic.activations and arithmetic.activations != arithmetic.cached:
+        words.append(f"activations in {arithmetic.activations.partition(':')[0]}")
+    if arithmetic.cached:
+        also = " and what it meets" if arithmetic.activations == arithmetic.cached else ""
+        words.append(f"the cache{also} in {arithmetic.cached}")
+    if arithmetic.iterates_angles:
+        words.append("each angle from the one before in float32")
+    if arithmetic.scales_late:
+        words.append("the scale applied inside")
+    return " and ".join(words)

@@ -69,9 +69,11 @@ class Operation:
 
     Attributes:
         row_wise: Whether each output row depends on the same row of the inputs only.
+        role: What it is called where an engine's arithmetic is told; empty for what has no name.
     """
 
     row_wise: ClassVar[bool] = True
+    role: ClassVar[str] = ""
 
     @property
     def weights(self) -> tuple[WeightUse, ...]:
@@ -91,6 +93,7 @@ class Operation:
 class Embed(Operation):
     """Rows of the embedding by token id, times `scale`."""
 
+    role = "embedding"
     row_wise = False
     scale: float = 1.0
 
@@ -109,6 +112,7 @@ class Embed(Operation):
 class Norm(Operation):
     """RMSNorm by `offset` + weight."""
 
+    role = "norm"
     weight: str
     eps: float
     offset: float = 0.0
@@ -132,6 +136,7 @@ class Linear(Operation):
         takes_bias: Whether a bias belongs to it, and is not a stage of its own.
     """
 
+    role = "linear"
     modules: tuple[Module, ...]
     takes_bias: bool = True
 
@@ -155,6 +160,7 @@ class Linear(Operation):
 class AddBias(Operation):
     """The biases of modules side by side."""
 
+    role = "bias"
     modules: tuple[Module, ...]
 
     @property
@@ -177,6 +183,7 @@ class Rotate(Operation):
         eps, offset: As in `Norm`.
     """
 
+    role = "rope"
     part: str
     norm: str
     eps: float
@@ -206,6 +213,7 @@ class Scores(Operation):
         mask: What each query sees.
     """
 
+    role = "scores"
     row_wise = False
     scale: float
     cap: float | None = None
@@ -226,6 +234,7 @@ class Scores(Operation):
 class Softmax(Operation):
     """Softmax over what each query sees, zero elsewhere."""
 
+    role = "softmax"
     row_wise = False
     mask: Mask = CAUSAL
 
@@ -238,6 +247,7 @@ class Softmax(Operation):
 class Values(Operation):
     """The softmax times the values."""
 
+    role = "values"
     row_wise = False
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
@@ -251,6 +261,7 @@ class Values(Operation):
 class Activate(Operation):
     """The activation function."""
 
+    role = "activation"
     kind: str
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
@@ -262,6 +273,8 @@ class Activate(Operation):
 class Multiply(Operation):
     """Two tensors, elementwise."""
 
+    role = "product"
+
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
         """Compute it."""
         return op.multiply(*inputs)
@@ -270,6 +283,8 @@ class Multiply(Operation):
 @dataclass(frozen=True, slots=True)
 class Add(Operation):
     """Two tensors: the residual stream and a branch."""
+
+    role = "residual"
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
         """Compute it."""
@@ -280,6 +295,7 @@ class Add(Operation):
 class Head(Operation):
     """Logits: by the head, or the embedding where the two are tied; capped where there is a cap."""
 
+    role = "head"
     cap: float | None = None
 
     @property

@@ -21,8 +21,14 @@ from aprcore.dumps.names import Dialect
 from aprcore.dumps.open import is_tensor_file, open_dump
 from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
 from aprcore.dumps.source import StageSource
+from aprcore.engines.arithmetic import (
+    ENGINES,
+    EngineArithmetic,
+    arithmetic_of_dtype,
+    engine_arithmetic,
+    stated_arithmetic,
+)
 from aprcore.ground.errors import OracleError, PlanError
-from aprcore.ground.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtype
 from aprcore.judging.layouts import infer_sizes
 from aprcore.judging.quantisation import open_reference
 from aprcore.judging.verdict import cumulative_bound
@@ -202,22 +208,20 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         sizes=_sizes(model, dumps, tokens),
         graph=graph,
         not_computed=missing if trace is None else frozenset(),
-        arithmetic=_arithmetic(request.arithmetic, trace),
+        arithmetic=arithmetic_of_dtype("float32"),  # the CPU path's
+        oracle_arithmetic=_oracle_arithmetic(oracle, notes),
         bound_alone=cumulative_bound(types),
         cumulative_only=request.cumulative_only,
         threads=request.threads,
     )
-    if _must_detect(request.arithmetic, sides):
-        sides, note = _detect(sides, "the trace")
-        notes.append(note)
+    if trace is not None:
+        stated = _stated(request, trace, notes)
+        sides = _with_arithmetic(sides, stated, "the trace", notes)
     if against is not None:
-        # What --arithmetic says is said of the trace.
-        other = replace(
-            sides, trace=against, oracle=None, arithmetic=_arithmetic(None, against)
-        )  # fmt: skip
-        if _must_detect(None, other):
-            other, note = _detect(other, "the dump it is held against")
-            notes.append(note)
+        # What the command line says is said of the trace.
+        other = replace(sides, trace=against, oracle=None)
+        stated = _recorded_arithmetic(against, "the dump it is held against", notes)
+        other = _with_arithmetic(other, stated, "the dump it is held against", notes)
         sides = replace(sides, other=other)
     texts = None
     if tokens is not None and model is not None:
@@ -234,47 +238,52 @@ def _first_names(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def _arithmetic(stated: str | None, trace: StageSource | None) -> Arithmetic:
-    """What the engine behind a trace computes in, as stated or recorded."""
-    if trace is None:
-        return ARITHMETICS["f32"]  # the CPU path
-    stated = stated or _stated_in_one_word(trace)
-    dtype = trace.sidecar.dtype
-    known = ARITHMETICS.get(stated or "") or arithmetic_of_dtype(dtype)
-    return known.dumped_as(dtype)
+def _stated(request: Request, trace: StageSource, notes: list[str]) -> dict[str, str]:
+    """What is said of a trace's arithmetic: on the command line, of its engine, in its sidecar."""
+    said = _recorded_arithmetic(trace, "the trace", notes)
+    if request.engine is not None:
+        said = ENGINES[request.engine] | said
+    if request.arithmetic == "auto":
+        return {}
+    return said | stated_arithmetic(request.arithmetic)
 
 
-def _stated_in_one_word(trace: StageSource) -> str | None:
-    """The arithmetic that a sidecar states in one word; of one that states parts, none."""
-    arithmetic = trace.sidecar.arithmetic
-    return arithmetic if isinstance(arithmetic, str) else None
+def _recorded_arithmetic(dump: StageSource, name: str, notes: list[str]) -> dict[str, str]:
+    """What a dump says of its arithmetic; words of other programs are found out instead."""
+    try:
+        return stated_arithmetic(dump.sidecar.arithmetic)
+    except PlanError as error:
+        notes.append(f"what {name} says of its arithmetic is not understood ({error.what})")
+        return {}
 
 
-def _must_detect(stated: str | None, sides: Sides) -> bool:
-    """Whether the arithmetic of a dump matters and nobody says what it is."""
-    if sides.trace is None or sides.model is None or sides.cumulative_only:
-        return False
-    stated = stated or _stated_in_one_word(sides.trace)
-    return stated not in ARITHMETICS and "T" in sides.sizes
+def _oracle_arithmetic(oracle: StageSource | None, notes: list[str]) -> EngineArithmetic:
+    """What the engine behind the oracle computes in: as recorded, else in its values' type."""
+    if oracle is None:
+        return arithmetic_of_dtype(None)
+    stated = _recorded_arithmetic(oracle, "the oracle", notes)
+    dtype = oracle.sidecar.dtype
+    return engine_arithmetic(stated).dumped_as(dtype) if stated else arithmetic_of_dtype(dtype)
 
 
-def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
-    """Sides with the arithmetic that explains the dump, and a note that says so."""
-    from aprcore.judging.arithmetic import detect_arithmetic
+def _with_arithmetic(sides: Sides, stated: Mapping[str, str], name: str, notes: list[str]) -> Sides:
+    """Sides that know what the dump's engine computes in; what nobody says is found out."""
+    assert sides.trace is not None
+    dtype = sides.trace.sidecar.dtype
+    is_judged = sides.model is not None and not sides.cumulative_only and "T" in sides.sizes
+    if "all" in stated or not is_judged:
+        engine = engine_arithmetic(stated) if stated else arithmetic_of_dtype(dtype)
+        return replace(sides, arithmetic=engine.dumped_as(dtype))
+    from aprcore.judging.arithmetic import describe_inference, infer_arithmetic
 
-    assert sides.model is not None and sides.trace is not None
-    arithmetic, explained, judged = detect_arithmetic(
-        sides.graph, sides.model.weights, sides.header.tokens, sides.sizes["T"],
-        sides.trace.keys(), sides.reader(sides.trace), sides.trace.sidecar.dtype,
-    )  # fmt: skip
-    if not explained:
-        note = f"{name} does not record its arithmetic, and none explains it; see --arithmetic"
-        return sides, note
-    note = (
-        f"{name} does not record its arithmetic; {arithmetic.name} explains {explained} of"
-        f" {judged} stages of one layer"
-    )
-    return replace(sides, arithmetic=arithmetic), note
+    side = sides.recorded()[0]
+    assert side is not None
+    engine, found = infer_arithmetic(side, sides.trace.keys(), stated, dtype)
+    if found:
+        notes.append(
+            f"{name} does not record its arithmetic; {describe_inference(engine, found)}"
+        )  # fmt: skip
+    return replace(sides, arithmetic=engine)
 
 
 def _outline(dumps: Iterable[StageSource]) -> Graph:

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.source import StageSource
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import EngineArithmetic
 from aprcore.ground.errors import AprError
-from aprcore.ground.precision import Arithmetic, arithmetic_of_dtype
 from aprcore.judging.layouts import layout_of, zero_masked
 from aprcore.judging.replay import RecordedSide
 from aprcore.network.graph import Graph, computation_order
@@ -39,6 +38,7 @@ class Sides:
         graph: The stages of the model, or those that the dumped ones give away.
         not_computed: Rows whose oracle is missing and which nothing else needs.
         arithmetic: What the engine behind the trace computes in.
+        oracle_arithmetic: The same of the oracle's.
         bound_alone: The cumulative bound where neither other judgment can be made.
         cumulative_only: Whether neither other judgment is asked for.
         threads: Threads of the CPU path.
@@ -53,7 +53,8 @@ class Sides:
     sizes: Mapping[str, int]
     graph: Graph
     not_computed: frozenset[StageKey]
-    arithmetic: Arithmetic
+    arithmetic: EngineArithmetic
+    oracle_arithmetic: EngineArithmetic
     bound_alone: float
     cumulative_only: bool
     threads: int | None
@@ -67,7 +68,7 @@ class Sides:
             return None, None
         trace = RecordedSide(
             self.graph, model.weights, self.header.tokens, num_tokens,
-            Profile(self.arithmetic, weights_rounded=False),
+            self.arithmetic,
             read=None if self.trace is None else self.reader(self.trace),
         )  # fmt: skip
         if self.oracle is None:
@@ -75,8 +76,7 @@ class Sides:
         oracle = RecordedSide(
             self.graph.including(key.stage for key in self.oracle.keys()), model.weights,
             self.header.tokens, num_tokens,
-            Profile(arithmetic_of_dtype(self.oracle.sidecar.dtype), weights_rounded=True),
-            read=self.reader(self.oracle),
+            self.oracle_arithmetic, weights_rounded=True, read=self.reader(self.oracle),
         )  # fmt: skip
         return trace, oracle
 

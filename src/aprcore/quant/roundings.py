@@ -1,0 +1,237 @@
+"""How engines round numbers on the way into a product: to a half type, or to blocks of integers.
+
+What is rounded is at hand, so that its rounding can be reproduced to the bit and is no noise. What
+is known only up to an error (recomputed, or recorded more coarsely than it was computed) may fall
+on the other side of a tie: there, and only there, a step is uncertain.
+
+Source: ggml-quants.c and ggml-cpu/quants.c of llama.cpp for the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aprcore.ground.precision import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FloatType
+
+Float64 = NDArray[np.float64]
+Float32 = NDArray[np.float32]
+
+# Engines divide by the scale or multiply by its inverse, in float32: a code that is off by as much
+# of its own size, 127 at the most, may round to its neighbour. Two roundings, with room.
+CODE_ROUNDINGS = 4 * 2.0**-24
+# Standard deviations within which a value that is known only so well may lie.
+SPREADS = 6.0
+
+
+class Rounded(NamedTuple):
+    """Values as an engine rounds them.
+
+    Attributes:
+        value: The rounded values, float64.
+        variance: Of what they may be instead, where a tie is near.
+    """
+
+    value: Float64
+    variance: Float64
+
+
+class Rounding(Protocol):
+    """A way to round rows of numbers."""
+
+    @property
+    def name(self) -> str:
+        """As in sidecars and on the command line."""
+        ...
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows.
+
+        Args:
+            x: [rows, C].
+            spread: Standard deviation of what is not known of x, of its shape or one number.
+        """
+        ...
+
+
+def _near_tie(code: Float64, spread: Float64 | float) -> NDArray[np.bool_]:
+    """Where a code may be rounded to its other neighbour."""
+    from_tie = np.abs(code - np.floor(code) - 0.5)
+    return np.asarray(from_tie <= SPREADS * spread + CODE_ROUNDINGS * np.abs(code))
+
+
+@dataclass(frozen=True, slots=True)
+class FloatRounding:
+    """Every number to the nearest of a type.
+
+    Attributes:
+        kind: The type.
+    """
+
+    kind: FloatType
+
+    @property
+    def name(self) -> str:
+        """As in sidecars and on the command line."""
+        return {"float16": "f16", "bfloat16": "bf16"}.get(self.kind.name, self.kind.name)
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows."""
+        value = self.kind.round(x)
+        if not np.any(spread):  # a cast has no ties of its own: every engine rounds them to even
+            return Rounded(value, np.broadcast_to(0.0, value.shape))
+        step = np.maximum(self.kind.spacing(x), self.kind.smallest)
+        from_tie = np.abs(np.abs(x - value) - step / 2)
+        near = from_tie <= SPREADS * np.asarray(spread)
+        return Rounded(value, np.where(near, np.square(step) / 4, 0.0))
+
+
+class _Codes(NamedTuple):
+    """Blocks as integers: value = scale · code + offset.
+
+    Attributes:
+        code: Before rounding, [rows, blocks, block].
+        lowest, highest: The integers that there are.
+        scale, offset: As stored, [rows, blocks, 1].
+    """
+
+    code: Float32
+    lowest: int
+    highest: int
+    scale: Float32
+    offset: Float32
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRounding:
+    """Blocks of consecutive numbers to integers of one scale.
+
+    Attributes:
+        name: ggml's name of the type, or a description.
+        block: Numbers per block; 0: the whole row.
+        encode: Finds scale and codes of [rows, blocks, block] float32.
+    """
+
+    name: str
+    block: int
+    encode: Callable[[Float32], _Codes]
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows; a last block that is short is filled with zeros."""
+        rows, columns = x.shape
+        block = self.block or columns
+        count = -(-columns // block)
+        padded = np.zeros((rows, count * block), np.float32)
+        padded[:, :columns] = x
+        codes = self.encode(padded.reshape(rows, count, block))
+        whole = np.clip(np.rint(codes.code), codes.lowest, codes.highest)
+        scale = codes.scale.astype(np.float64)
+        value = scale * whole + codes.offset
+        step = np.abs(scale)
+        unknown = np.zeros((rows, count * block))
+        unknown[:, :columns] = spread
+        with np.errstate(divide="ignore", invalid="ignore"):
+            in_codes = np.where(step > 0, unknown.reshape(value.shape) / step, 0.0)
+        near = _near_tie(codes.code.astype(np.float64), in_codes)
+        variance = np.where(near, np.square(step) / 4, 0.0)
+
+        def cut(y: Float64) -> Float64:
+            return y.reshape(rows, -1)[:, :columns]
+
+        return Rounded(cut(value), cut(variance))
+
+
+def _inverse(scale: Float32) -> Float32:
+    with np.errstate(divide="ignore"):
+        return np.where(scale != 0, np.float32(1) / scale, np.float32(0)).astype(np.float32)
+
+
+def _half(scale: Float32) -> Float32:
+    with np.errstate(over="ignore"):
+        return scale.astype(np.float16).astype(np.float32)
+
+
+def _whole(scale: Float32) -> Float32:
+    return scale
+
+
+def _extreme(x: Float32) -> Float32:
+    """The number of largest magnitude of each block, with its sign."""
+    place = np.abs(x).argmax(axis=2, keepdims=True)
+    return np.take_along_axis(x, place, axis=2)
+
+
+def _by_magnitude(levels: int, store: Callable[[Float32], Float32]) -> Callable[[Float32], _Codes]:
+    """As Q8_0 and Q8_1: the largest magnitude becomes `levels`."""
+
+    def encode(x: Float32) -> _Codes:
+        scale = np.abs(x).max(axis=2, keepdims=True) / np.float32(levels)
+        return _Codes(x * _inverse(scale), -levels, levels, store(scale), np.zeros_like(scale))
+
+    return encode
+
+
+def _by_extreme(
+    lowest: int, highest: int, store: Callable[[Float32], Float32]
+) -> Callable[[Float32], _Codes]:
+    """As Q4_0, Q5_0 and Q8_K: the number of largest magnitude becomes the lowest code."""
+
+    def encode(x: Float32) -> _Codes:
+        scale = _extreme(x) / np.float32(lowest)
+        return _Codes(x * _inverse(scale), lowest, highest, store(scale), np.zeros_like(scale))
+
+    return encode
+
+
+def _by_range(levels: int) -> Callable[[Float32], _Codes]:
+    """As Q4_1 and Q5_1: from the smallest number to the largest."""
+
+    def encode(x: Float32) -> _Codes:
+        low = x.min(axis=2, keepdims=True)
+        scale = (x.max(axis=2, keepdims=True) - low) / np.float32(levels)
+        return _Codes((x - low) * _inverse(scale), 0, levels, _half(scale), _half(low))
+
+    return encode
+
+
+_F16, _BF16 = FloatRounding(FLOAT16), FloatRounding(BFLOAT16)
+_Q8_0 = BlockRounding("q8_0", 32, _by_magnitude(127, _half))
+_Q8_1 = BlockRounding("q8_1", 32, _by_magnitude(127, _half))
+_Q8_K = BlockRounding("q8_k", 256, _by_extreme(-127, 127, _whole))
+
+# By name. Int8 by token is what dynamic W8A8 kernels do: one float32 scale for each row.
+ROUNDINGS: dict[str, Rounding] = {
+    rounding.name: rounding
+    for rounding in (
+        _F16, _BF16, _Q8_0, _Q8_1, _Q8_K,
+        BlockRounding("q8_0-f32", 32, _by_magnitude(127, _whole)),
+        BlockRounding("int8", 0, _by_magnitude(127, _whole)),
+        BlockRounding("q5_1", 32, _by_range(31)),
+        BlockRounding("q5_0", 32, _by_extreme(-16, 15, _half)),
+        BlockRounding("q4_1", 32, _by_range(15)),
+        BlockRounding("q4_0", 32, _by_extreme(-8, 7, _half)),
+        FloatRounding(FLOAT8_E4M3), FloatRounding(FLOAT8_E5M2),
+    )
+}  # fmt: skip
+
+_WITH = {"q8_0": ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"), "q8_1": ("Q4_1", "Q5_1"),
+         "f16": ("F16",), "bf16": ("BF16",), "": ("F32", "F64")}  # fmt: skip
+_GGML = {stored: ROUNDINGS.get(name) for name, types in _WITH.items() for stored in types}
+
+
+def rounded_beside(dtype: str) -> Rounding | None:
+    """How ggml's CPU path rounds what it multiplies by a tensor of this type; None: not at all.
+
+    Source: `vec_dot_type` in ggml-cpu.c: K-quants and the i-quants over super-blocks take Q8_K.
+    """
+    return _GGML.get(dtype, _Q8_K)
+
+
+def exact(x: NDArray[Any]) -> Rounded:
+    """Not rounded at all."""
+    value = np.asarray(x, dtype=np.float64)
+    return Rounded(value, np.broadcast_to(0.0, value.shape))
