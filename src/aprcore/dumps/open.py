@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.names import Dialect, Recipe, known_dialects, resolve
-from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
     StoredArray,
@@ -24,6 +24,7 @@ from aprcore.dumps.tensor_files import (
     read_safetensors_dump,
     read_torch_dump,
 )
+from aprcore.dumps.tensor_folder import TENSORS_NAME, is_tensor_folder
 from aprcore.ground.errors import FormatError, TraceError
 from aprcore.network.graph import Graph, computation_order, known_stages, outline
 from aprcore.network.stages import Reading, StageKey
@@ -57,14 +58,16 @@ def open_dump(
         FormatError: It is damaged.
     """
     path = Path(path)
+    if is_tensor_folder(path):
+        return TensorDump(path / TENSORS_NAME, names, graph=graph)
     if is_tensor_file(path):
         return TensorDump(path, names, graph=graph)
     return TraceDirectory(path)
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a path is to be read as one file of tensors."""
-    return path.suffix.lower() in READERS and not path.is_dir()
+    """Whether a path is to be read as one file of tensors, or as a folder with one."""
+    return (path.suffix.lower() in READERS and not path.is_dir()) or is_tensor_folder(path)
 
 
 class TensorDump:
@@ -105,7 +108,8 @@ class TensorDump:
             )  # fmt: skip
         self._recipes = recipes
         self.ignored = tuple(sorted((*ignored, *held.ignored)))
-        self.sidecar = _with_dtype(held.sidecar, [
+        sidecar = read_sidecar(path.parent) if path.name == TENSORS_NAME else Sidecar()
+        self.sidecar = _with_dtype(held.sidecar if sidecar == Sidecar() else sidecar, [
             self._arrays[name].dtype for key in self._shapes for name in recipes[key].names
         ])  # fmt: skip
         self.counts: Mapping[StageKey, int] = {k: math.prod(s) for k, s in self._shapes.items()}

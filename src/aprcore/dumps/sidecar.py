@@ -43,6 +43,7 @@ class Sidecar:
         attention: The attention implementation.
         checked: What an oracle was checked for when it was captured: "logits and stages", that
             both are what the model computes, or "nothing".
+        settings: What an engine was run with: {"kv_type": "f16", "ubatch": 512}.
         versions: Versions of the software involved.
         created_utc: ISO 8601 time.
         stages: Shape and dtype of every tensor, by its path.
@@ -60,6 +61,7 @@ class Sidecar:
     dtype: str | None = None
     attention: str | None = None
     checked: str | None = None
+    settings: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created_utc: str | None = None
     stages: Mapping[str, Mapping[str, Any]] | None = None
@@ -67,7 +69,8 @@ class Sidecar:
     def to_json(self) -> str:
         """The text of `_trace.json`."""
         data = {"schema": SIDECAR_SCHEMA, **asdict(self)}
-        for name in ("history", "checked"):  # a full pass has none; only oracles are checked
+        # A full pass has no history, only oracles are checked, only captures have settings.
+        for name in ("history", "checked", "settings"):
             if data[name] is None:
                 del data[name]
         return json.dumps(data, indent=1, allow_nan=False)

@@ -89,10 +89,14 @@ def attention(
     """
     config = b.config
     mask = config.mask(b.layer)
+    # llama.cpp calls the projection, its sum with the bias and what is rotated all Qcur; a capture
+    # that keeps them apart adds what they are.
     projection = Stage("qkv_matmul", Scope.LAYER, "T,(H+2K)·D", Linear(_QKV, takes_bias=False),
-                       "q, k and v projections, before the bias", shown=_QKV_SHOWN)  # fmt: skip
+                       "q, k and v projections, before the bias", shown=_QKV_SHOWN,
+                       nodes=(Node(("Qcur_pre", "Kcur_pre", "Vcur_pre")),))  # fmt: skip
     biased = Stage("qkv_bias", Scope.LAYER, "T,(H+2K)·D", AddBias(_QKV),
-                   "q, k and v after the bias", shown=_QKV_SHOWN, conditional=True)  # fmt: skip
+                   "q, k and v after the bias", shown=_QKV_SHOWN, conditional=True,
+                   nodes=(Node(("Qcur_bias", "Kcur_bias", "Vcur_bias")),))  # fmt: skip
     qkv = b.add(projection, x)
     if b.has(biased):
         qkv = b.add(biased, qkv)
