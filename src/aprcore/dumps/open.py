@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.names import Dialect, Recipe, known_dialects, resolve
+from aprcore.dumps.past import read_past
 from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
@@ -26,6 +27,8 @@ from aprcore.dumps.tensor_files import (
 )
 from aprcore.dumps.tensor_folder import TENSORS_NAME, is_tensor_folder
 from aprcore.ground.errors import FormatError, TraceError
+from aprcore.network.backend import KeyValueCache
+from aprcore.network.config import ModelConfig
 from aprcore.network.graph import Graph, computation_order, known_stages, outline
 from aprcore.network.stages import Reading, StageKey
 
@@ -90,6 +93,8 @@ class TensorDump:
         held = READERS[path.suffix.lower()](path)
         self._arrays = held.arrays
         stored = tuple(held.arrays)
+        sidecar = read_sidecar(path.parent) if path.name == TENSORS_NAME else Sidecar()
+        self.sidecar = held.sidecar if sidecar == Sidecar() else sidecar
         dialects = known_dialects(stored, graph or outline(1, ()))
         recipes, ignored = resolve(stored, (*(() if names is None else (names,)), *dialects))
         shapes = {key: self._resolved_shape(key, recipe) for key, recipe in recipes.items()}
@@ -108,8 +113,7 @@ class TensorDump:
             )  # fmt: skip
         self._recipes = recipes
         self.ignored = tuple(sorted((*ignored, *held.ignored)))
-        sidecar = read_sidecar(path.parent) if path.name == TENSORS_NAME else Sidecar()
-        self.sidecar = _with_dtype(held.sidecar if sidecar == Sidecar() else sidecar, [
+        self.sidecar = _with_dtype(self.sidecar, [
             self._arrays[name].dtype for key in self._shapes for name in recipes[key].names
         ])  # fmt: skip
         self.counts: Mapping[StageKey, int] = {k: math.prod(s) for k, s in self._shapes.items()}
@@ -155,6 +159,16 @@ class TensorDump:
                               f"{self.counts[key]}", where=self.path)  # fmt: skip
         return flat
 
+    def past(self, config: ModelConfig) -> KeyValueCache | None:
+        """Keys and values before a decoding step, as far as it shows them; None in a full pass."""
+        first = (self.sidecar.positions or (0,))[0]
+        if not first:
+            return None
+        shapes = {name: array.shape for name, array in self._arrays.items()}
+        return read_past(
+            shapes, lambda name: self._arrays[name].read(), self.sidecar, config, first
+        )
+
     def _resolved_shape(self, key: StageKey, recipe: Recipe) -> tuple[int, ...] | None:
         """The shape that a recipe gives; None if its parts do not go together."""
         arrays = [self._arrays[name] for name in recipe.names]
@@ -166,7 +180,9 @@ class TensorDump:
                 return None
             if recipe.reading is Reading.SCORES and self._head_dim(recipe) < 1:
                 return None
-            return (*shape[:2], shape[1])  # a full pass from position 0
+            # What lies beyond the tokens so far is padding.
+            first = (self.sidecar.positions or (0,))[0]
+            return (*shape[:2], min(first + shape[1], shape[2]))
         if len(arrays) > 1:
             rows = {_matrix(x)[0] for x in arrays}
             return None if len(rows) > 1 else (*rows, sum(_matrix(x)[1] for x in arrays))

@@ -177,8 +177,7 @@ def arithmetic_of_dtype(dtype: str | None) -> EngineArithmetic:
 
 # What an engine is known to do, to be said in a word. What a preset leaves out is found out.
 ENGINES: dict[str, dict[str, str]] = {
-    "llama.cpp": {"linear": "ggml", "head": "ggml", "kv_cache": "f16", "angles": "iterated",
-                  "all": "f32"},
+    "llama.cpp": {"linear": "ggml", "head": "ggml", "kv_cache": "f16", "angles": "iterated"},
     "vllm": {"all": "bf16"},
     "mlx": {"all": "f16"},
     "transformers": {"all": "f32"},

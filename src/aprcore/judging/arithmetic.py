@@ -320,6 +320,7 @@ def _reorder(side: RecordedSide, readings: Mapping[StageKey, str]) -> None:
             for name, other in _layouts(side, key, observed.reshape(-1)):
                 if name == most:
                     side.record(key, other.reshape(observed.shape))
+                    side.reorder_past(key, most)
 
 
 def _common(found: Sequence[Inferred]) -> Arithmetic:

@@ -262,13 +262,13 @@ class RotatedRounding:
         # The turn is a float32 product of its own: each sum of `size` terms is off by that.
         sums = np.mean(np.square(groups), axis=1, keepdims=True) * size / 2 * _SUM_ENERGY
         unknown = np.sqrt(known.mean(axis=1, keepdims=True) + sums)
-        turned = _hadamard(groups)
+        turned = hadamard(groups)
         found = self.inner(
             turned.reshape(x.shape),
             np.broadcast_to(unknown, groups.shape).reshape(x.shape),
         )
         variance = found.variance.reshape(groups.shape).mean(axis=1, keepdims=True)
-        value = _hadamard(found.value.reshape(groups.shape)).reshape(x.shape)
+        value = hadamard(found.value.reshape(groups.shape)).reshape(x.shape)
         return Rounded(value, np.broadcast_to(variance, groups.shape).reshape(x.shape).copy())
 
 
@@ -302,7 +302,7 @@ class PairedRounding:
 _SUM_ENERGY = 2.0**-48 / 3
 
 
-def _hadamard(x: Float64) -> Float64:
+def hadamard(x: Float64) -> Float64:
     """Rows times the orthonormal Walsh-Hadamard matrix, which is its own inverse."""
     rows, size = x.shape
     half = 1

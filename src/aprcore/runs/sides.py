@@ -20,7 +20,7 @@ from aprcore.records.report import RunHeader
 
 if TYPE_CHECKING:
     from aprcore.models.model import Model
-    from aprcore.network.backend import Backend
+    from aprcore.network.backend import Backend, KeyValueCache
 
 Floats = NDArray[np.floating[Any]]
 
@@ -43,6 +43,7 @@ class Sides:
         cumulative_only: Whether neither other judgment is asked for.
         threads: Threads of the CPU path.
         reference: A float model that the quantised one was made of, if it is at hand.
+        past: Keys and values before the trace, in a decoding step.
         other: A second dump that the trace is held against, as if it were under test itself.
     """
 
@@ -60,6 +61,7 @@ class Sides:
     threads: int | None
     reference: Model | None = None
     other: Sides | None = None
+    past: KeyValueCache | None = None
 
     def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
         """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
@@ -69,7 +71,7 @@ class Sides:
         trace = RecordedSide(
             self.graph, model.weights, self.header.tokens, num_tokens,
             self.arithmetic,
-            read=None if self.trace is None else self.reader(self.trace),
+            read=None if self.trace is None else self.reader(self.trace), past=self.past,
         )  # fmt: skip
         if self.oracle is None:
             return trace, None
