@@ -53,7 +53,7 @@ def _stored_as_pairs(scene: Scene) -> Float64:
 
 def _rotated(scene: Scene, x: Float64) -> Float64:
     """The model's own rotation of something else."""
-    return REFERENCE.rope(x, scene.positions, scene.config.rope)
+    return scene.backend.rope(x, scene.positions, scene.config.rope)
 
 
 def _at_positions(change: Callable[[Float64], Float64]) -> Callable[[Scene], Float64]:
@@ -115,7 +115,9 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
     positions, rope = scene.positions[rows], scene.config.rope
 
     def misfit(log_theta: float) -> float:
-        turned = REFERENCE.rope(x[rows], positions, replace(rope, theta=float(np.exp(log_theta))))
+        turned = scene.backend.rope(
+            x[rows], positions, replace(rope, theta=float(np.exp(log_theta)))
+        )
         return float(np.square(turned - observed[rows]).sum())
 
     theta = float(np.exp(minimise(misfit, np.linspace(np.log(2.0), np.log(1e9), 240))))
@@ -124,7 +126,7 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
 
 
 def _with_rope(scene: Scene, rope: Rope) -> Float64:
-    return REFERENCE.rope(_before_rotation(scene), scene.positions, rope)
+    return scene.backend.rope(_before_rotation(scene), scene.positions, rope)
 
 
 def _partial(scene: Scene) -> Iterator[Trial]:

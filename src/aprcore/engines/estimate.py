@@ -22,11 +22,19 @@ class Estimate:
         variance: Predicted variance of the error of each value.
         token_dof: Over how many independent errors a sum over tokens averages; None: as many as
             there are tokens. Errors of a weight repeat where tokens look alike.
+        correlation: Mean squared correlation of the errors of two values of a token: what many
+            values read shows in all of them.
     """
 
     value: Float64
     variance: Float64
     token_dof: float | None = None
+    correlation: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it carries no error."""
+        return not np.any(self.variance)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,9 @@ PIECE_BYTES = 1024 * 1024
 CLIPPED_TAIL = 4.0
 # Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
 ANGLE_ROUNDINGS = 4
+# Rows of a weight, twice, that stand for all where the correlation of its results is measured.
+SAMPLED_ROWS = 64
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 class PredictionBackend:
@@ -95,7 +98,7 @@ class PredictionBackend:
         # The factor rounds once, by as much for every value: no mean over them is near a typical
         # rounding, so it is the one that the type gives. Then each product rounds.
         variance = factor**2 * x.variance + self._by_side(np.square(x.value), of_factor)
-        return Estimate(value, variance + self._stored(value), x.token_dof)
+        return replace(x, value=value, variance=variance + self._stored(value))
 
     def soft_cap(self, x: Estimate, cap: float) -> Estimate:
         value = self._exact.soft_cap(x.value, cap)
@@ -109,7 +112,7 @@ class PredictionBackend:
         variance += self._sum_error(4 * np.square(value))
         if np.any(x.variance):
             variance += np.square(slope) * x.variance
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def rms_norm(self, x: Estimate, weight: Weight, eps: float, offset: float = 0.0) -> Estimate:
         value = self._exact.rms_norm(x.value, weight, eps, offset)
@@ -130,7 +133,8 @@ class PredictionBackend:
         if np.any(x.variance):
             spread = np.repeat(scale, size, axis=1).reshape(value.shape)
             variance += np.square(gain * spread) * x.variance
-        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else None)
+        dof = 1.0 if self._any_weights_rounded() else None
+        return Estimate(value, variance, dof, x.correlation)
 
     def linear(self, x: Estimate, weights: Sequence[Weight]) -> Estimate:
         rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
@@ -164,7 +168,8 @@ class PredictionBackend:
             for rows, profile in self._profiles_of(rows)
             if profile.rounds_weights
         ]
-        return Estimate(value, variance, min(dofs, default=None))
+        shared = 0.0 if x.is_exact else self._shared(x, weights, variance)
+        return Estimate(value, variance, min(dofs, default=None), shared)
 
     def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
         value = self._exact.add_bias(x.value, biases)
@@ -177,13 +182,15 @@ class PredictionBackend:
         # the size of what they sum, which the product's typical size shows even where it cancels.
         size = np.mean(np.square(x.value), axis=1, keepdims=True) + np.square(bias)
         variance += self._sum_error(size * (x.value.shape[1] / 2 + 1))
-        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else x.token_dof)
+        dof = 1.0 if self._any_weights_rounded() else x.token_dof
+        return Estimate(value, variance, dof, x.correlation)
 
     def columns(self, x: Estimate, start: int, stop: int) -> Estimate:
         return replace(x, value=x.value[:, start:stop], variance=x.variance[:, start:stop])
 
     def rows(self, x: Estimate, start: int, stop: int) -> Estimate:
-        return Estimate(x.value[start:stop], x.variance[start:stop])
+        return replace(x, value=x.value[start:stop], variance=x.variance[start:stop],
+                       token_dof=None)  # fmt: skip
 
     def append_rows(self, x: Estimate, y: Estimate) -> Estimate:
         return Estimate(
@@ -211,7 +218,7 @@ class PredictionBackend:
         variance += self._rounded(energy) + self._stored(value)
         if np.any(x.variance):
             variance += (x.variance + swapped(x.variance)) / 2
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def attention_scores(
         self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
@@ -232,7 +239,11 @@ class PredictionBackend:
         if np.any(q.variance) or np.any(k.variance):
             variance += squares(q.variance, np.square(k.value))
             variance += squares(np.square(q.value), k.variance)
-        return Estimate(value, variance)
+        # The D errors of a query are in all of its scores, those of a key in those of all tokens.
+        return Estimate(
+            value, variance, None if k.is_exact else float(head_dim),
+            0.0 if q.is_exact else max(1 / head_dim, q.correlation),
+        )  # fmt: skip
 
     def masked_softmax(self, scores: Estimate, mask: Mask) -> Estimate:
         value = self._exact.masked_softmax(scores.value, mask)
@@ -249,7 +260,7 @@ class PredictionBackend:
         if np.any(scores.variance):
             pooled = (np.square(value) * scores.variance).sum(axis=2, keepdims=True)
             variance += np.square(value) * ((1 - 2 * value) * scores.variance + pooled)
-        return Estimate(value, variance)
+        return replace(scores, value=value, variance=variance)
 
     def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
         softmax = self._factor(softmax, self._roundings(lambda a: a.activation_rounding))
@@ -261,10 +272,15 @@ class PredictionBackend:
         wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
         variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
         variance += self._stored(value)
+        correlation = 0.0
         if np.any(softmax.variance) or np.any(v.variance):
-            variance += exact(softmax.variance, np.square(v.value), num_kv_heads)
-            variance += exact(np.square(softmax.value), v.variance, num_kv_heads)
-        return Estimate(value, variance)
+            of_softmax = exact(softmax.variance, np.square(v.value), num_kv_heads)
+            of_values = exact(np.square(softmax.value), v.variance, num_kv_heads)
+            shares = (float(np.mean(part / np.maximum(variance + of_softmax + of_values, _TINY)))
+                      for part in (of_softmax, of_values))  # fmt: skip
+            variance += of_softmax + of_values
+            correlation = self._shared_in_attention(softmax, v, num_kv_heads, *shares)
+        return Estimate(value, variance, softmax.token_dof, correlation)
 
     def activation(self, x: Estimate, kind: str) -> Estimate:
         value = self._exact.activation(x.value, kind)
@@ -277,16 +293,64 @@ class PredictionBackend:
         variance += self._stored(value)
         if np.any(x.variance):
             variance += np.square(self._slope(x.value, kind)) * x.variance
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def add(self, x: Estimate, y: Estimate) -> Estimate:
         value = x.value + y.value
-        return Estimate(value, x.variance + y.variance + self._stored(value))
+        variance = x.variance + y.variance + self._stored(value)
+        return Estimate(value, variance, None, max(x.correlation, y.correlation))
 
     def multiply(self, x: Estimate, y: Estimate) -> Estimate:
         value = x.value * y.value
         carried = np.square(y.value) * x.variance + np.square(x.value) * y.variance
-        return Estimate(value, carried + self._stored(value))
+        correlation = max(x.correlation, y.correlation)
+        return Estimate(value, carried + self._stored(value), None, correlation)
+
+    def _shared(self, x: Estimate, weights: Sequence[Weight], variance: Float64) -> float:
+        """Mean squared correlation of a product's errors that its input's errors make.
+
+        With errors of variance v_k behind it, the covariance of outputs i and j is
+        sum_k w_ik w_jk v_k. Runs of rows of each weight stand for all of them.
+        """
+        found = 0.0
+        for rows, _ in self._profiles_of(x.value.shape[0]):
+            known = np.mean(x.variance[rows], axis=0)
+            if not np.any(known):
+                continue
+            first, parts, sizes = 0, [], []
+            for weight in weights:
+                count = min(SAMPLED_ROWS, weight.shape[0])
+                for start in {0, (weight.shape[0] - count) // 2}:
+                    parts.append(weight.read(start, start + count).reshape(count, -1))
+                    columns = slice(first + start, first + start + count)
+                    sizes.append(np.mean(variance[rows][:, columns], axis=0))
+                first += weight.shape[0]
+            scaled = np.concatenate(parts).astype(np.float64) * np.sqrt(known)
+            spread = np.sqrt(np.maximum(np.concatenate(sizes), _TINY))
+            squares = np.square((scaled @ scaled.T) / spread[:, None] / spread)
+            share = float(np.mean(np.sqrt(np.diagonal(squares))))
+            np.fill_diagonal(squares, 0)
+            count = len(spread)
+            pairs = float(squares.sum()) / max(1, count * (count - 1))
+            found = max(found, pairs, share**2 * x.correlation)
+        return found
+
+    @staticmethod
+    def _shared_in_attention(
+        softmax: Estimate, v: Estimate, num_kv_heads: int, of_softmax: float, of_values: float
+    ) -> float:
+        """Mean squared correlation of the errors of attention's output.
+
+        The errors of a token's attention weights are in every dimension of the head, and those of a
+        value in every head of its group.
+        """
+        heads, _, positions = softmax.value.shape
+        group, features = heads // num_kv_heads, v.value.shape[1] * heads // num_kv_heads
+        by_group = (group - 1) / max(1, features - 1)
+        return float(
+            of_softmax**2 * max(1 / positions, softmax.correlation)
+            + of_values**2 * max(by_group, v.correlation)
+        )
 
     def _slope(self, x: Float64, kind: str) -> Float64:
         """The activation's derivative, for carrying an error through it."""
@@ -334,7 +398,7 @@ class PredictionBackend:
             found = rounding(value[rows].reshape(flat), spread)
             value[rows] = found.value.reshape(shape)
             variance[rows] += found.variance.reshape(shape)
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def _any_weights_rounded(self) -> bool:
         return any(profile.rounds_weights for _, profile in self._profiles)

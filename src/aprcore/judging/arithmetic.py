@@ -38,6 +38,8 @@ from aprcore.network.stages import StageKey
 LAYERS = 8
 LAYERS_OF_PRODUCTS = 3  # whose weights cost the most to read
 PASSES = 2
+# Blocks of 32 have a scale in float16 in ggml's files and products, and in float32 elsewhere.
+VARIANTS = {"q8_0": ("q8_0", "q8_0-f32"), "q8_1": ("q8_1", "q8_0-f32")}
 
 
 class Inferred(NamedTuple):
@@ -85,10 +87,10 @@ def infer_arithmetic(
     Returns:
         The arithmetic, and what was found of each operation that nothing was said of.
     """
-    said = engine_arithmetic(stated).dumped_as(dtype)
-    if "all" in stated:
-        return said, []
+    said = engine_arithmetic(stated)
     sites = _sites(side, keys)
+    if "all" in stated:
+        return _refined(side, sites, said.dumped_as(dtype)), []
     engine, found = _infer(side, sites, said, None)
     # An engine that computes in a finer type than its dump has did not compute with what it
     # recorded: sums of recorded values show it, whatever else is settled without.
@@ -98,7 +100,22 @@ def infer_arithmetic(
         other, outcomes = _infer(side, sites, said, dumped)
         if _settled(outcomes) > _settled(found):
             engine, found = other, outcomes
-    return engine, found
+    return _refined(side, sites, engine), found
+
+
+def _refined(
+    side: RecordedSide, sites: Mapping[str, Sequence[StageKey]], said: EngineArithmetic
+) -> EngineArithmetic:
+    """What was said, with that chosen which one word leaves open: the type of a block's scale."""
+    engine = said
+    for part, keys in sites.items():
+        stated = said.parts.get(part.partition(".")[0])
+        words = () if stated is None else VARIANTS.get(stated.activations, ())
+        if stated is not None and words and part not in said.parts:
+            choices = [_Choice({part: replace(stated, activations=word)}, 0) for word in words]
+            judged = [key for key in keys if _is_judged(side, key)]
+            _, engine = _choose(side.with_engine(engine), part, judged, choices)
+    return engine
 
 
 def _settled(found: Sequence[Inferred]) -> int:
@@ -127,11 +144,14 @@ def _infer(
         said: What was said.
         dumped: How results were rounded on dump, if they were.
     """
-    engine = said if dumped is None else replace(said, common=dumped)
+    engine = said
+    if dumped is not None:
+        parts = {name: _with_results(part, dumped) for name, part in said.parts.items()}
+        engine = EngineArithmetic(dumped, parts)
     outcomes: dict[str, Inferred] = {}
     for _ in range(PASSES):
         # A stage whose inputs had to be recomputed tells nothing before their makers are settled.
-        waiting = [part for part in sites if part not in said.parts
+        waiting = [part for part in sites if part.partition(".")[0] not in said.parts
                    and (part not in outcomes or outcomes[part].arithmetic is None)]  # fmt: skip
         for part in sorted(waiting, key=lambda p: _is_span(side, sites[p])):
             outcomes[part], engine = _settle(side.with_engine(engine), part, sites[part], dumped)
@@ -139,10 +159,7 @@ def _infer(
     common = _common(found) if dumped is None else dumped
     parts = dict(engine.parts)
     for name in (x.part for x in found if x.arithmetic is None):
-        # Held to what its like compute in: products by their weights' types.
-        kind, _, types = name.partition(".")
-        other = {"linear": "head", "head": "linear"}.get(kind, "")
-        like = parts.get(f"{other}.{types}")
+        like = _like(name, parts)
         if like is not None:
             parts[name] = like
     return replace(engine, common=common, parts=parts), found
@@ -166,15 +183,40 @@ def _sites(side: RecordedSide, keys: Iterable[StageKey]) -> dict[str, list[Stage
     return dict(sorted(chosen.items(), key=lambda item: order[item[1][0]]))
 
 
+def _like(name: str, parts: Mapping[str, Arithmetic]) -> Arithmetic | None:
+    """What an operation is held to that nothing explains: what its like compute in.
+
+    Products by weights of one type round alike, and keys are cached as values are.
+    """
+    kind, _, types = name.partition(".")
+    match kind:
+        case "linear" | "head":
+            return parts.get(f"{'head' if kind == 'linear' else 'linear'}.{types}")
+        case "scores" | "values":
+            other = parts.get("values" if kind == "scores" else "scores")
+            if other is not None and other.cached:
+                plain = cached_in(other.cached)[kind == "values"]
+                beside = plain.activations if other.activations else ""
+                return _with_results(replace(plain, activations=beside), other)
+    return None
+
+
 def _settle(
     side: RecordedSide, part: str, keys: Sequence[StageKey], dumped: Arithmetic | None
 ) -> tuple[Inferred, EngineArithmetic]:
     """The arithmetic of one operation, and the engine with it."""
     judged = [key for key in keys if _is_judged(side, key)]
     results = _results(_types(side, judged)) if dumped is None else [dumped]
+    return _choose(side, part, judged, _choices(side, part, judged, results))
+
+
+def _choose(
+    side: RecordedSide, part: str, judged: Sequence[StageKey], choices: Iterable[_Choice]
+) -> tuple[Inferred, EngineArithmetic]:
+    """The first choice that explains most of the stages, or one as fine that explains more."""
     best: tuple[int, int] = (0, 0)  # sites explained, and at which rank
     chosen: _Choice | None = None
-    for choice in _choices(side, part, judged, results):
+    for choice in choices:
         if chosen is not None and choice.rank > best[1]:
             break  # what is finer explains most
         engine = side.engine
@@ -204,22 +246,15 @@ def _choices(
 ) -> Iterator[_Choice]:
     """What may be behind an operation, the finest first."""
     for rank, result in enumerate(results):
-
-        def typed(plain: Arithmetic) -> Arithmetic:
-            return replace(
-                plain, name=plain.name if plain.activations else result.name,  # noqa: B023
-                stored=result.stored, accumulated=result.accumulated,  # noqa: B023
-                rounds_on_dump=result.rounds_on_dump,  # noqa: B023
-            )  # fmt: skip
-
         kind = part.partition(".")[0]
         match kind:
             case "linear" | "head":
                 for product in product_arithmetics():
-                    yield _Choice({part: typed(product)}, rank)
+                    yield _Choice({part: _with_results(product, result)}, rank)
             case "scores" | "values":
                 for parts in _attention(side, part, judged):
-                    yield _Choice({name: typed(x) for name, x in parts.items()}, rank)
+                    typed = {name: _with_results(x, result) for name, x in parts.items()}
+                    yield _Choice(typed, rank)
             case "rope":
                 for iterated in (False, True):
                     yield _Choice({part: replace(result, iterates_angles=iterated)}, rank)
@@ -234,6 +269,14 @@ def _choices(
             if parts["values"].cached == "f16":
                 coarse = replace(parts["values"], accumulated=FLOAT16)
                 yield _Choice({**parts, "values": coarse}, len(results))
+
+
+def _with_results(plain: Arithmetic, result: Arithmetic) -> Arithmetic:
+    """What reads its factors as one arithmetic, and gives results as another."""
+    return replace(
+        plain, name=plain.name if plain.activations else result.name, stored=result.stored,
+        accumulated=result.accumulated, rounds_on_dump=result.rounds_on_dump,
+    )  # fmt: skip
 
 
 def _attention(

@@ -290,8 +290,9 @@ def expect_both(
     site = Site(site.config, site.tokens, np.tile(site.positions, 2), site.layer, site.weights)
     both: Estimate = operation(backend, site, *stacked)
     dof = both.token_dof if profiles[0].rounds_weights else None
-    first = Estimate(both.value[:rows], both.variance[:rows], dof)
-    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
+    shared = both.correlation
+    first = Estimate(both.value[:rows], both.variance[:rows], dof, shared)
+    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof, shared)
     return (
         trace.expectation(key, traced, first),
         oracle.expectation(key, captured, second),
@@ -303,7 +304,8 @@ def _stack(a: Estimate, b: Estimate, last_token: bool) -> Estimate:
     value = np.concatenate([a.value[rows], b.value[rows]])
     if not (np.any(a.variance) or np.any(b.variance)):
         return Estimate(value, np.broadcast_to(0.0, value.shape))
-    return Estimate(value, np.concatenate([a.variance[rows], b.variance[rows]]))
+    variance = np.concatenate([a.variance[rows], b.variance[rows]])
+    return Estimate(value, variance, None, max(a.correlation, b.correlation))
 
 
 def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:

@@ -96,7 +96,8 @@ class _Codes(NamedTuple):
     Attributes:
         code: Before rounding, [rows, blocks, block].
         lowest, highest: The integers that there are.
-        scale, offset: As stored, [rows, blocks, 1].
+        scale, offset: [rows, blocks, 1].
+        rival: The block's other candidate for the number that makes the scale, where it has one.
     """
 
     code: Float32
@@ -104,6 +105,7 @@ class _Codes(NamedTuple):
     highest: int
     scale: Float32
     offset: Float32
+    rival: Float32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +116,13 @@ class BlockRounding:
         name: ggml's name of the type, or a description.
         block: Numbers per block; 0: the whole row.
         encode: Finds scale and codes of [rows, blocks, block] float32.
+        half: Whether scale and offset are stored in float16.
     """
 
     name: str
     block: int
     encode: Callable[[Float32], _Codes]
+    half: bool = True
 
     def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
         """Round rows; a last block that is short is filled with zeros."""
@@ -128,21 +132,32 @@ class BlockRounding:
         padded = np.zeros((rows, count * block), np.float32)
         padded[:, :columns] = x
         codes = self.encode(padded.reshape(rows, count, block))
-        whole = np.clip(np.rint(codes.code), codes.lowest, codes.highest)
-        scale = codes.scale.astype(np.float64)
-        value = scale * whole + codes.offset
-        step = np.abs(scale)
         unknown = np.zeros((rows, count * block))
         unknown[:, :columns] = spread
+        unknown = unknown.reshape(rows, count, block)
+        whole = np.clip(np.rint(codes.code), codes.lowest, codes.highest).astype(np.float64)
+        # Both ends of a block may be off, by which a scale is off that counts so many steps.
+        most = np.sqrt(2) * unknown.max(axis=2, keepdims=True)
+        scale = self._stored(codes.scale, most / codes.highest)
+        offset = self._stored(codes.offset, most)
+        step = np.abs(scale.value)
         with np.errstate(divide="ignore", invalid="ignore"):
-            in_codes = np.where(step > 0, unknown.reshape(value.shape) / step, 0.0)
+            in_codes = np.where(step > 0, unknown / step, 0.0)
         near = _near_tie(codes.code.astype(np.float64), in_codes)
+        if codes.rival is not None:
+            near |= np.abs(codes.rival) <= SPREADS * most
         variance = np.where(near, np.square(step) / 4, 0.0)
+        variance += np.square(whole) * scale.variance + offset.variance
 
         def cut(y: Float64) -> Float64:
             return y.reshape(rows, -1)[:, :columns]
 
-        return Rounded(cut(value), cut(variance))
+        return Rounded(cut(scale.value * whole + offset.value), cut(variance))
+
+    def _stored(self, number: Float32, spread: Float64) -> Rounded:
+        """A scale or an offset as a block stores it."""
+        wide = number.astype(np.float64)
+        return FloatRounding(FLOAT16)(wide, spread) if self.half else exact(wide)
 
 
 def _inverse(scale: Float32) -> Float32:
@@ -150,39 +165,21 @@ def _inverse(scale: Float32) -> Float32:
         return np.where(scale != 0, np.float32(1) / scale, np.float32(0)).astype(np.float32)
 
 
-def _half(scale: Float32) -> Float32:
-    with np.errstate(over="ignore"):
-        return scale.astype(np.float16).astype(np.float32)
+def _by_magnitude(x: Float32) -> _Codes:
+    """As Q8_0 and Q8_1: the largest magnitude becomes 127."""
+    scale = np.abs(x).max(axis=2, keepdims=True) / np.float32(127)
+    return _Codes(x * _inverse(scale), -127, 127, scale, np.zeros_like(scale))
 
 
-def _whole(scale: Float32) -> Float32:
-    return scale
-
-
-def _extreme(x: Float32) -> Float32:
-    """The number of largest magnitude of each block, with its sign."""
-    place = np.abs(x).argmax(axis=2, keepdims=True)
-    return np.take_along_axis(x, place, axis=2)
-
-
-def _by_magnitude(levels: int, store: Callable[[Float32], Float32]) -> Callable[[Float32], _Codes]:
-    """As Q8_0 and Q8_1: the largest magnitude becomes `levels`."""
-
-    def encode(x: Float32) -> _Codes:
-        scale = np.abs(x).max(axis=2, keepdims=True) / np.float32(levels)
-        return _Codes(x * _inverse(scale), -levels, levels, store(scale), np.zeros_like(scale))
-
-    return encode
-
-
-def _by_extreme(
-    lowest: int, highest: int, store: Callable[[Float32], Float32]
-) -> Callable[[Float32], _Codes]:
+def _by_extreme(lowest: int, highest: int) -> Callable[[Float32], _Codes]:
     """As Q4_0, Q5_0 and Q8_K: the number of largest magnitude becomes the lowest code."""
 
     def encode(x: Float32) -> _Codes:
-        scale = _extreme(x) / np.float32(lowest)
-        return _Codes(x * _inverse(scale), lowest, highest, store(scale), np.zeros_like(scale))
+        low, high = x.min(axis=2, keepdims=True), x.max(axis=2, keepdims=True)
+        place = np.abs(x).argmax(axis=2, keepdims=True)
+        scale = np.take_along_axis(x, place, axis=2) / np.float32(lowest)
+        zero = np.zeros_like(scale)
+        return _Codes(x * _inverse(scale), lowest, highest, scale, zero, low + high)
 
     return encode
 
@@ -193,27 +190,32 @@ def _by_range(levels: int) -> Callable[[Float32], _Codes]:
     def encode(x: Float32) -> _Codes:
         low = x.min(axis=2, keepdims=True)
         scale = (x.max(axis=2, keepdims=True) - low) / np.float32(levels)
-        return _Codes((x - low) * _inverse(scale), 0, levels, _half(scale), _half(low))
+        return _Codes((x - low) * _inverse(scale), 0, levels, scale, low)
 
     return encode
 
 
+def exact(x: NDArray[Any]) -> Rounded:
+    """Not rounded at all."""
+    value = np.asarray(x, dtype=np.float64)
+    return Rounded(value, np.broadcast_to(0.0, value.shape))
+
+
 _F16, _BF16 = FloatRounding(FLOAT16), FloatRounding(BFLOAT16)
-_Q8_0 = BlockRounding("q8_0", 32, _by_magnitude(127, _half))
-_Q8_1 = BlockRounding("q8_1", 32, _by_magnitude(127, _half))
-_Q8_K = BlockRounding("q8_k", 256, _by_extreme(-127, 127, _whole))
+_Q8_0, _Q8_1 = (BlockRounding(name, 32, _by_magnitude) for name in ("q8_0", "q8_1"))
+_Q8_K = BlockRounding("q8_k", 256, _by_extreme(-127, 127), half=False)
 
 # By name. Int8 by token is what dynamic W8A8 kernels do: one float32 scale for each row.
 ROUNDINGS: dict[str, Rounding] = {
     rounding.name: rounding
     for rounding in (
         _F16, _BF16, _Q8_0, _Q8_1, _Q8_K,
-        BlockRounding("q8_0-f32", 32, _by_magnitude(127, _whole)),
-        BlockRounding("int8", 0, _by_magnitude(127, _whole)),
+        BlockRounding("q8_0-f32", 32, _by_magnitude, half=False),
+        BlockRounding("int8", 0, _by_magnitude, half=False),
         BlockRounding("q5_1", 32, _by_range(31)),
-        BlockRounding("q5_0", 32, _by_extreme(-16, 15, _half)),
+        BlockRounding("q5_0", 32, _by_extreme(-16, 15)),
         BlockRounding("q4_1", 32, _by_range(15)),
-        BlockRounding("q4_0", 32, _by_extreme(-8, 7, _half)),
+        BlockRounding("q4_0", 32, _by_extreme(-8, 7)),
         FloatRounding(FLOAT8_E4M3), FloatRounding(FLOAT8_E5M2),
     )
 }  # fmt: skip
@@ -229,9 +231,3 @@ def rounded_beside(dtype: str) -> Rounding | None:
     Source: `vec_dot_type` in ggml-cpu.c: K-quants and the i-quants over super-blocks take Q8_K.
     """
     return _GGML.get(dtype, _Q8_K)
-
-
-def exact(x: NDArray[Any]) -> Rounded:
-    """Not rounded at all."""
-    value = np.asarray(x, dtype=np.float64)
-    return Rounded(value, np.broadcast_to(0.0, value.shape))

@@ -271,7 +271,7 @@ def _with_arithmetic(sides: Sides, stated: Mapping[str, str], name: str, notes: 
     assert sides.trace is not None
     dtype = sides.trace.sidecar.dtype
     is_judged = sides.model is not None and not sides.cumulative_only and "T" in sides.sizes
-    if "all" in stated or not is_judged:
+    if not is_judged:
         engine = engine_arithmetic(stated) if stated else arithmetic_of_dtype(dtype)
         return replace(sides, arithmetic=engine.dumped_as(dtype))
     from aprcore.judging.arithmetic import describe_inference, infer_arithmetic
