@@ -11,24 +11,31 @@ all numbers of that type, nothing is explained by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from aprcore.engines.arithmetic import (
-    CACHES,
     GGML,
+    PARTS,
     RESULTS,
     Arithmetic,
     EngineArithmetic,
     cached_in,
     engine_arithmetic,
     group,
-    product_arithmetics,
 )
 from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FLOAT_TYPES, FloatType
+from aprcore.judging.arithmetic_choices import (
+    Choice,
+    Leeway,
+    choices,
+    leeway_of,
+    variants,
+    with_results,
+)
 from aprcore.judging.layouts import alternatives, layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -38,8 +45,6 @@ from aprcore.network.stages import StageKey
 LAYERS = 8
 LAYERS_OF_PRODUCTS = 3  # whose weights cost the most to read
 PASSES = 2
-# Blocks of 32 have a scale in float16 in ggml's files and products, and in float32 elsewhere.
-VARIANTS = {"q8_0": ("q8_0", "q8_0-f32"), "q8_1": ("q8_1", "q8_0-f32")}
 
 
 class Inferred(NamedTuple):
@@ -55,19 +60,6 @@ class Inferred(NamedTuple):
     arithmetic: Arithmetic | None
     explained: int
     judged: int
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Arithmetics that may be behind an operation.
-
-    Attributes:
-        parts: One for each operation that it settles: the judged one first.
-        rank: Of what may be taken only where nothing of a lower rank explains most sites.
-    """
-
-    parts: Mapping[str, Arithmetic]
-    rank: int
 
 
 def infer_arithmetic(
@@ -88,33 +80,45 @@ def infer_arithmetic(
         The arithmetic, and what was found of each operation that nothing was said of.
     """
     said = engine_arithmetic(stated)
+    leeway = leeway_of(stated)
     sites = _sites(side, keys)
     if "all" in stated:
-        return _refined(side, sites, said.dumped_as(dtype)), []
-    engine, found = _infer(side, sites, said, None)
+        said = said.dumped_as(dtype)
+        return _refined(side, sites, said, said, leeway), []
+    told = engine_arithmetic({k: word for k, word in stated.items() if k in PARTS})
+    engine, found = _infer(side, sites, told, leeway, None)
     # An engine that computes in a finer type than its dump has did not compute with what it
     # recorded: sums of recorded values show it, whatever else is settled without.
     for dumped in _storages(side, sites, dtype):
         if all(x.arithmetic is not None for x in found):
             break
-        other, outcomes = _infer(side, sites, said, dumped)
+        other, outcomes = _infer(side, sites, told, leeway, dumped)
         if _settled(outcomes) > _settled(found):
             engine, found = other, outcomes
-    return _refined(side, sites, engine), found
+    parts = dict(engine.parts)
+    for name in (x.part for x in found if x.arithmetic is None):
+        like = _like(name, parts) or said.parts.get(name)
+        if like is not None:
+            parts[name] = with_results(like, engine.common)
+    return _refined(side, sites, replace(engine, parts=parts), told, leeway), found
 
 
 def _refined(
-    side: RecordedSide, sites: Mapping[str, Sequence[StageKey]], said: EngineArithmetic
+    side: RecordedSide,
+    sites: Mapping[str, Sequence[StageKey]],
+    engine: EngineArithmetic,
+    said: EngineArithmetic,
+    leeway: Leeway,
 ) -> EngineArithmetic:
-    """What was said, with that chosen which one word leaves open: the type of a block's scale."""
-    engine = said
+    """An engine of which something was said, with that chosen which the words leave open."""
     for part, keys in sites.items():
         stated = said.parts.get(part.partition(".")[0])
-        words = () if stated is None else VARIANTS.get(stated.activations, ())
-        if stated is not None and words and part not in said.parts:
-            choices = [_Choice({part: replace(stated, activations=word)}, 0) for word in words]
-            judged = [key for key in keys if _is_judged(side, key)]
-            _, engine = _choose(side.with_engine(engine), part, judged, choices)
+        if stated is None:
+            continue
+        judged = [key for key in keys if _is_judged(side, key)]
+        open_choices = list(variants(side, part, judged, stated, leeway))
+        if open_choices:
+            _, engine = _choose(side.with_engine(engine), part, judged, open_choices)
     return engine
 
 
@@ -135,6 +139,7 @@ def _infer(
     side: RecordedSide,
     sites: Mapping[str, Sequence[StageKey]],
     said: EngineArithmetic,
+    leeway: Leeway,
     dumped: Arithmetic | None,
 ) -> tuple[EngineArithmetic, list[Inferred]]:
     """Settle every operation of which nothing was said.
@@ -142,11 +147,12 @@ def _infer(
     Args:
         side, sites: The dump, and the stages to replay by operation.
         said: What was said.
+        leeway: What is known of the others all the same.
         dumped: How results were rounded on dump, if they were.
     """
     engine = said
     if dumped is not None:
-        parts = {name: _with_results(part, dumped) for name, part in said.parts.items()}
+        parts = {name: with_results(part, dumped) for name, part in said.parts.items()}
         engine = EngineArithmetic(dumped, parts)
     outcomes: dict[str, Inferred] = {}
     for _ in range(PASSES):
@@ -154,15 +160,14 @@ def _infer(
         waiting = [part for part in sites if part.partition(".")[0] not in said.parts
                    and (part not in outcomes or outcomes[part].arithmetic is None)]  # fmt: skip
         for part in sorted(waiting, key=lambda p: _is_span(side, sites[p])):
-            outcomes[part], engine = _settle(side.with_engine(engine), part, sites[part], dumped)
+            tried = side.with_engine(engine)
+            judged = [key for key in sites[part] if _is_judged(side, key)]
+            results = _results(_types(side, judged)) if dumped is None else [dumped]
+            offered = choices(tried, part, judged, results, leeway)
+            outcomes[part], engine = _choose(tried, part, judged, offered)
     found = [outcomes[part] for part in sites if part in outcomes]
     common = _common(found) if dumped is None else dumped
-    parts = dict(engine.parts)
-    for name in (x.part for x in found if x.arithmetic is None):
-        like = _like(name, parts)
-        if like is not None:
-            parts[name] = like
-    return replace(engine, common=common, parts=parts), found
+    return replace(engine, common=common), found
 
 
 def _sites(side: RecordedSide, keys: Iterable[StageKey]) -> dict[str, list[StageKey]]:
@@ -197,26 +202,17 @@ def _like(name: str, parts: Mapping[str, Arithmetic]) -> Arithmetic | None:
             if other is not None and other.cached:
                 plain = cached_in(other.cached)[kind == "values"]
                 beside = plain.activations if other.activations else ""
-                return _with_results(replace(plain, activations=beside), other)
+                return with_results(replace(plain, activations=beside), other)
     return None
 
 
-def _settle(
-    side: RecordedSide, part: str, keys: Sequence[StageKey], dumped: Arithmetic | None
-) -> tuple[Inferred, EngineArithmetic]:
-    """The arithmetic of one operation, and the engine with it."""
-    judged = [key for key in keys if _is_judged(side, key)]
-    results = _results(_types(side, judged)) if dumped is None else [dumped]
-    return _choose(side, part, judged, _choices(side, part, judged, results))
-
-
 def _choose(
-    side: RecordedSide, part: str, judged: Sequence[StageKey], choices: Iterable[_Choice]
+    side: RecordedSide, part: str, judged: Sequence[StageKey], offered: Iterable[Choice]
 ) -> tuple[Inferred, EngineArithmetic]:
     """The first choice that explains most of the stages, or one as fine that explains more."""
     best: tuple[int, int] = (0, 0)  # sites explained, and at which rank
-    chosen: _Choice | None = None
-    for choice in choices:
+    chosen: Choice | None = None
+    for choice in offered:
         if chosen is not None and choice.rank > best[1]:
             break  # what is finer explains most
         engine = side.engine
@@ -241,74 +237,9 @@ def _choose(
     return Inferred(part, next(iter(chosen.parts.values())), best[0], len(judged)), engine
 
 
-def _choices(
-    side: RecordedSide, part: str, judged: Sequence[StageKey], results: Sequence[Arithmetic]
-) -> Iterator[_Choice]:
-    """What may be behind an operation, the finest first."""
-    for rank, result in enumerate(results):
-        kind = part.partition(".")[0]
-        match kind:
-            case "linear" | "head":
-                for product in product_arithmetics():
-                    yield _Choice({part: _with_results(product, result)}, rank)
-            case "scores" | "values":
-                for parts in _attention(side, part, judged):
-                    typed = {name: _with_results(x, result) for name, x in parts.items()}
-                    yield _Choice(typed, rank)
-            case "rope":
-                for iterated in (False, True):
-                    yield _Choice({part: replace(result, iterates_angles=iterated)}, rank)
-            case "softmax":
-                for late in (False, True):
-                    yield _Choice({part: replace(result, scales_late=late)}, rank)
-            case _:
-                yield _Choice({part: result}, rank)
-    if part == "values" and not _is_recorded(side, judged, 0):
-        # Flash attention may carry its sums in the cache's half type; nothing finer explains it.
-        for parts in _attention(side, part, judged):
-            if parts["values"].cached == "f16":
-                coarse = replace(parts["values"], accumulated=FLOAT16)
-                yield _Choice({**parts, "values": coarse}, len(results))
-
-
-def _with_results(plain: Arithmetic, result: Arithmetic) -> Arithmetic:
-    """What reads its factors as one arithmetic, and gives results as another."""
-    return replace(
-        plain, name=plain.name if plain.activations else result.name, stored=result.stored,
-        accumulated=result.accumulated, rounds_on_dump=result.rounds_on_dump,
-    )  # fmt: skip
-
-
-def _attention(
-    side: RecordedSide, part: str, judged: Sequence[StageKey]
-) -> Iterator[dict[str, Arithmetic]]:
-    """What a cache makes of keys and values: of both, where the scores are not recorded."""
-    place = ("scores", "values").index(part)
-    is_whole = part == "values" and not _is_recorded(side, judged, 0)
-    settled = side.engine.parts.get("scores")
-    if part == "values" and not is_whole and settled is not None and settled.cached:
-        yield {part: cached_in(settled.cached)[1]}
-    for cache in CACHES:
-        scores, values = cached_in(cache)
-        if is_whole:
-            yield {"values": values, "scores": scores}
-            if values.activations:  # flash attention keeps the attention weights as they are
-                yield {"values": replace(values, activations=""), "scores": scores}
-            continue
-        told = (scores, values)[place]
-        yield {part: told}
-        if told.activations:
-            yield {part: replace(told, activations="")}
-
-
 def _is_span(side: RecordedSide, keys: Sequence[StageKey]) -> bool:
     """Whether stages are judged together with others, whose results are not recorded."""
     return any(side.tensor(source) is None for key in keys for source in side.graph.inputs(key))
-
-
-def _is_recorded(side: RecordedSide, judged: Sequence[StageKey], argument: int) -> bool:
-    """Whether the stages' own inputs are there to be read."""
-    return any(side.tensor(side.graph.inputs(key)[argument]) is not None for key in judged)
 
 
 def _results(types: Sequence[FloatType]) -> list[Arithmetic]:

@@ -24,6 +24,8 @@ Float32 = NDArray[np.float32]
 # Engines divide by the scale or multiply by its inverse, in float32: a code that is off by as much
 # of its own size, 127 at the most, may round to its neighbour. Two roundings, with room.
 CODE_ROUNDINGS = 4 * 2.0**-24
+# Some queries rounded to float16, others not.
+UNCERTAIN = "f16 or not"
 # Standard deviations within which a value that is known only so well may lie.
 SPREADS = 6.0
 
@@ -88,6 +90,23 @@ class FloatRounding:
         from_tie = np.abs(np.abs(x - value) - step / 2)
         near = from_tie <= SPREADS * np.asarray(spread)
         return Rounded(value, np.where(near, np.square(step) / 4, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class UncertainRounding:
+    """Some rows to a type and some not at all, and nobody knows which.
+
+    Attributes:
+        name: As in sidecars and on the command line.
+        kind: The type.
+    """
+
+    name: str
+    kind: FloatType
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Leave the rows as they are, with the variance of their rounding."""
+        return Rounded(x, self.kind.rounding_variance(x))
 
 
 class _Codes(NamedTuple):
@@ -217,6 +236,7 @@ ROUNDINGS: dict[str, Rounding] = {
         BlockRounding("q4_1", 32, _by_range(15)),
         BlockRounding("q4_0", 32, _by_extreme(-8, 7)),
         FloatRounding(FLOAT8_E4M3), FloatRounding(FLOAT8_E5M2),
+        UncertainRounding(UNCERTAIN, FLOAT16),
     )
 }  # fmt: skip
 
