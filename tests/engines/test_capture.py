@@ -101,7 +101,7 @@ def test_the_sidecar_says_what_ran(models: dict[str, Path], tmp_path: Path) -> N
     assert sidecar["model"]["architecture"] == "llama"
     assert sidecar["model"]["num_layers"] == 5
     assert sidecar["settings"] == {
-        "kv_type": "bf16", "flash_attention": True, "ubatch": 4, "gpu_layers": 0, "threads": 2,
+        "kv_type": "bf16", "flash_attention": True, "ubatch": 4, "gpu_layers": 0, "threads": 1,
         "rope_freq_base": 50000.0,
     }  # fmt: skip
 
