@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from aprcore.capture.oracle import OracleRequest, write_oracle
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.oracle import OracleRequest, write_oracle
 from aprcore.models.convert import describe_config
 from aprcore.models.model import Model, open_model
 from aprcore.network.weights import read_all
