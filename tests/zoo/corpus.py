@@ -30,6 +30,18 @@ rope-sine-negated@1        outlier     Q4_K       float32   7
 rope-scaling-lost@1        llama3      F32        float32   33
 rope-scaling-lost@2        yarn        Q8_0       float16   17
 rope-scaling-lost@0        linear      F16        bfloat16  9
+rope-position-far@1        llama       F32        float32   9
+rope-position-far@2        qwen2       Q4_K       float16   12 f16
+rope-table-ends@0          llama       F32        float32   17
+rope-table-ends@1          qwen3       Q8_0       bfloat16  33
+rope-linear-unasked@1      llama       F32        float32   9
+rope-linear-unasked@2      qwen2-bias  Q8_0       float16   17 bf16
+rope-yarn-unasked@1        llama       F32        float32   17
+rope-yarn-unasked@0        qwen3       Q4_K       none      33 f16
+rope-yarn-beta@1           yarn        F32        float32   17
+rope-yarn-beta@2           yarn        Q8_0       float16   33 f16
+rope-yarn-factor@0         yarn        F32        float32   9
+rope-yarn-length@2         yarn        Q4_K       float16   17
 rope-on-v@1                llama       F32        float32   6
 scale-hidden@2             qwen2       F32        float32   7
 scale-none@0               llama       Q8_0       bfloat16  11
@@ -305,6 +317,8 @@ file-head-tied@0           llama       Q8_0       float16   7
 file-theta@0               llama       F32        float32   33
 file-theta@0               qwen2       Q4_K       float16   17
 file-scaling-lost@0        llama3      Q8_0       float32   33
+file-scaling-lost@0        yarn        F32        float16   17
+file-scaling-lost@0        linear      F32        float32   9
 file-eps@0                 llama       F32        float32   7
 file-act@0                 qwen2       F32        float32   7
 file-act@0                 llama       Q8_0       float16   33

@@ -79,6 +79,26 @@ def unscaled(s: Step) -> Tensor:
     return s.rotate(s.head_normed(), inverse=plain.inverse, factor=1.0)
 
 
+def stretched(change: Callable[[Step], tuple[Tensor, float]]) -> Wrong:
+    """Another schedule of frequencies, and another factor on sine and cosine."""
+
+    def rotate(s: Step) -> Tensor:
+        inverse, factor = change(s)
+        return s.rotate(s.head_normed(), inverse=inverse, factor=factor)
+
+    return rotate
+
+
+def _yarn(s: Step, by: float, length: int, fast: float, slow: float = 1.0) -> Tensor:
+    """YaRN's frequencies as llama.cpp makes them: a ramp between two numbers of turns."""
+    dim, plain = s.config.head_dim, plain_frequencies(s.config.rope.theta, s.config.head_dim)
+    ends = [dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(s.config.rope.theta))
+            for turns in (fast, slow)]  # fmt: skip
+    low, high = max(0, math.floor(ends[0])), min(dim - 1, math.ceil(ends[1]))
+    kept = 1 - ((torch.arange(dim // 2) - low) / max(0.001, high - low)).clamp(0, 1)
+    return plain.inverse * kept + plain.inverse / by * (1 - kept)
+
+
 plant("rope-pairs", "adjacent", **both(wrong_rope(pairs=True)))
 plant("rope-pairs-q", "adjacent", q_post_rope=wrong_rope(pairs=True))
 plant("rope-theta-10k", "theta", **both(theta(1e4)))
@@ -94,6 +114,18 @@ plant("rope-partial", "partial|dimension",
       **both(lambda s: s.rotate(s.head_normed(), width=s.config.head_dim // 2)))  # fmt: skip
 plant("rope-sine-negated", "sine|sin ", **both(wrong_rope(sign=-1.0)))
 plant("rope-scaling-lost", "scaling", **both(unscaled))
+plant("rope-position-far", "off by +37", **both(positions(lambda p: p + 37)))
+plant("rope-table-ends", "held at 9", **both(positions(lambda p: p.clamp(max=9))))
+plant("rope-linear-unasked", "divided by 4", **both(stretched(
+    lambda s: (s.engine.frequencies.inverse / 4, 1.0))))  # fmt: skip
+plant("rope-yarn-unasked", "yarn by 4", **both(stretched(
+    lambda s: (_yarn(s, 4, 4096, 32), 0.1 * math.log(4) + 1))))  # fmt: skip
+plant("rope-yarn-beta", "beta_fast 4", **both(stretched(
+    lambda s: (_yarn(s, 4, 64, 4), s.engine.frequencies.factor))))  # fmt: skip
+plant("rope-yarn-factor", "attention factor of 1.3", **both(stretched(
+    lambda s: (s.engine.frequencies.inverse, 1.3))))  # fmt: skip
+plant("rope-yarn-length", "original_max_position_embeddings 512", **both(stretched(
+    lambda s: (_yarn(s, 4, 512, 32), s.engine.frequencies.factor))))  # fmt: skip
 plant("rope-on-v", "rope", attention=lambda s: s.values(v=s.rotate(s.part("v"))))
 
 # Little faults: what a wrong constant in a fused kernel does.

@@ -23,6 +23,7 @@ from aprcore.causes import (
     precision,
     residual,
     rope,
+    rope_schedules,
     weight_variants,
 )
 from aprcore.causes.experiment import Experiment
@@ -47,6 +48,7 @@ __all__ = ["CauseTried", "Explanation", "explain", "explain_nonfinite"]
 
 CATALOGUE: tuple[Entry, ...] = (
     *rope.ENTRIES,
+    *rope_schedules.ENTRIES,
     *attention.ENTRIES,
     *masks.ENTRIES,
     *caps.ENTRIES,
