@@ -39,6 +39,7 @@ from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
 from aprcore.quant.roundings import RotatedRounding, Rounding
+from aprcore.quant.steps import SHRINKAGE
 
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
 # leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
@@ -169,6 +170,10 @@ class PredictionBackend:
             if profile.rounds_weights
         ]
         shared = 0.0 if x.is_exact else self._shared(x, weights, variance)
+        shrinkage = max(SHRINKAGE.get(weight.dtype, 0.0) for weight in weights)
+        if shrinkage and any(profile.weights_rounded for _, profile in self._profiles):
+            alike = np.square(shrinkage * value) / np.maximum(variance, _TINY)
+            shared = max(shared, float(np.mean(alike)) ** 2)
         return Estimate(value, variance, min(dofs, default=None), shared)
 
     def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
