@@ -121,5 +121,6 @@ def _scene(
         profile=profile,
         arithmetic=lambda other: side.profile(other).arithmetic,
         recorded=side.peek,
+        unmasked=side.unmasked,
         graph=side.graph,
     )

@@ -41,13 +41,16 @@ def _softmax(scores: Float64, allowed: Bools, axis: int = 2) -> Float64:
 
 
 def _all_scores(scene: Scene) -> Iterator[Trial]:
-    """Scores with what the mask hides: from q and k, or zeros there."""
-    key = scene.source(0)
+    """Scores with what the mask hides: as dumped, from q and k, or zeros there."""
+    key, hidden = scene.source(0), ~seen(scene)
+    dumped = scene.unmasked(key)
+    if dumped is not None and np.isfinite(dumped).all() and np.any(dumped * hidden):
+        yield "", np.where(hidden, dumped, scene.inputs[0])
     operation = scene.graph.operation(key)
     rotated = scene.factors_of(key)
     if isinstance(operation, Scores) and rotated is not None:
         whole = operation.altered(mask=EVERYTHING)(scene.backend, scene.site, *rotated)
-        yield "", np.where(seen(scene), scene.inputs[0], whole)
+        yield "", np.where(hidden, whole, scene.inputs[0])
     yield ", with zeros for later positions", scene.inputs[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Scene:
         profile: What the observed side rounds.
         arithmetic: What the engine computes another stage in.
         recorded: Fetches another tensor of the observed side, or None.
+        unmasked: The same with what a mask hides as it was dumped.
         graph: What the observed side's stages read.
     """
 
@@ -59,6 +60,7 @@ class Scene:
     profile: Profile
     arithmetic: Callable[[StageKey], Arithmetic]
     recorded: Callable[[StageKey], Floats | None]
+    unmasked: Callable[[StageKey], Floats | None]
     graph: Graph
 
     @property
@@ -157,8 +159,8 @@ class Scene:
         def cut(x: NDArray[Any]) -> NDArray[Any]:
             return x[:, tokens, tokens] if x.ndim == 3 else x[tokens]
 
-        def recorded(key: StageKey) -> Floats | None:
-            found = self.recorded(key)
+        def cut_off(read: Callable[[StageKey], Floats | None], key: StageKey) -> Floats | None:
+            found = read(key)
             return None if found is None else cut(found)
 
         plain, shape = self.plain, self.plain.value.shape
@@ -175,7 +177,8 @@ class Scene:
             observed=cut(self.observed.reshape(shape)),
             plain=replace(plain, value=value, variance=cut(plain.variance)),
             layout=self.layout._replace(shape=value.shape, factors=tuple(factors)),
-            recorded=recorded,
+            recorded=partial(cut_off, self.recorded),
+            unmasked=partial(cut_off, self.unmasked),
         )  # fmt: skip
 
 

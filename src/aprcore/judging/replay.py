@@ -68,6 +68,7 @@ class RecordedSide:
         *,
         weights_rounded: bool = False,
         read: Read | None = None,
+        read_unmasked: Read | None = None,
         past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
@@ -79,6 +80,7 @@ class RecordedSide:
             engine: What the side's engine computes in.
             weights_rounded: As in `Profile`.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
+            read_unmasked: The same with what a mask hides as it was dumped.
             past: Keys and values before a decoding step, on the host; None for a full pass.
         """
         self.engine = engine
@@ -90,6 +92,7 @@ class RecordedSide:
         self._num_past = 0 if past is None else past.num_positions
         self._positions = np.arange(self._num_past, self._num_past + num_tokens)
         self._read = read
+        self._read_unmasked = read_unmasked
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
         self._layer: int | None = -1
@@ -170,6 +173,10 @@ class RecordedSide:
             if found == name:
                 value = rows.reshape(held.value.shape)
                 self._past.held[key.layer, "k"] = Estimate(value, held.variance)
+
+    def unmasked(self, key: StageKey) -> Floats | None:
+        """A recorded tensor with what a mask hides, where the dump shows it."""
+        return None if self._read_unmasked is None else self._read_unmasked(key)
 
     def with_engine(self, engine: EngineArithmetic) -> RecordedSide:
         """A copy of another arithmetic; what was recomputed is forgotten."""

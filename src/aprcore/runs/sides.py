@@ -72,6 +72,7 @@ class Sides:
             self.graph, model.weights, self.header.tokens, num_tokens,
             self.arithmetic,
             read=None if self.trace is None else self.reader(self.trace), past=self.past,
+            read_unmasked=None if self.trace is None else self.reader(self.trace, unmasked=True),
         )  # fmt: skip
         if self.oracle is None:
             return trace, None
@@ -82,8 +83,15 @@ class Sides:
         )  # fmt: skip
         return trace, oracle
 
-    def reader(self, directory: StageSource) -> Callable[[StageKey], Floats | None]:
-        """Tensors of a directory in the shape of the table; None for other shapes."""
+    def reader(
+        self, directory: StageSource, *, unmasked: bool = False
+    ) -> Callable[[StageKey], Floats | None]:
+        """Tensors of a directory in the shape of the table; None for other shapes.
+
+        Args:
+            directory: What to read.
+            unmasked: Whether what a mask hides stays as it was dumped.
+        """
 
         def read(key: StageKey) -> Floats | None:
             if key not in directory:
@@ -92,7 +100,9 @@ class Sides:
             layout = layout_of(key, self.sizes, x.size)
             if layout.axes == ("index",):
                 return None
-            return zero_masked(self.graph.operation(key), x, layout).reshape(layout.shape)
+            if not unmasked:
+                x = zero_masked(self.graph.operation(key), x, layout)
+            return x.reshape(layout.shape)
 
         return read
 
