@@ -69,6 +69,11 @@ class Scene:
         return np.asarray(error > allowed_ratio(1.0) * self.plain.variance)
 
     @property
+    def is_observed(self) -> bool:
+        """Whether its output is known; it is not inside a span, whose end alone is."""
+        return self.observed is not self.plain.value
+
+    @property
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.site.config
