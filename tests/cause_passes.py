@@ -58,15 +58,15 @@ class Pass:
         """q, k or v before the rotation, [T, heads, D]."""
         start = {"q": 0, "k": H, "v": H + K}[name]
         stop = {"q": H, "k": H + K, "v": H + 2 * K}[name]
-        return self.at("qkv_matmul", layer).reshape(T, -1, D)[:, start:stop]
+        return self.at("qkv_matmul", layer).reshape(T, H + 2 * K, -1)[:, start:stop]
 
     def queries(self) -> Floats:
         """After the rotation, [T, H, D]."""
-        return self.at("q_post_rope").reshape(T, H, D)
+        return self.at("q_post_rope").reshape(T, H, -1)
 
     def keys(self, layer: int = LAYER) -> Floats:
         """After the rotation, [T, K, D]."""
-        return self.at("k_post_rope", layer).reshape(T, K, D)
+        return self.at("k_post_rope", layer).reshape(T, K, -1)
 
 
 def run(config: ModelConfig = CONFIG, *, tables: Iterable[str] = ()) -> Pass:

@@ -114,6 +114,39 @@ norm-layer@1               llama       F32        float32   7  bf16
 bias-missing@2             qwen2-bias  F32        float32   9  bf16
 transposed-out@1           llama       Q8_0       float32   7  q8_0
 rope-position-late@0       longest       F32        float32   2048
+cache-layer-keys@1         llama       F32        float32   9
+cache-layer-keys@2         qwen2       Q8_0       float16   12 f16
+cache-layer-values@1       qwen2-bias  F32        float32   9
+cache-layer-values@2       llama       Q4_K       bfloat16  9  f32 fused
+cache-layer@1              llama       F32        float32   9  f32 fused
+cache-layer@2              gemma       Q8_0       float16   12 f16 fused
+cache-late@1               qwen2       F32        float32   9
+cache-late@0               llama       F32        none      12 f32 fused
+cache-stale-keys@1         llama       F32        float32   33
+cache-stale-keys@2         llama       Q8_0       float16   33 f16
+cache-stale-values@1       llama       F32        float32   17
+cache-stale-values@0       mistral     Q4_K       float16   33 bf16
+chunk-blind@1              llama       F32        float32   9
+chunk-blind@2              qwen2       Q4_K       float16   12 f32 fused
+flash-unrescaled@1         llama       F32        float32   12 f32 fused
+flash-unrescaled@0         qwen2       Q8_0       float16   33 f32 fused
+flash-values-unrescaled@2  llama       F32        none      17 f32 fused
+dot-tail@1                 tail        F32        float32   9
+dot-tail@0                 tail        Q8_0       float16   12 f16
+heads-strided@1            llama       F32        float32   9
+alibi@1                    llama       F32        float32   9
+alibi@2                    qwen2       Q8_0       float16   17 f32 fused
+alibi-softmax@0            llama       Q4_K       float32   9
+softmax-plus-one@1         llama       F32        float32   9
+softmax-plus-one@2         qwen2       Q8_0       float16   12 f32 fused
+softmax-sinks@1            llama       F32        float32   9
+softmax-sinks@0            gemma       Q8_0       bfloat16  12 f16
+softmax-temperature@1      qwen2-bias  F32        float32   9
+softmax-temperature@2      llama       Q4_K       float16   12 bf16
+mask-finite@1              llama       F32        float32   9
+mask-finite@2              mistral     Q8_0       float16   17
+kv-tiled@1                 llama       F32        float32   9  f32 fused
+kv-tiled@2                 gemma       Q8_0       float16   12 f16 fused
 local-rope-head@1          llama       F32        float32   7
 local-rope-pairs-head@2    qwen2       Q4_K       float16   9
 local-rope-last-token@1    mistral     F32        float32   9

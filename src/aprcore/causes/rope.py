@@ -267,6 +267,10 @@ def _row(name: str, outputs: Callable[[Scene], Iterator[Trial]], advice: str, in
 
 _CONFIG = "compare this value with the original model's config: the conversion lost or changed it"
 
+NOT_APPLIED = Entry("RoPE not applied", ROTATED, single(before_rotation),
+      "the rotation is skipped, or its result is written elsewhere",
+      "the original model does not rotate in this layer", "layers without RoPE")  # fmt: skip
+
 ENTRIES = (
     Entry("RoPE on adjacent pairs", ROTATED, single(_adjacent_pairs),
           "the kernel rotates dimensions 2i and 2i+1; this model pairs i with i + D/2",
@@ -281,9 +285,7 @@ ENTRIES = (
           "q and k are in adjacent-pair order when the rotation of halves meets them",
           "q and k rows permuted to adjacent pairs once more",
           "the converter's permutation of q and k rows"),
-    Entry("RoPE not applied", ROTATED, single(before_rotation),
-          "the rotation is skipped, or its result is written elsewhere",
-          "the original model does not rotate in this layer", "layers without RoPE"),
+    NOT_APPLIED,
     Entry("RoPE applied twice", ROTATED, single(_twice),
           "the rotation runs in place and once more, for instance on reading the cache"),
     Entry("RoPE with the sine negated", ROTATED, single(_at_positions(np.negative)),

@@ -81,7 +81,7 @@ class _Turns:
 
 def _turns(scene: Scene, rows: slice = slice(-SOLVED_TOKENS, None)) -> _Turns | None:
     """The turns of some tokens; None where nothing is observed (inside a span) or nothing turns."""
-    if scene.observed is scene.plain.value or not scene.wrong.any():
+    if not scene.is_observed or not scene.wrong.any():
         return None
     dim = scene.config.head_dim
     given, found = (

@@ -75,6 +75,11 @@ class Scene:
         return np.asarray(error > allowed_ratio(1.0) * self.plain.variance)
 
     @property
+    def is_observed(self) -> bool:
+        """Whether its output is known; it is not inside a span, whose end alone is."""
+        return self.observed is not self.plain.value
+
+    @property
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.site.config
@@ -130,6 +135,10 @@ class Scene:
     def backend(self) -> ReferenceBackend:
         """Operations whose factors and angles are those of the stage's engine."""
         return ReferenceBackend(self.profile.arithmetic)
+
+    def backend_of(self, key: StageKey) -> ReferenceBackend:
+        """As `backend`, of another stage."""
+        return ReferenceBackend(self.arithmetic(key))
 
     def factors_of(self, key: StageKey) -> list[Float64] | None:
         """The recorded inputs of another stage as the engine reads them; None without them."""
