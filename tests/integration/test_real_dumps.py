@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aprcore.ground.errors import AprError
 from aprcore.judging.verdict import Verdict
+from aprcore.network.stages import StageKey
 from aprcore.records.report import Report
 from aprcore.runs.bisect import run
 from aprcore.runs.request import Request
@@ -76,3 +78,45 @@ def test_a_batch_is_never_joined(engines: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main([*arguments, "--row", "2"]) == 2
     assert "has no row 2" in capsys.readouterr().err
+
+
+LLAMA_CPP_TOKENS = (1, 403, 407, 261, 378, 285, 432, 261, 396)
+
+
+@pytest.fixture
+def llama_cpp(shared: Path) -> Path:
+    found = shared / "cases" / "llama_cpp"
+    if not found.exists():
+        pytest.skip("the cases are not at hand")
+    return found
+
+
+@pytest.mark.parametrize("dump", ["f32.npz", "f16.npz", "f16-flash.npz"])
+def test_llama_cpp_is_judged_to_the_logits(llama_cpp: Path, dump: str) -> None:
+    """Behind the last layer's attention it goes on with the last token's row alone."""
+    request = Request(model=llama_cpp / "st.gguf", trace=llama_cpp / dump, tokens=LLAMA_CPP_TOKENS)
+    report = run(request)
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS, Verdict.LAYOUT}
+    assert left_out(report) == []
+    last = {s.key.stage: s for s in report.stages if s.key.layer in (4, None)}
+    for name in ("post_attn_residual", "ffn_norm", "ffn_out", "post_ffn_residual", "final_norm"):
+        found = last[name]
+        assert found.layout is not None
+        assert found.layout.shape == (1, 64), name
+    for stage in report.stages:
+        assert stage.kernel is not None
+    head = last["lm_head"].kernel
+    assert head is not None and head.span == ()
+
+
+def test_a_fault_in_a_row_that_is_left_is_found(llama_cpp: Path, tmp_path: Path) -> None:
+    with np.load(llama_cpp / "f32.npz") as file:
+        held = dict(file)
+    held["ffn_out-4"] = held["ffn_out-4"] * np.float32(1.01)
+    np.savez(tmp_path / "wrong.npz", **held)
+    request = Request(
+        model=llama_cpp / "st.gguf", trace=tmp_path / "wrong.npz", tokens=LLAMA_CPP_TOKENS
+    )
+    failed = [stage for stage in run(request).stages if stage.is_divergence]
+    assert failed[0].key == StageKey(4, "ffn_out")
+    assert {stage.key.stage for stage in failed} <= {"ffn_out", "post_ffn_residual"}

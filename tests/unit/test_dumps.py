@@ -291,7 +291,7 @@ class TestValues:
             self.write(tmp_path / f"a.{kind}", {**arrays, NORM.path: ONES, "l_out-0": ONES[:0]})
         )
         assert dump.keys() == (NORM,)
-        assert len(dump.ignored) == 2
+        assert len(dump.ignored) == 4
 
     @pytest.mark.parametrize("keep", [0, 1, 20, 100, -1])
     def test_a_cut_file(self, kind: str, keep: int, tmp_path: Path) -> None:

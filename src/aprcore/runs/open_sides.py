@@ -6,6 +6,7 @@ run the same tokens at the same positions, and each tensor must be known to be t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from aprcore.models.model import Model
 
 Floats = NDArray[np.floating[Any]]
+
+_NUMBERS = re.compile(r"\d+")
 
 
 @contextmanager
@@ -171,7 +174,7 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         if directory.sidecar.dtype is None:
             notes.append(f"{name} does not record its dtype; float32 is assumed")
         if directory.ignored:
-            few = _first_names(directory.ignored)
+            few = _first_names(_kinds_of_names(directory.ignored))
             notes.append(f"parts of {name} that name no stage are left out: {few}")
         if directory.unlisted:
             few = _first_names([key.path for key in directory.unlisted])
@@ -242,6 +245,14 @@ def _first_names(names: Sequence[str]) -> str:
     """The first three of some names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
+
+
+def _kinds_of_names(names: Sequence[str]) -> list[str]:
+    """Names that differ in numbers only as one: "kqv_out-N (30)"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_NUMBERS.sub("N", name), []).append(name)
+    return [of[0] if len(of) == 1 else f"{kind} ({len(of)})" for kind, of in kinds.items()]
 
 
 def _stated(request: Request, trace: StageSource, notes: list[str]) -> dict[str, str]:
