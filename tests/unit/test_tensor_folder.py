@@ -51,8 +51,8 @@ def test_pieces_are_joined_on_their_axis(tmp_path: Path) -> None:
     whole = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     with TensorFolderWriter(tmp_path) as writer:
         pieces = [writer.hold(whole[:, :1]), writer.hold(whole[:, 1:])]
-        writer.write("layer-0/attn_norm", pieces, axis=1)
-    assert np.array_equal(open_dump(tmp_path).read(ATTN_NORM), whole.reshape(-1))
+        writer.write("layer-0/q_post_rope", pieces, axis=1)
+    assert np.array_equal(open_dump(tmp_path).read(StageKey(0, "q_post_rope")), whole.reshape(-1))
 
 
 def test_the_safetensors_library_reads_it_too(tmp_path: Path) -> None:

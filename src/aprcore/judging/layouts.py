@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.network.graph import known_stages
+from aprcore.network.graph import Graph, known_stages
 from aprcore.network.operations import AddBias, Linear, Operation, Rotate, Scores
 from aprcore.network.stages import StageKey, axis_names, resolve_factors, resolve_shape
 
@@ -40,18 +40,61 @@ class Layout(NamedTuple):
 
 
 def layout_of(key: StageKey, sizes: Mapping[str, int], count: int) -> Layout:
-    """The layout of a stage's tensor of `count` values.
+    """The layout of a stage's tensor of `count` values: every token, or one row of the last.
 
     Falls back to one flat axis when the sizes are not known or do not fit.
     """
     shape = known_stages()[key.stage].shape
-    try:
-        resolved = resolve_shape(shape, sizes)
-    except KeyError:
-        return Layout((count,), (count,), ("index",))
-    if math.prod(resolved) != count:
-        return Layout((count,), (count,), ("index",))
-    return Layout(resolved, resolve_factors(shape, sizes), axis_names(shape))
+    for known in (sizes, {**sizes, "T": 1} if is_by_token(shape) else sizes):
+        try:
+            resolved = resolve_shape(shape, known)
+        except KeyError:
+            break
+        if math.prod(resolved) == count:
+            return Layout(resolved, resolve_factors(shape, known), axis_names(shape))
+    return Layout((count,), (count,), ("index",))
+
+
+def is_by_token(shape: str) -> bool:
+    """Whether a symbolic shape is a row for each token."""
+    return axis_names(shape)[0] == "token"
+
+
+def last_rows(
+    graph: Graph, counts: Mapping[StageKey, int], sizes: Mapping[str, int]
+) -> frozenset[StageKey]:
+    """The tensors of a dump that hold the last token's row only, and can be judged so.
+
+    Behind the last layer's attention, that is: everything that is made of them works row by row,
+    and none of it has every row.
+    """
+    if sizes.get("T", 1) < 2:
+        return frozenset()
+    rows = {
+        key: layout.shape[0]
+        for key, count in counts.items()
+        if (layout := layout_of(key, sizes, count)).axes[0] == "token"
+    }
+
+    found: dict[StageKey, bool] = {}
+
+    def is_last(key: StageKey) -> bool:
+        if key not in found:
+            operation = graph.operation(key)
+            by_row = operation is not None and operation.row_wise
+            found[key] = (by_row and not isinstance(operation, Rotate) and rows.get(key, 1) == 1
+                          and all(map(is_last, graph.readers(key))))  # fmt: skip
+        return found[key]
+
+    return frozenset(key for key, count in rows.items() if count == 1 and is_last(key))
+
+
+def is_readable(graph: Graph, key: StageKey, layout: Layout, sizes: Mapping[str, int]) -> bool:
+    """Whether stages that read a tensor find the rows that they expect of their side."""
+    if layout.axes == ("index",):
+        return False
+    is_whole = layout.axes[0] != "token" or layout.shape[0] == sizes.get("T")
+    return is_whole or graph.stage(key).last_token
 
 
 def infer_sizes(

@@ -6,6 +6,7 @@ run the same tokens at the same positions, and each tensor must be known to be t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,8 +18,7 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.name_map import read_name_map
-from aprcore.dumps.names import Dialect
-from aprcore.dumps.open import is_tensor_file, open_dump
+from aprcore.dumps.open import ReadingOptions, is_tensor_file, open_dump
 from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
 from aprcore.dumps.source import StageSource
 from aprcore.engines.arithmetic import (
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from aprcore.models.model import Model
 
 Floats = NDArray[np.floating[Any]]
+
+_NUMBERS = re.compile(r"\d+")
 
 
 @contextmanager
@@ -81,8 +83,11 @@ def _check_options(request: Request) -> None:
     if request.against is not None and request.trace is None:
         raise PlanError("--against is for two dumps", hint="name the one under test with --trace")
     given = [path for path in _paths(request) if path is not None]
-    if request.names is not None and not any(map(is_tensor_file, given)):
-        raise PlanError("--names is for dumps in one file; directories hold files of fixed names")
+    for option, value in (("--names", request.names), ("--row", request.row)):
+        if value is not None and not any(map(is_tensor_file, given)):
+            raise PlanError(
+                f"{option} is for dumps of named tensors; directories hold stages of fixed names"
+            )
     if request.reference_weights is None:
         return
     if request.model is None or request.oracle is None or request.cumulative_only:
@@ -97,11 +102,15 @@ def _paths(request: Request) -> tuple[Path | None, Path | None, Path | None]:
 
 def _open_dumps(request: Request, model: Model | None) -> Dumps:
     """The dumps that a request names."""
-    names = None if request.names is None else read_name_map(request.names)
+    options = ReadingOptions(
+        names=None if request.names is None else read_name_map(request.names),
+        row=request.row,
+        pad=None if model is None else model.pad_token_id,
+    )
     graph = None if model is None else model.graph
     opened: dict[Path | None, StageSource] = {}
     for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
-        opened[path] = _open_checked(path, names, graph)
+        opened[path] = _open_checked(path, options, graph)
         if model is None:  # directories come first: they tell what the stages of files may be
             graph = _outline(opened.values())
     dumps = Dumps(*(opened.get(path) for path in _paths(request)))
@@ -109,8 +118,8 @@ def _open_dumps(request: Request, model: Model | None) -> Dumps:
     return dumps
 
 
-def _open_checked(path: Path, names: Dialect | None, graph: Graph | None) -> StageSource:
-    directory = open_dump(path, names, graph=graph)
+def _open_checked(path: Path, options: ReadingOptions, graph: Graph | None) -> StageSource:
+    directory = open_dump(path, options, graph=graph)
     if isinstance(directory, TraceDirectory):
         directory.check_headers()
     return directory
@@ -165,7 +174,7 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         if directory.sidecar.dtype is None:
             notes.append(f"{name} does not record its dtype; float32 is assumed")
         if directory.ignored:
-            few = _first_names(directory.ignored)
+            few = _first_names(_kinds_of_names(directory.ignored))
             notes.append(f"parts of {name} that name no stage are left out: {few}")
         if directory.unlisted:
             few = _first_names([key.path for key in directory.unlisted])
@@ -237,6 +246,14 @@ def _first_names(names: Sequence[str]) -> str:
     """The first three of some names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
+
+
+def _kinds_of_names(names: Sequence[str]) -> list[str]:
+    """Names that differ in numbers only as one: "kqv_out-N (30)"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_NUMBERS.sub("N", name), []).append(name)
+    return [of[0] if len(of) == 1 else f"{kind} ({len(of)})" for kind, of in kinds.items()]
 
 
 def _stated(request: Request, trace: StageSource, notes: list[str]) -> dict[str, str]:

@@ -35,6 +35,7 @@ class Request:
             found out. "auto": find out all of it.
         engine: A name in `aprcore.engines.arithmetic.ENGINES`, whose arithmetic is known.
         names: A TOML file that says what a dump in one file calls the stages.
+        row: Which sequence of a batch, where a dump holds several.
         reference_weights: The float model that a quantised one was made of.
         budgets: How large an error of its own is tolerated at a stage.
         strict: Whether an error beyond its budget fails even where rounding explains it.
@@ -58,6 +59,7 @@ class Request:
     arithmetic: str | None = None
     engine: str | None = None
     names: Path | None = None
+    row: int | None = None
     reference_weights: Path | None = None
     budgets: Budgets | None = None
     strict: bool = False

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from aprcore.dumps.source import StageSource
 from aprcore.engines.arithmetic import EngineArithmetic
 from aprcore.ground.errors import AprError
-from aprcore.judging.layouts import layout_of, zero_masked
+from aprcore.judging.layouts import is_readable, last_rows, layout_of, zero_masked
 from aprcore.judging.replay import RecordedSide
 from aprcore.network.graph import Graph, computation_order
 from aprcore.network.stages import StageKey
@@ -69,7 +69,7 @@ class Sides:
         if model is None or num_tokens is None or self.cumulative_only:
             return None, None
         trace = RecordedSide(
-            self.graph, model.weights, self.header.tokens, num_tokens,
+            self._graph_of(self.trace), model.weights, self.header.tokens, num_tokens,
             self.arithmetic,
             read=None if self.trace is None else self.reader(self.trace), past=self.past,
             read_unmasked=None if self.trace is None else self.reader(self.trace, unmasked=True),
@@ -77,11 +77,19 @@ class Sides:
         if self.oracle is None:
             return trace, None
         oracle = RecordedSide(
-            self.graph.including(key.stage for key in self.oracle.keys()), model.weights,
+            self._graph_of(self.oracle), model.weights,
             self.header.tokens, num_tokens,
             self.oracle_arithmetic, weights_rounded=True, read=self.reader(self.oracle),
         )  # fmt: skip
         return trace, oracle
+
+    def _graph_of(self, dump: StageSource | None) -> Graph:
+        """The stages as one side has them."""
+        if dump is None:
+            return self.graph
+        rows = last_rows(self.graph, dump.counts, self.sizes)
+        graph = self.graph.with_last_rows(rows)
+        return graph.including(k.stage for k in dump.keys()) if dump is self.oracle else graph
 
     def reader(
         self, directory: StageSource, *, unmasked: bool = False
@@ -92,13 +100,14 @@ class Sides:
             directory: What to read.
             unmasked: Whether what a mask hides stays as it was dumped.
         """
+        graph = self._graph_of(directory)
 
         def read(key: StageKey) -> Floats | None:
             if key not in directory:
                 return None
             x = directory.read(key)
             layout = layout_of(key, self.sizes, x.size)
-            if layout.axes == ("index",):
+            if not is_readable(graph, key, layout, self.sizes):
                 return None
             if not unmasked:
                 x = zero_masked(self.graph.operation(key), x, layout)

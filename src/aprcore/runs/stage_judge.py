@@ -18,6 +18,7 @@ from aprcore.judging.layouts import (
     alternatives,
     is_joined,
     is_masked,
+    is_readable,
     last_token,
     layout_of,
     zero_masked,
@@ -136,19 +137,42 @@ class StageJudge:
                 continue
             row, layout = last
             pair = (part, row) if side == "trace" else (row, part)
+            kernel, model = self._judge_rows(key, traced, oracle)
             *_, found, permuted = self._aligned(key, *pair, layout)
             name = "; ".join(filter(None, (f"the last token only, in the {side}", permuted)))
-            evidence = self._evidence(key, found, layout=name)
+            evidence = self._evidence(key, found, layout=name, kernel=kernel, model=model)
             if not within(found, evidence.bound_alone):
                 evidence = replace(evidence, layout=None)
             verdict, reason = decide(evidence)
-            return StageReport(key, layout, verdict, reason, found, permuted=permuted or "")
+            return StageReport(key, layout, verdict, reason, found, kernel=kernel, model=model,
+                               permuted=permuted or "")  # fmt: skip
         layout = self._layout(key, oracle.size)
         return StageReport(
             key, layout, Verdict.SHAPE,
             f"the trace has {traced.size} values, the oracle {oracle.size}",
             trace=describe(traced), oracle=describe(oracle),
         )  # fmt: skip
+
+    def _judge_rows(
+        self, key: StageKey, traced: Floats, oracle: Floats
+    ) -> tuple[Judgment | None, Judgment | None]:
+        """The judgments of two sides of which one has the last token's row only."""
+        found: list[Judgment | None] = []
+        for side, x, lost in (
+            (self._trace, traced, self._lost), (self._oracle, oracle, self._oracle_lost),
+        ):  # fmt: skip
+            layout = self._layout(key, x.size)
+            is_usable = side is not None and not lost.get(key) and is_readable(
+                side.graph, key, layout, self._sides.sizes
+            )  # fmt: skip
+            expected = side.expect(key) if side is not None and is_usable else None
+            found.append(None if expected is None or expected.estimate.value.size != x.size
+                         else make_judgment(x, expected, layout))  # fmt: skip
+        self._keep(key, traced, None, self._layout(key, traced.size))
+        self._keep(key, None, oracle, self._layout(key, oracle.size))
+        if None in found:  # the comparison alone has to tell, which one judgment would soften
+            return None, None
+        return found[0], found[1]
 
     def _values(
         self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
@@ -372,7 +396,11 @@ class StageJudge:
     ) -> None:
         """Remember canonical tensors for the stages that read them."""
         for side, x in ((self._trace, traced), (self._oracle, oracle)):
-            if side is not None and x is not None and layout.axes != ("index",):
+            if (
+                side is not None
+                and x is not None
+                and is_readable(side.graph, key, layout, self._sides.sizes)
+            ):
                 side.record(key, x.reshape(layout.shape))
 
     def _evidence(

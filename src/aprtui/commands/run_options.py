@@ -104,6 +104,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--names", type=Path, metavar="MAP.toml",
         help="what such a file calls the stages, if not as transformers or llama.cpp do",
     )  # fmt: skip
+    parser.add_argument(
+        "--row", type=whole_number("a row of a batch"), metavar="N",
+        help="which sequence, where a dump holds a batch of several; counts from 0",
+    )  # fmt: skip
     add_token_options(parser)
     parser.add_argument(
         "--layers",
@@ -183,6 +187,7 @@ def make_request(args: argparse.Namespace) -> Request:
         arithmetic=args.arithmetic,
         engine=args.engine,
         names=args.names,
+        row=args.row,
         reference_weights=args.reference_weights,
         budgets=parse_budgets(args.budget, args.tolerances),
         strict=getattr(args, "strict", False),
