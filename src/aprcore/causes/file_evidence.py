@@ -34,13 +34,8 @@ def find_evidence(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
     if not scene.in_file:
         return
     if isinstance(scene.operation, Head) and _is_another_head(scene):
-        yield (
-            (
-                "lm_head is the embedding in this file, which has no head of its own: the original's "
-                "was dropped (tie_word_embeddings)"
-            ),
-            "",
-        )
+        told = "the original's was dropped (tie_word_embeddings)"
+        yield f"lm_head is the embedding in this file, which has none of its own: {told}", ""
     if isinstance(scene.operation, Linear | Head):
         for part in parts_of(scene):
             for found in (*_copies(part), *_zeros(part), *_blocks(part)):
