@@ -104,6 +104,8 @@ def _restarts(scene: Scene) -> Iterator[Trial]:
 def _held(scene: Scene) -> Iterator[Trial]:
     """Positions beyond a table's end, which is read there instead."""
     positions = scene.positions.astype(np.float64)
+    if scene.is_observed and not scene.wrong.reshape(len(positions), -1)[-1].any():
+        return  # the last token is beyond the end, if any is
     last = {2**n - 1 for n in range(1, 18)} | {int(positions[max(0, scene.first_wrong_token - 1)])}
     for end in sorted(n for n in last if max(0, positions[0]) < n < positions[-1]):
         yield f"{end}", _rotated_at(scene, np.minimum(positions, end))
