@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes import Explanation, explain
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.engines.numpy import NumpyBackend
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.layouts import layout_of, zero_masked
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -103,10 +102,9 @@ def told(
     """What `explain` says of an output, of an engine that does not dump some stages."""
     key = StageKey(layer, stage)
     tensors = {k: x for k, x in sound.tensors.items() if k.stage not in undumped}
-    name = "f32" if dtype is np.float32 else "f16"
-    profile = Profile(ARITHMETICS[name], weights_rounded=False)
+    engine = arithmetic_of_dtype("float32" if dtype is np.float32 else "float16")
     side = RecordedSide(
-        sound.graph, sound.weights, TOKENS.tolist(), T, profile, read=tensors.get
+        sound.graph, sound.weights, TOKENS.tolist(), T, engine, read=tensors.get
     )  # fmt: skip
     expected = side.expect(key)
     assert expected is not None

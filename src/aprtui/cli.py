@@ -16,6 +16,7 @@ from typing import NoReturn
 from aprtui import __version__
 from aprtui.commands import (
     bisect,
+    capture,
     demo,
     devices,
     diff,
@@ -41,6 +42,7 @@ COMMANDS = {
     "trace": trace,
     "diff": diff,
     "oracle": oracle,
+    "capture": capture,
     "import": import_model,
     "inspect": inspect,
     "demo": demo,

@@ -1,8 +1,9 @@
 """The corpus: which faults on which models, and which sound pairs.
 
 A line is the fault and its layer, the model, the stored type of its weights, the oracle's type
-("none" for no oracle) and the number of tokens; then, for dumps of the zoo's engine, its
-arithmetic. Names are in `kernels.FAULTS`, `converters.FAULTS` and `grounds.GROUNDS`.
+("none" for no oracle) and the number of tokens; then, for dumps of the zoo's engine, what it
+rounds ("?" where it does not say so). "all" is every layer. Names are in `kernels.FAULTS`,
+`converters.FAULTS`, `grounds.GROUNDS` and `engine.HABITS`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from . import converters, kernels
-from .trial import Case
+from .trial import EVERYWHERE, Case
 
 KERNEL_FAULTS = """
 rope-pairs@1               llama       F32        float32   7
@@ -565,6 +566,75 @@ sound                      gemma-uncapped F32     float32   12
 sound                      gemma-uncapped Q8_0    bfloat16  12
 """
 
+# Engines that round each operation in their own way, as they say and without a word.
+ENGINES = """
+sound                      llama       F32        none      9  kv-f16?
+sound                      qwen2       Q8_0       float32   9  kv-f16
+sound                      llama       F32        none      33 kv-f16-only?
+sound                      mistral     F32        none      9  kv-bf16?
+sound                      qwen3       F16        float16   9  kv-bf16
+sound                      llama       F32        none      17 kv-e4m3?
+sound                      llama       F32        none      17 kv-e4m3
+sound                      qwen2       F32        none      17 kv-e5m2?
+sound                      llama       Q8_0       none      33 llama.cpp?
+sound                      mistral     Q8_0       float16   9  llama.cpp
+sound                      gemma       Q8_0       none      12 llama.cpp?
+sound                      llama       F32        none      65 iterated?
+sound                      qwen2       Q4_K       bfloat16  65 iterated
+sound                      llama3      F32        none      33 iterated?
+sound                      yarn        Q8_0       none      65 iterated?
+sound                      llama       F32        none      9  stream?
+sound                      qwen2       Q8_0       bfloat16  9  stream
+sound                      llama       F32        none      9  half-softmax?
+sound                      llama       Q8_0       none      9  q8_0?
+sound                      outlier     Q8_0       none      9  ggml-q8_0?
+sound                      qwen2       F32        none      9  int8?
+sound                      llama       F32        none      9  f16?
+sound                      qwen2       F32        none      9  bf16?
+sound                      llama       F32        none      9  f32? fused
+sound                      llama       F32        none      33 kv-f16? fused
+sound                      qwen2       Q8_0       none      33 kv-f16 fused
+sound                      mistral     F32        none      17 bf16? fused
+sound                      llama       Q8_0       none      17 llama.cpp? fused
+rope-theta-500k@all        llama       F32        none      9  f32?
+rope-theta-500k@0          qwen2       F32        none      9  f32?
+rope-theta-10k@all         qwen2       Q8_0       none      17 llama.cpp?
+rope-pairs@all             mistral     F32        none      9  f32?
+rope-position-late@all     llama       F32        none      9  iterated?
+scale-hidden@all           llama       F32        none      9  f32?
+scale-none@0               llama       F32        none      9  kv-f16?
+scale-hidden@all           qwen2       F32        none      9  kv-f16?
+mask-none@all              llama       F32        none      9  kv-f16?
+mask-late@0                llama       F32        none      9  llama.cpp?
+kv-tiled-scores@all        qwen2       F32        none      9  f32?
+kv-tiled-values@1          qwen2       F32        none      9  kv-f16?
+transposed-out@0           llama       F32        none      9  f32?
+transposed-out@all         llama       Q8_0       none      9  q8_0?
+bias-missing@all           qwen2       F32        none      9  f32?
+norm-no-weight@0           llama       F32        none      9  f32?
+gelu@all                   llama       F32        none      9  f32?
+residual-twice@0           llama       F32        none      9  f32?
+residual-twice@all         llama       F32        none      9  bf16?
+softmax-half@1             qwen2       F32        none      9  f32?
+softmax-bf16@2             llama       F32        none      9  f32?
+local-gate-rows@all        llama       F32        none      9  f32?
+local-norm-token@0         llama       F32        none      9  kv-f16?
+local-kv-head@1            qwen2       F32        none      9  kv-f16?
+reduction-short@all        llama       F32        none      9  f32?
+stale-up@1                 qwen2       F32        none      9  stream?
+little-out@all             llama       F16        none      9  llama.cpp?
+little-out@0               llama       F32        none      9  f32?
+little-down@1              qwen2       F32        float32   9  f32?
+little-scores@all          llama       F32        none      9  kv-f16?
+little-values@0            qwen2       Q8_0       none      9  llama.cpp?
+little-norm@all            mistral     F32        none      9  f32?
+local-little-head@1        llama       F32        none      9  kv-f16? fused
+local-little-head@all      qwen2       F32        none      9  f32?
+local-rope-head@0          llama       F32        none      9  f32?
+local-residual-token@all   llama       F32        none      9  kv-bf16?
+local-down-last-token@0    qwen2       F32        none      9  llama.cpp?
+"""
+
 # Small models, with an oracle of each type in turn and odd lengths.
 SWEEP_GROUNDS = (
     "llama", "mistral", "qwen2", "qwen3", "outlier", "window", "layers", "both", "both-window",
@@ -579,7 +649,8 @@ def parse(line: str) -> Case:
     planted = ()
     if faults != "sound":
         planted = tuple(
-            (name, int(layer)) for name, layer in (f.split("@") for f in faults.split("+"))
+            (name, EVERYWHERE if layer == "all" else int(layer))
+            for name, layer in (f.split("@") for f in faults.split("+"))
         )
     engine, layout = (*rest, "", "")[:2]
     return Case(planted, ground, weights, oracle, int(count), engine, layout)
@@ -591,7 +662,8 @@ def _table(text: str) -> tuple[Case, ...]:
 
 def single_faults() -> tuple[Case, ...]:
     """One fault each."""
-    return _table(KERNEL_FAULTS) + _table(FILE_FAULTS)
+    faulty = (case for case in _table(ENGINES) if case.faults)
+    return (*_table(KERNEL_FAULTS), *_table(FILE_FAULTS), *faulty)
 
 
 def sound_pairs() -> tuple[Case, ...]:
@@ -601,7 +673,8 @@ def sound_pairs() -> tuple[Case, ...]:
         Case((), ground, weights, oracles[i % 3], (7, 9, 12)[i // 3 % 3])
         for i, (ground, weights) in enumerate(product(SWEEP_GROUNDS, SWEEP_TYPES))
     ]
-    return tuple(dict.fromkeys([*sweep, *_table(SOUND_PAIRS)]))
+    engines = [case for case in _table(ENGINES) if not case.faults]
+    return tuple(dict.fromkeys([*sweep, *_table(SOUND_PAIRS), *engines]))
 
 
 # What several faults are drawn from: of one stage each, on any of the models below.

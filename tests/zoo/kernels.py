@@ -128,6 +128,27 @@ plant("rope-yarn-length", "original_max_position_embeddings 512", **both(stretch
     lambda s: (_yarn(s, 4, 512, 32), s.engine.frequencies.factor))))  # fmt: skip
 plant("rope-on-v", "rope", attention=lambda s: s.values(v=s.rotate(s.part("v"))))
 
+# Little faults: what a wrong constant in a fused kernel does.
+
+
+def little(times: float) -> Wrong:
+    return lambda s: s.sound() * times
+
+
+plant("little-out", "factor|scale", attn_out=little(1.005))
+plant("little-down", "factor|scale", ffn_out=little(0.999))
+plant("little-scores", "factor|scale", attn_scores=little(1.002))
+plant("little-values", "factor|scale", attention=little(1.001))
+plant("little-norm", "factor|scale|eps|weight", ffn_norm=little(1.001))
+plant("local-little-head", "~head|~scale|factor|scale", attention=lambda s: _times_in_head(s, 1.01))
+
+
+def _times_in_head(s: Step, times: float) -> Tensor:
+    heads = s.sound().reshape(s.x.shape[1], -1, s.config.head_dim).clone()
+    heads[:, 1] *= times
+    return heads.reshape(s.x.shape[1], -1)
+
+
 # Attention.
 
 plant("scale-hidden", "scale|factor",

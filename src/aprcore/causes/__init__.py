@@ -33,7 +33,7 @@ from aprcore.causes.experiment import Experiment
 from aprcore.causes.overflow import explain_nonfinite
 from aprcore.causes.projections import Variants
 from aprcore.causes.records import CauseTried, Explanation
-from aprcore.causes.scene import Entry, Scene
+from aprcore.causes.scene import Entry, Scene, factors
 from aprcore.causes.search import (
     settle,
     try_arithmetics,
@@ -114,15 +114,19 @@ def _scene(
     inputs = side.inputs(key)
     if inputs is None or not np.isfinite(observed).all():
         return None
+    site, profile = side.site(key), side.profile(key)
+    values = [x.estimate.value for x in inputs]
     return Scene(
         key=key,
-        site=side.site(key),
-        inputs=tuple(x.estimate.value for x in inputs),
+        site=site,
+        inputs=tuple(factors(side.graph.operation(key), profile.arithmetic, site.config, values)),
         observed=np.asarray(observed, dtype=np.float64),
         plain=expected.estimate,
         layout=layout,
         in_file=in_file,
-        profile=side.profile,
+        profile=profile,
+        arithmetic=lambda other: side.profile(other).arithmetic,
         recorded=side.peek,
+        unmasked=side.unmasked,
         graph=side.graph,
     )

@@ -44,7 +44,7 @@ def _other_groups(scene: Scene) -> Iterator[Trial]:
         if isinstance(scene.operation, Scores):
             yield name, scene.run(scene.inputs[0], mapped, site=every_head)
         else:
-            yield name, REFERENCE.weighted_values(scene.inputs[0], mapped, heads)
+            yield name, scene.backend.weighted_values(scene.inputs[0], mapped, heads)
 
 
 def _values(scene: Scene) -> Float64:
@@ -151,14 +151,14 @@ def _strided_heads(scene: Scene) -> Iterator[Trial]:
 
 
 def _rotated_values(scene: Scene) -> Float64:
-    v = REFERENCE.rope(_values(scene), scene.positions, scene.config.rope)
-    return REFERENCE.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
+    v = scene.backend.rope(_values(scene), scene.positions, scene.config.rope)
+    return scene.backend.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
 
 
 def _other_values(scene: Scene) -> Iterator[Trial]:
     """The weighted sum of something else than v."""
     for name, v in _read_as_values(scene):
-        yield name, REFERENCE.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
+        yield name, scene.backend.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
 
 
 def _read_as_values(scene: Scene) -> Iterator[Trial]:

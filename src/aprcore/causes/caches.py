@@ -52,7 +52,7 @@ def _values_of_layers(scene: Scene) -> Iterator[Trial]:
         if other is not None and other.shape == qkv.shape:
             yield (
                 f"{layer}",
-                REFERENCE.weighted_values(
+                scene.backend.weighted_values(
                     softmax, values_of(scene, other), scene.config.num_kv_heads
                 ),
             )
@@ -116,7 +116,7 @@ def _stale_values(scene: Scene) -> Iterator[Trial]:
     least = min((left for left, *_ in found), default=energy)
     if least <= MOST_LEFT * energy:
         name, value = next((name, v) for left, name, v in found if left <= FITS_AS_WELL * least)
-        yield name, REFERENCE.weighted_values(softmax, value, kv)
+        yield name, scene.backend.weighted_values(softmax, value, kv)
 
 
 _ROWS = "which rows of the cache are written before attention reads it, and cleared between texts"

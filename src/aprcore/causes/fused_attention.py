@@ -60,7 +60,7 @@ def _tensor(scene: Scene, key: StageKey, known: Tensors) -> Float64 | None:
     operation = scene.graph.operation(key)
     if operation is None or not inputs:
         return None
-    made: Float64 = operation(REFERENCE, replace(scene.site, layer=key.layer), *inputs)
+    made: Float64 = operation(scene.backend_of(key), replace(scene.site, layer=key.layer), *inputs)
     return made
 
 
@@ -93,8 +93,8 @@ def _other_heads(scene: Scene) -> Iterator[Trial]:
             continue
         tried.add(index.tobytes())
         keys, values = (x.reshape(len(x), kv, -1)[:, index].reshape(len(x), -1) for x in (k, v))
-        weights = softmax(REFERENCE, site, scores(REFERENCE, site, q, keys))
-        yield name, REFERENCE.weighted_values(weights, values, heads)
+        weights = softmax(REFERENCE, site, scores(scene.backend_of(key), site, q, keys))
+        yield name, scene.backend.weighted_values(weights, values, heads)
 
 
 def _rotated_otherwise(scene: Scene) -> Iterator[Trial]:
@@ -183,7 +183,7 @@ def _unrescaled(scene: Scene) -> Iterator[Trial]:
             weights = numerator / denominator.sum(axis=2, keepdims=True)
             if np.isfinite(weights).all():
                 what = f"{name}, in blocks of {size} keys"
-                yield what, REFERENCE.weighted_values(weights, v, kv)
+                yield what, scene.backend.weighted_values(weights, v, kv)
 
 
 def _other_scale(scene: Scene) -> Iterator[Trial]:
@@ -201,7 +201,7 @@ def _other_scale(scene: Scene) -> Iterator[Trial]:
 
     def attended(factor: float, rows: Float64) -> Float64:
         weights = softmax(REFERENCE, scene.site, rows * factor)
-        return REFERENCE.weighted_values(weights, v, kv)
+        return scene.backend.weighted_values(weights, v, kv)
 
     def misfit(log_factor: float) -> float:
         return float(np.square(attended(float(np.exp(log_factor)), last) - observed).sum())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.causes.scene import ORIGINAL, REFERENCE, Bools, Entry, Float64, Scene, Trial, single
+from aprcore.causes.scene import ORIGINAL, Bools, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import round_number
 from aprcore.network.mask import Mask
 from aprcore.network.operations import Scores, Softmax
@@ -46,13 +46,16 @@ def _softmax(scores: Float64, allowed: Bools, axis: int = 2) -> Float64:
 
 
 def _all_scores(scene: Scene) -> Iterator[Trial]:
-    """Scores with what the mask hides: from q and k, or zeros there."""
-    key = scene.source(0)
+    """Scores with what the mask hides: as dumped, from q and k, or zeros there."""
+    key, hidden = scene.source(0), ~seen(scene)
+    dumped = scene.unmasked(key)
+    if dumped is not None and np.isfinite(dumped).all() and np.any(dumped * hidden):
+        yield "", np.where(hidden, dumped, scene.inputs[0])
     operation = scene.graph.operation(key)
-    rotated = [scene.tensor(source) for source in scene.graph.inputs(key)]
-    if isinstance(operation, Scores) and not any(x is None for x in rotated):
-        whole = operation.altered(mask=EVERYTHING)(REFERENCE, scene.site, *rotated)
-        yield "", np.where(seen(scene), scene.inputs[0], whole)
+    rotated = scene.factors_of(key)
+    if isinstance(operation, Scores) and rotated is not None:
+        whole = operation.altered(mask=EVERYTHING)(scene.backend, scene.site, *rotated)
+        yield "", np.where(hidden, whole, scene.inputs[0])
     yield ", with zeros for later positions", scene.inputs[0]
 
 

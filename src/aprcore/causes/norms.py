@@ -34,7 +34,7 @@ class _Norm:
         flat = y.reshape(self.x.shape[0], -1)
         if not self.is_rotated:
             return flat
-        return REFERENCE.rope(flat, self.scene.positions, self.scene.config.rope)
+        return self.scene.backend.rope(flat, self.scene.positions, self.scene.config.rope)
 
     @property
     def is_rotated(self) -> bool:
@@ -240,7 +240,9 @@ def _solved_gain(scene: Scene) -> Iterator[Trial]:
     observed = scene.observed.reshape(scene.plain.value.shape)
     if norm.is_rotated:  # turn back, to what the rotation was given
         rope = scene.config.rope
-        observed = REFERENCE.rope(observed, -scene.positions, rope) / rope.attention_factor() ** 2
+        observed = (
+            scene.backend.rope(observed, -scene.positions, rope) / rope.attention_factor() ** 2
+        )
     values = norm.normed.reshape(-1, norm.gain.size)
     if values.shape[0] < 3:
         return

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from aprcore.causes.rope_schedules import before_rotation, solved_divisor, solved_shift
-from aprcore.causes.scene import ORIGINAL, REFERENCE, Entry, Float64, Scene, Trial, single
+from aprcore.causes.scene import ORIGINAL, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import minimise, round_number, to_halves, to_pairs
 from aprcore.ground.precision import BFLOAT16, FLOAT16
 from aprcore.network.operations import PARTS, Rotate
@@ -46,7 +46,7 @@ def _stored_as_pairs(scene: Scene) -> Float64:
 
 def _rotated(scene: Scene, x: Float64) -> Float64:
     """The model's own rotation of something else."""
-    return REFERENCE.rope(x, scene.positions, scene.config.rope)
+    return scene.backend.rope(x, scene.positions, scene.config.rope)
 
 
 def _at_positions(change: Callable[[Float64], Float64]) -> Callable[[Scene], Float64]:
@@ -123,7 +123,9 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
     positions, rope = scene.positions[rows], scene.config.rope
 
     def misfit(log_theta: float) -> float:
-        turned = REFERENCE.rope(x[rows], positions, replace(rope, theta=float(np.exp(log_theta))))
+        turned = scene.backend.rope(
+            x[rows], positions, replace(rope, theta=float(np.exp(log_theta)))
+        )
         return float(np.square(turned - observed[rows]).sum())
 
     theta = float(np.exp(minimise(misfit, np.linspace(np.log(2.0), np.log(1e9), 240))))
@@ -132,7 +134,7 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
 
 
 def _with_rope(scene: Scene, rope: Rope) -> Float64:
-    return REFERENCE.rope(before_rotation(scene), scene.positions, rope)
+    return scene.backend.rope(before_rotation(scene), scene.positions, rope)
 
 
 def _partial(scene: Scene) -> Iterator[Trial]:

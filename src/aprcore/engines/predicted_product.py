@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aprcore.engines.estimate import Estimate, Float64, Profile
 from aprcore.ground.precision import FLOAT32, FloatType
 from aprcore.network.weights import Weight
+from aprcore.quant.steps import SHRINKAGE
 
 # Mean of 1/m^2 over mantissas m in [1, 2) of values spread evenly in log scale, 3/8 / ln 2: the
 # mean of (spacing / |w|)^2 is this times (2u)^2.
@@ -29,12 +30,6 @@ class PredictedProduct:
         self._carried = x.variance.T.astype(np.float32) if np.any(x.variance) else None
         self._sides = sides
         self._width = x.value.shape[1]
-        self._activations = {
-            number: (profile.arithmetic.activations, profile.arithmetic.activations
-                     .rounding_variance(x.value[rows]).T.astype(np.float32))
-            for number, (rows, profile) in enumerate(sides)
-            if profile.arithmetic.activations is not None
-        }  # fmt: skip
 
     def rows(
         self,
@@ -62,15 +57,14 @@ class PredictedProduct:
         value[:] = (wide.reshape(shape) @ self._x).T
         wander[:] = (squares @ self._squares).T
         more[:] = 0 if self._carried is None else (squares @ self._carried).T
-        for number, (rows, profile) in enumerate(self._sides):
+        for rows, profile in self._sides:
             if profile.weights_rounded and weight.dtype not in ("F32", "F64"):
                 more[rows] += self._stored_steps(weight, start, stop, rows)
+            if profile.weights_rounded and weight.dtype in SHRINKAGE:
+                more[rows] += np.square(SHRINKAGE[weight.dtype] * value[rows])
             stored, on_dump = profile.arithmetic.stored, profile.arithmetic.rounds_on_dump
             if stored.digits < FLOAT32.digits and not on_dump:
                 more[rows] += self._cast(narrow, wander[rows], rows, stored)
-            if number in self._activations:
-                blocks, rounding = self._activations[number]
-                more[rows] += (_block_sums(squares, blocks.block) @ rounding).T
 
     def _stored_steps(self, weight: Weight, start: int, stop: int, rows: slice) -> Float64:
         """sum_k x_k^2 d_jk^2 / 12 from the steps in the file; of float32 it is below any sum's."""

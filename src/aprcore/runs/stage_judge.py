@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from aprcore.causes import Explanation, explain, explain_nonfinite
 from aprcore.judging.compare import Comparison, compare, describe, may_be_permuted
 from aprcore.judging.layouts import (
+    PAIRS,
+    PAIRS_OF_JOINED,
     Layout,
     alternatives,
     is_joined,
     is_masked,
+    is_readable,
     last_token,
     layout_of,
     zero_masked,
@@ -53,6 +56,8 @@ class StageJudge:
         self._oracle_lost: dict[StageKey, int] = {}
         self._verdicts: dict[StageKey, Verdict | None] = {}
         self._layouts: dict[tuple[str, int], Layout] = {}
+        # Layers whose q and k the trace keeps as adjacent pairs.
+        self._paired: set[int | None] = set()
         self._graph = sides.graph
         self.tensors: tuple[Floats | None, Floats | None] = (None, None)
 
@@ -132,19 +137,42 @@ class StageJudge:
                 continue
             row, layout = last
             pair = (part, row) if side == "trace" else (row, part)
+            kernel, model = self._judge_rows(key, traced, oracle)
             *_, found, permuted = self._aligned(key, *pair, layout)
             name = "; ".join(filter(None, (f"the last token only, in the {side}", permuted)))
-            evidence = self._evidence(key, found, layout=name)
+            evidence = self._evidence(key, found, layout=name, kernel=kernel, model=model)
             if not within(found, evidence.bound_alone):
                 evidence = replace(evidence, layout=None)
             verdict, reason = decide(evidence)
-            return StageReport(key, layout, verdict, reason, found, permuted=permuted or "")
+            return StageReport(key, layout, verdict, reason, found, kernel=kernel, model=model,
+                               permuted=permuted or "")  # fmt: skip
         layout = self._layout(key, oracle.size)
         return StageReport(
             key, layout, Verdict.SHAPE,
             f"the trace has {traced.size} values, the oracle {oracle.size}",
             trace=describe(traced), oracle=describe(oracle),
         )  # fmt: skip
+
+    def _judge_rows(
+        self, key: StageKey, traced: Floats, oracle: Floats
+    ) -> tuple[Judgment | None, Judgment | None]:
+        """The judgments of two sides of which one has the last token's row only."""
+        found: list[Judgment | None] = []
+        for side, x, lost in (
+            (self._trace, traced, self._lost), (self._oracle, oracle, self._oracle_lost),
+        ):  # fmt: skip
+            layout = self._layout(key, x.size)
+            is_usable = side is not None and not lost.get(key) and is_readable(
+                side.graph, key, layout, self._sides.sizes
+            )  # fmt: skip
+            expected = side.expect(key) if side is not None and is_usable else None
+            found.append(None if expected is None or expected.estimate.value.size != x.size
+                         else make_judgment(x, expected, layout))  # fmt: skip
+        self._keep(key, traced, None, self._layout(key, traced.size))
+        self._keep(key, None, oracle, self._layout(key, oracle.size))
+        if None in found:  # the comparison alone has to tell, which one judgment would soften
+            return None, None
+        return found[0], found[1]
 
     def _values(
         self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
@@ -268,40 +296,62 @@ class StageJudge:
             return x, judgment, None
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
+        in_pairs = None
         for name, reading in alternatives(
             self._graph.operation(key), dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
         ):
             permuted = self._unmasked(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
+            if name == PAIRS:
+                in_pairs = permuted, other
             if other is None or not other.passed:
                 continue
-            if not is_oracle and not self._readers_agree(key, permuted.reshape(layout.shape)):
+            if not is_oracle and not self._is_convention(key, dumped, permuted, layout):
                 break
+            if name == PAIRS_OF_JOINED and not is_oracle:
+                self._paired.add(key.layer)
             return permuted, other, f"{name} in {side}"
+        if in_pairs is not None and not is_oracle and key.layer in self._paired:
+            # What is wrong is wrong in the order that the engine keeps q and k in.
+            return *in_pairs, f"{PAIRS} in {side}"
         return x, judgment, None
 
-    def _readers_agree(self, key: StageKey, qkv: Floats) -> bool:
-        """Whether the next stages of the trace can have read q, k and v as they are taken here.
+    def _is_convention(
+        self, key: StageKey, dumped: Floats, permuted: Floats, layout: Layout
+    ) -> bool:
+        """Whether an engine keeps q, k and v in another order, and does not permute them wrongly.
 
-        An engine that permutes the rows of q and k writes what one writes that keeps them in
-        another order throughout. What reads them tells the two apart.
+        Both write the same. What reads them tells the two apart: it is explained by the tensor as
+        it was dumped only where the order is a fault. Where neither explains it, it has one itself.
         """
         if not is_joined(self._graph.operation(key)) or self._trace is None:
             return True
         for reader in self._graph.readers(key):
-            dumped = self._trace.peek(reader)
-            if dumped is None or len(self._graph.inputs(reader)) > 1:
+            if len(self._graph.inputs(reader)) > 1 or self._explains(reader, permuted, layout):
                 continue
-            expected = self._trace.expect_from(reader, [qkv])
-            layout = layout_of(reader, self._sides.sizes, dumped.size)
-            kv_heads = self._sides.sizes.get("K")
-            readings = [dumped.reshape(-1)]
-            readings += [y for _, y in alternatives(self._graph.operation(reader), readings[0],
-                                                    layout, num_kv_heads=kv_heads)]  # fmt: skip
-            judged = (make_judgment(x, expected, layout) for x in readings if expected is not None)
-            if expected is not None and not any(j is not None and j.passed for j in judged):
+            if self._explains(reader, dumped, layout):
                 return False
         return True
+
+    def _explains(self, reader: StageKey, qkv: Floats, layout: Layout) -> bool:
+        """Whether a stage of the trace is what this input gives, in any layout; so if not there."""
+        assert self._trace is not None
+        dumped = self._trace.peek(reader)
+        if dumped is None:
+            return True
+        expected = self._trace.expect_from(reader, [qkv.reshape(layout.shape)])
+        if expected is None:
+            return True
+        own = layout_of(reader, self._sides.sizes, dumped.size)
+        readings = [dumped.reshape(-1)]
+        readings += [
+            y for _, y in alternatives(
+                self._graph.operation(reader), readings[0], own,
+                num_kv_heads=self._sides.sizes.get("K"),
+            )
+        ]  # fmt: skip
+        judged = (make_judgment(x, expected, own) for x in readings)
+        return any(j is not None and j.passed for j in judged)
 
     def _aligned(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout
@@ -346,7 +396,11 @@ class StageJudge:
     ) -> None:
         """Remember canonical tensors for the stages that read them."""
         for side, x in ((self._trace, traced), (self._oracle, oracle)):
-            if side is not None and x is not None and layout.axes != ("index",):
+            if (
+                side is not None
+                and x is not None
+                and is_readable(side.graph, key, layout, self._sides.sizes)
+            ):
                 side.record(key, x.reshape(layout.shape))
 
     def _evidence(

@@ -104,6 +104,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--names", type=Path, metavar="MAP.toml",
         help="what such a file calls the stages, if not as transformers or llama.cpp do",
     )  # fmt: skip
+    parser.add_argument(
+        "--row", type=whole_number("a row of a batch"), metavar="N",
+        help="which sequence, where a dump holds a batch of several; counts from 0",
+    )  # fmt: skip
     add_token_options(parser)
     parser.add_argument(
         "--layers",
@@ -114,10 +118,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_thread_option(parser)
     add_gpu_options(parser)
     parser.add_argument(
-        "--arithmetic", choices=("f32", "f64", "f16", "bf16", "q8_0", "q8_1", "q8_k", "auto"),
-        default="auto",
-        help="precision that the engine behind --trace computes in (default: auto, find out)",
+        "--arithmetic", metavar="WORDS",
+        help="what the engine behind --trace computes in: f16, or linear=q8_0,kv_cache=f16 and so"
+        " on; auto: find out (default: as recorded, and the rest is found out)",
     )  # fmt: skip
+    parser.add_argument(
+        "--engine",
+        choices=("llama.cpp", "vllm", "mlx", "transformers"),
+        help="the engine behind --trace, whose arithmetic is known",
+    )
     parser.add_argument(
         "--cumulative-only", action="store_true",
         help="only compare with the oracle; no model and kernel judgments, about 3 times faster",
@@ -175,8 +184,10 @@ def make_request(args: argparse.Namespace) -> Request:
         tokens=None if args.tokens is None else parse_tokens(args.tokens),
         plan=plan,
         threads=args.threads,
-        arithmetic=None if args.arithmetic == "auto" else args.arithmetic,
+        arithmetic=args.arithmetic,
+        engine=args.engine,
         names=args.names,
+        row=args.row,
         reference_weights=args.reference_weights,
         budgets=parse_budgets(args.budget, args.tolerances),
         strict=getattr(args, "strict", False),

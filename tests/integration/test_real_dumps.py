@@ -1,0 +1,122 @@
+"""Dumps of other engines beside the project are read as their tools write them, without a map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aprcore.ground.errors import AprError
+from aprcore.judging.verdict import Verdict
+from aprcore.network.stages import StageKey
+from aprcore.records.report import Report
+from aprcore.runs.bisect import run
+from aprcore.runs.request import Request
+from aprtui.cli import main
+
+TOKENS = (3, 5, 7, 11, 13, 17, 19)
+
+
+@pytest.fixture
+def engines(shared: Path) -> Path:
+    pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
+    found = shared / "cases" / "engines"
+    if not found.exists():
+        pytest.skip("the cases are not at hand")
+    return found
+
+
+def judge(engines: Path, dump: str, **settings: Any) -> Report:
+    model = engines.parent / "models" / "llama"
+    return run(Request(model=model, trace=engines / dump, **settings))
+
+
+def left_out(report: Report) -> list[str]:
+    return [note for note in report.header.notes if "left out" in note]
+
+
+# Of llama with 4 layers: stages per layer, and those of the whole model.
+@pytest.mark.parametrize(
+    ("dump", "in_layer", "around"),
+    [("vllm-llama.pt", 13, 3), ("tl.pt", 15, 3), ("mad_tensors", 12, 2), ("msprobe", 13, 3)],
+)
+def test_a_sound_dump_is_judged_in_every_stage(
+    engines: Path, dump: str, in_layer: int, around: int
+) -> None:
+    report = judge(engines, dump, tokens=TOKENS)
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS}
+    assert len(report.stages) == 4 * in_layer + around
+    assert left_out(report) == []
+
+
+@pytest.mark.parametrize("dump", ["tl.pt", "mad_tensors", "msprobe"])
+def test_the_ids_in_a_dump_are_those_that_ran(engines: Path, dump: str) -> None:
+    assert judge(engines, dump).header.tokens == TOKENS
+    with pytest.raises(AprError, match=r"--tokens gives \[4, 5\]"):
+        judge(engines, dump, tokens=(4, 5))
+
+
+@pytest.mark.parametrize(("row", "tokens"), [(0, (3, 5, 7, 11)), (1, (13, 17, 19, 23, 29, 31, 37))])
+def test_a_sequence_of_a_batch_is_read_without_its_padding(
+    engines: Path, row: int, tokens: tuple[int, ...]
+) -> None:
+    report = judge(engines, "leftpad-sound.pt", row=row)
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS}
+    assert report.header.tokens == tokens
+
+
+def test_a_batch_is_never_joined(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, dump = engines.parent / "models" / "llama", engines / "leftpad-sound.pt"
+    arguments = ["bisect", str(model), "--trace", str(dump)]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "holds a batch of 2 sequences; say which with --row N, from 0 to 1" in told
+    assert main([*arguments, "--row", "1"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--row", "2"]) == 2
+    assert "has no row 2" in capsys.readouterr().err
+
+
+LLAMA_CPP_TOKENS = (1, 403, 407, 261, 378, 285, 432, 261, 396)
+
+
+@pytest.fixture
+def llama_cpp(shared: Path) -> Path:
+    found = shared / "cases" / "llama_cpp"
+    if not found.exists():
+        pytest.skip("the cases are not at hand")
+    return found
+
+
+@pytest.mark.parametrize("dump", ["f32.npz", "f16.npz", "f16-flash.npz"])
+def test_llama_cpp_is_judged_to_the_logits(llama_cpp: Path, dump: str) -> None:
+    """Behind the last layer's attention it goes on with the last token's row alone."""
+    request = Request(model=llama_cpp / "st.gguf", trace=llama_cpp / dump, tokens=LLAMA_CPP_TOKENS)
+    report = run(request)
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS, Verdict.LAYOUT}
+    assert left_out(report) == []
+    last = {s.key.stage: s for s in report.stages if s.key.layer in (4, None)}
+    for name in ("post_attn_residual", "ffn_norm", "ffn_out", "post_ffn_residual", "final_norm"):
+        found = last[name]
+        assert found.layout is not None
+        assert found.layout.shape == (1, 64), name
+    for stage in report.stages:
+        assert stage.kernel is not None
+    head = last["lm_head"].kernel
+    assert head is not None and head.span == ()
+
+
+def test_a_fault_in_a_row_that_is_left_is_found(llama_cpp: Path, tmp_path: Path) -> None:
+    with np.load(llama_cpp / "f32.npz") as file:
+        held = dict(file)
+    held["ffn_out-4"] = held["ffn_out-4"] * np.float32(1.01)
+    np.savez(tmp_path / "wrong.npz", **held)
+    request = Request(
+        model=llama_cpp / "st.gguf", trace=tmp_path / "wrong.npz", tokens=LLAMA_CPP_TOKENS
+    )
+    failed = [stage for stage in run(request).stages if stage.is_divergence]
+    assert failed[0].key == StageKey(4, "ffn_out")
+    assert {stage.key.stage for stage in failed} <= {"ffn_out", "post_ffn_residual"}
