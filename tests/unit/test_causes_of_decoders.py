@@ -10,8 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from aprcore.causes import explain
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -164,8 +163,8 @@ def test_a_slip_of_a_decoder_is_named(
     config = ModelConfig("llama", OUT, 2, 2, 1, 12, width, 5, 1e-6, Rope(1e4, 12))
     x = np.random.default_rng(1).standard_normal((T, width)).astype(np.float32)
     read = {StageKey(LAYER, "ffn_swigl"): x}.get
-    profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
-    side = RecordedSide(Graph(config), {weight.name: weight}, None, T, profile, read=read)
+    engine = arithmetic_of_dtype("float32")
+    side = RecordedSide(Graph(config), {weight.name: weight}, None, T, engine, read=read)
     key = StageKey(LAYER, "ffn_out")
     expected = side.expect(key)
     assert expected is not None

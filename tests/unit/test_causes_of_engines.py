@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from aprcore.causes import explain_nonfinite
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.judging.replay import RecordedSide
 from aprcore.network.rope import RopeScaling
 from aprcore.network.stages import StageKey
@@ -359,8 +358,8 @@ def test_infinity_in_a_weight_is_told_from_an_overflow() -> None:
     values = p.weights[name].values.copy()
     values[5, 3] = np.inf
     weights = p.weights | {name: ExactWeight(name, values)}
-    profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
-    side = RecordedSide(p.graph, weights, TOKENS.tolist(), T, profile, read=p.tensors.get)
+    engine = arithmetic_of_dtype("float32")
+    side = RecordedSide(p.graph, weights, TOKENS.tolist(), T, engine, read=p.tensors.get)
     observed = (p.at("ffn_norm") @ values.T).astype(np.float32)
     found = explain_nonfinite(side, StageKey(LAYER, "ffn_up"), observed)
     assert found is not None

@@ -243,7 +243,7 @@ def _other_heads(scene: Scene) -> Iterator[Trial]:
         if size != config.head_dim and size > 1 and not size % 2 and not x.shape[1] % size:
             other = replace(rope, head_dim=size, divisors=None)
             yield f"{size} dimensions in place of {config.head_dim}", (
-                REFERENCE.rope(x, scene.positions, other)
+                scene.backend.rope(x, scene.positions, other)
             )  # fmt: skip
 
 
