@@ -120,3 +120,21 @@ def test_a_fault_in_a_row_that_is_left_is_found(llama_cpp: Path, tmp_path: Path)
     failed = [stage for stage in run(request).stages if stage.is_divergence]
     assert failed[0].key == StageKey(4, "ffn_out")
     assert {stage.key.stage for stage in failed} <= {"ffn_out", "post_ffn_residual"}
+
+
+def test_what_cannot_be_judged_says_why(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    held = torch.load(engines / "vllm-llama.pt")
+    held["model.layers.0.mlp.act_fn"] = held["model.layers.0.mlp.act_fn"][:, ::2]
+    torch.save(held, tmp_path / "half.pt")
+    model = engines.parent / "models" / "llama"
+    arguments = ["bisect", str(model), "--trace", str(tmp_path / "half.pt"), "--tokens",
+                 ",".join(map(str, TOKENS))]  # fmt: skip
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "? UNJUDGED  it has 336 values where 672 are due for 7 tokens" in told
+    assert "1 of 55 stages could not be judged (layer 0 · ffn_swigl: it has 336" in told
+    assert main([*arguments, "--strict"]) == 1

@@ -84,8 +84,11 @@ def open_dump(
 
 def is_tensor_file(path: Path) -> bool:
     """Whether a path is to be read as named tensors: one file, or a folder of such files."""
-    if path.is_dir():
-        return is_tensor_folder(path) or is_file_folder(path)
+    try:
+        if path.is_dir():
+            return is_tensor_folder(path) or is_file_folder(path)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
     return path.suffix.lower() in READERS
 
 
