@@ -26,8 +26,8 @@ def tokens_of(name: str) -> tuple[int, ...]:
 
 
 def capture(model: Path, tokens: tuple[int, ...], dump: Path, **settings: Any) -> Path:
-    """Run llama.cpp; two threads, so that two tests at a time do not wait for each other."""
-    request = LlamaCppRequest(model, tokens=tokens, **{"threads": 2, **settings})
+    """Run llama.cpp; one thread, since two tests run at a time."""
+    request = LlamaCppRequest(model, tokens=tokens, **{"threads": 1, **settings})
     capture_llama_cpp(request, dump)
     return dump
 

@@ -101,9 +101,20 @@ def test_the_sidecar_says_what_ran(models: dict[str, Path], tmp_path: Path) -> N
     assert sidecar["model"]["architecture"] == "llama"
     assert sidecar["model"]["num_layers"] == 5
     assert sidecar["settings"] == {
-        "kv_type": "bf16", "flash_attention": True, "ubatch": 4, "gpu_layers": 0, "threads": 2,
+        "kv_type": "bf16", "flash_attention": True, "ubatch": 4, "gpu_layers": 0, "threads": 1,
         "rope_freq_base": 50000.0,
     }  # fmt: skip
+
+
+def test_flash_attention_reads_no_float32(models: dict[str, Path], tmp_path: Path) -> None:
+    """A cache of float32 is cast for it: what it gives is what a cache of float16 gives."""
+    held = {}
+    for kv_type in ("f32", "f16"):
+        folder = tmp_path / kv_type
+        capture(models["stories"], STORIES_TOKENS, folder, kv_type=kv_type, flash_attention=True)
+        assert _sidecar(folder)["arithmetic"] == {"kv_cache": "f16"}
+        held[kv_type] = _read(folder)["kqv_out-0"]
+    assert np.array_equal(held["f32"], held["f16"])
 
 
 def test_a_prompt_is_made_tokens_by_the_engine(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 from runs import capture, divergences, judge, judged, tokens_of
 
+from aprcore.records.report import Report
+
 # Attention without flash shows scores and softmax.
 STAGES = {
     "embedding", "attn_norm", "qkv_matmul", "q_post_rope", "k_post_rope", "attention", "attn_out",
@@ -41,16 +43,32 @@ CASES = [
 ]  # fmt: skip
 
 
+def _judged_case(models: dict[str, Path], folder: Path, case: Case) -> Report:
+    settings: dict[str, Any] = dict(case.settings)
+    dump = capture(models[case.model], tokens_of(case.model), folder / "dump",
+                   kv_type=case.kv_type, flash_attention=case.flash, **settings)  # fmt: skip
+    return judge(models[case.model], dump)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_is_accused(models: dict[str, Path], tmp_path: Path, case: Case) -> None:
-    model = models[case.model]
-    settings: dict[str, Any] = dict(case.settings)
-    dump = capture(model, tokens_of(case.model), tmp_path / "dump", kv_type=case.kv_type,
-                   flash_attention=case.flash, **settings)  # fmt: skip
-    report = judge(model, dump)
-    assert divergences(report) == {}
+    assert divergences(_judged_case(models, tmp_path, case)) == {}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("stories", "f16"),
+        Case("stories-Q8_0", "f16", True),
+        Case("stories", "f16", False, (("step", 2),)),
+        Case("blocks-Q4_K", "q8_0", True),
+    ],
+    ids=str,
+)
+def test_every_stage_is_judged(models: dict[str, Path], tmp_path: Path, case: Case) -> None:
+    """Among them those that follow on the last row of the last layer, which alone is kept."""
     scores = set() if case.flash else {"attn_scores", "attn_softmax"}
-    assert judged(report) >= STAGES | scores
+    assert judged(_judged_case(models, tmp_path, case)) >= STAGES | scores
 
 
 def test_a_long_prompt_is_not_accused(models: dict[str, Path], tmp_path: Path) -> None:

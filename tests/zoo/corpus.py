@@ -30,6 +30,18 @@ rope-sine-negated@1        outlier     Q4_K       float32   7
 rope-scaling-lost@1        llama3      F32        float32   33
 rope-scaling-lost@2        yarn        Q8_0       float16   17
 rope-scaling-lost@0        linear      F16        bfloat16  9
+rope-position-far@1        llama       F32        float32   9
+rope-position-far@2        qwen2       Q4_K       float16   12 f16
+rope-table-ends@0          llama       F32        float32   17
+rope-table-ends@1          qwen3       Q8_0       bfloat16  33
+rope-linear-unasked@1      llama       F32        float32   9
+rope-linear-unasked@2      qwen2-bias  Q8_0       float16   17 bf16
+rope-yarn-unasked@1        llama       F32        float32   17
+rope-yarn-unasked@0        qwen3       Q4_K       none      33 f16
+rope-yarn-beta@1           yarn        F32        float32   17
+rope-yarn-beta@2           yarn        Q8_0       float16   33 f16
+rope-yarn-factor@0         yarn        F32        float32   9
+rope-yarn-length@2         yarn        Q4_K       float16   17
 rope-on-v@1                llama       F32        float32   6
 scale-hidden@2             qwen2       F32        float32   7
 scale-none@0               llama       Q8_0       bfloat16  11
@@ -102,6 +114,39 @@ norm-layer@1               llama       F32        float32   7  bf16
 bias-missing@2             qwen2-bias  F32        float32   9  bf16
 transposed-out@1           llama       Q8_0       float32   7  q8_0
 rope-position-late@0       longest       F32        float32   2048
+cache-layer-keys@1         llama       F32        float32   9
+cache-layer-keys@2         qwen2       Q8_0       float16   12 f16
+cache-layer-values@1       qwen2-bias  F32        float32   9
+cache-layer-values@2       llama       Q4_K       bfloat16  9  f32 fused
+cache-layer@1              llama       F32        float32   9  f32 fused
+cache-layer@2              gemma       Q8_0       float16   12 f16 fused
+cache-late@1               qwen2       F32        float32   9
+cache-late@0               llama       F32        none      12 f32 fused
+cache-stale-keys@1         llama       F32        float32   33
+cache-stale-keys@2         llama       Q8_0       float16   33 f16
+cache-stale-values@1       llama       F32        float32   17
+cache-stale-values@0       mistral     Q4_K       float16   33 bf16
+chunk-blind@1              llama       F32        float32   9
+chunk-blind@2              qwen2       Q4_K       float16   12 f32 fused
+flash-unrescaled@1         llama       F32        float32   12 f32 fused
+flash-unrescaled@0         qwen2       Q8_0       float16   33 f32 fused
+flash-values-unrescaled@2  llama       F32        none      17 f32 fused
+dot-tail@1                 tail        F32        float32   9
+dot-tail@0                 tail        Q8_0       float16   12 f16
+heads-strided@1            llama       F32        float32   9
+alibi@1                    llama       F32        float32   9
+alibi@2                    qwen2       Q8_0       float16   17 f32 fused
+alibi-softmax@0            llama       Q4_K       float32   9
+softmax-plus-one@1         llama       F32        float32   9
+softmax-plus-one@2         qwen2       Q8_0       float16   12 f32 fused
+softmax-sinks@1            llama       F32        float32   9
+softmax-sinks@0            gemma       Q8_0       bfloat16  12 f16
+softmax-temperature@1      qwen2-bias  F32        float32   9
+softmax-temperature@2      llama       Q4_K       float16   12 bf16
+mask-finite@1              llama       F32        float32   9
+mask-finite@2              mistral     Q8_0       float16   17
+kv-tiled@1                 llama       F32        float32   9  f32 fused
+kv-tiled@2                 gemma       Q8_0       float16   12 f16 fused
 local-rope-head@1          llama       F32        float32   7
 local-rope-pairs-head@2    qwen2       Q4_K       float16   9
 local-rope-last-token@1    mistral     F32        float32   9
@@ -305,6 +350,8 @@ file-head-tied@0           llama       Q8_0       float16   7
 file-theta@0               llama       F32        float32   33
 file-theta@0               qwen2       Q4_K       float16   17
 file-scaling-lost@0        llama3      Q8_0       float32   33
+file-scaling-lost@0        yarn        F32        float16   17
+file-scaling-lost@0        linear      F32        float32   9
 file-eps@0                 llama       F32        float32   7
 file-act@0                 qwen2       F32        float32   7
 file-act@0                 llama       Q8_0       float16   33

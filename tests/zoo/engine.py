@@ -171,9 +171,12 @@ class Engine:
         graph = Graph(self.config)
         made: dict[StageKey, Tensor] = {}
         self.effects = {}
+        past = {}
+        if any(getattr(fault, "reads_past", False) for fault in faults.values()):
+            past = self.run(tokens[::-1], {})
         for key in graph.keys:
             inputs = [made[k] for k in graph.inputs(key)]
-            step = Step(self, key, tokens, inputs, made)
+            step = Step(self, key, tokens, inputs, made, past)
             fault = faults.get(key)
             made[key] = self.rounded(key, (step.sound if fault is None else lambda: fault(step))())  # noqa: B023
             if fault is not None:
@@ -200,6 +203,7 @@ class Step:
         tokens: Token ids.
         inputs: The stage's inputs: [T, C] or [H, T, T].
         made: Every tensor of the pass so far.
+        past: Every tensor of the pass before this one, which a cache may still hold.
     """
 
     engine: Engine
@@ -207,6 +211,7 @@ class Step:
     tokens: Sequence[int]
     inputs: Sequence[Tensor]
     made: Mapping[StageKey, Tensor]
+    past: Mapping[StageKey, Tensor] = field(default_factory=dict)
 
     def sound(self) -> Tensor:
         """The stage as it should be."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from aprcore.capture.oracle import OracleRequest, write_oracle
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.oracle import OracleRequest, write_oracle
 from aprcore.models.convert import describe_config
 from aprcore.models.model import Model, open_model
 from aprcore.network.weights import read_all
@@ -122,6 +122,8 @@ GROUNDS: Mapping[str, Ground] = {
     "gemma-long": Ground("gemma2", GEMMA | LONG | {"head_dim": 32, "sliding_window": 100}),
     "gemma-uncapped": Ground("gemma2", GEMMA | {
         "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    # Heads that are no whole vectors.
+    "tail": Ground("llama", _settings(num_attention_heads=4, head_dim=36)),
 }  # fmt: skip
 
 

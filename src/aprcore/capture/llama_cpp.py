@@ -148,13 +148,22 @@ def capture_llama_cpp(
             backend="llama.cpp",
             device="CPU" if request.gpu_layers == 0 else f"{request.gpu_layers} layers on a device",
             driver=library.llama_print_system_info().decode().strip(" |"),
-            arithmetic={"kv_cache": request.kv_type},
+            arithmetic={"kv_cache": _read_type(request)},
             attention="flash" if request.flash_attention else "eager",
             versions={"llama-cpp-python": _version()},
             settings=_settings(request, len(prompt)),
         )  # fmt: skip
         count = len(writer)
     return LlamaCppSummary(count, tokens)
+
+
+def _read_type(request: LlamaCppRequest) -> str:
+    """The type that keys and values have when attention reads them.
+
+    Source: `build_attn_mha` of llama.cpp, whose flash attention takes no float32.
+    """
+    is_cast = request.flash_attention and request.kv_type == "f32"
+    return "f16" if is_cast else request.kv_type
 
 
 def _settings(request: LlamaCppRequest, num_tokens: int) -> dict[str, Any]:

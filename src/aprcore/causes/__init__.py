@@ -15,14 +15,17 @@ from aprcore.causes import (
     attention,
     biases,
     buffers,
+    caches,
     caps,
     dequantisation,
     embedding_head,
+    fused_attention,
     masks,
     norms,
     precision,
     residual,
     rope,
+    rope_schedules,
     weight_variants,
 )
 from aprcore.causes.experiment import Experiment
@@ -47,7 +50,10 @@ __all__ = ["CauseTried", "Explanation", "explain", "explain_nonfinite"]
 
 CATALOGUE: tuple[Entry, ...] = (
     *rope.ENTRIES,
+    *rope_schedules.ENTRIES,
     *attention.ENTRIES,
+    *caches.ENTRIES,
+    *fused_attention.ENTRIES,
     *masks.ENTRIES,
     *caps.ENTRIES,
     *norms.ENTRIES,
@@ -119,5 +125,6 @@ def _scene(
         profile=profile,
         arithmetic=lambda other: side.profile(other).arithmetic,
         recorded=side.peek,
+        unmasked=side.unmasked,
         graph=side.graph,
     )

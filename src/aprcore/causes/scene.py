@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Scene:
         profile: What the observed side rounds.
         arithmetic: What the engine computes another stage in.
         recorded: Fetches another tensor of the observed side, or None.
+        unmasked: The same with what a mask hides as it was dumped.
         graph: What the observed side's stages read.
     """
 
@@ -59,6 +60,7 @@ class Scene:
     profile: Profile
     arithmetic: Callable[[StageKey], Arithmetic]
     recorded: Callable[[StageKey], Floats | None]
+    unmasked: Callable[[StageKey], Floats | None]
     graph: Graph
 
     @property
@@ -71,6 +73,11 @@ class Scene:
         """Where the output is further from `plain` than rounding explains, in `plain`'s shape."""
         error = np.square(self.observed.reshape(self.plain.value.shape) - self.plain.value)
         return np.asarray(error > allowed_ratio(1.0) * self.plain.variance)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether its output is known; it is not inside a span, whose end alone is."""
+        return self.observed is not self.plain.value
 
     @property
     def config(self) -> ModelConfig:
@@ -129,6 +136,10 @@ class Scene:
         """Operations whose factors and angles are those of the stage's engine."""
         return ReferenceBackend(self.profile.arithmetic)
 
+    def backend_of(self, key: StageKey) -> ReferenceBackend:
+        """As `backend`, of another stage."""
+        return ReferenceBackend(self.arithmetic(key))
+
     def factors_of(self, key: StageKey) -> list[Float64] | None:
         """The recorded inputs of another stage as the engine reads them; None without them."""
         inputs = [self.tensor(source) for source in self.graph.inputs(key)]
@@ -157,8 +168,8 @@ class Scene:
         def cut(x: NDArray[Any]) -> NDArray[Any]:
             return x[:, tokens, tokens] if x.ndim == 3 else x[tokens]
 
-        def recorded(key: StageKey) -> Floats | None:
-            found = self.recorded(key)
+        def cut_off(read: Callable[[StageKey], Floats | None], key: StageKey) -> Floats | None:
+            found = read(key)
             return None if found is None else cut(found)
 
         plain, shape = self.plain, self.plain.value.shape
@@ -175,7 +186,8 @@ class Scene:
             observed=cut(self.observed.reshape(shape)),
             plain=replace(plain, value=value, variance=cut(plain.variance)),
             layout=self.layout._replace(shape=value.shape, factors=tuple(factors)),
-            recorded=recorded,
+            recorded=partial(cut_off, self.recorded),
+            unmasked=partial(cut_off, self.unmasked),
         )  # fmt: skip
 
 

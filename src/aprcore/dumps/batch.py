@@ -25,7 +25,8 @@ _MASKS = ("attention_mask", "padding_mask")
 _LENGTHS = ("seq_lens",)
 _STARTS = ("cu_seqlens", "query_start_loc")
 _POSITIONS = ("positions", "position_ids", "cache_position")
-_KNOWN = (*_IDS, *_MASKS, *_LENGTHS, *_STARTS, *_POSITIONS)
+_HISTORY = ("history",)  # ids of the tokens before a decoding step
+_KNOWN = (*_IDS, *_MASKS, *_LENGTHS, *_STARTS, *_POSITIONS, *_HISTORY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,26 @@ def find_integers(
             if _ends_in(name, (word,)):
                 return stored.read()
     return None
+
+
+def find_step(
+    integers: Mapping[str, StoredIntegers],
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Positions of the tokens of one sequence, and the tokens before them; None: not in the dump.
+
+    Positions of several sequences, or with gaps, are those of no decoding step.
+    """
+    found = []
+    for words in (_POSITIONS, _HISTORY):
+        array = find_integers(integers, words)
+        flat = None if array is None or array.size != max(array.shape, default=0) else (
+            array.reshape(-1)
+        )  # fmt: skip
+        found.append(None if flat is None else tuple(int(x) for x in flat))
+    positions, history = found
+    if positions and positions != tuple(range(positions[0], positions[0] + len(positions))):
+        positions = None
+    return positions, history
 
 
 def find_batch(integers: Mapping[str, StoredIntegers], pad: int | None, path: Path) -> Batch | None:

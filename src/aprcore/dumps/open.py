@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.dumps.batch import Batch, find_batch, unused_integers
+from aprcore.dumps.batch import Batch, find_batch, find_step, unused_integers
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.file_folder import is_file_folder, read_file_folder
 from aprcore.dumps.names import Dialect, Operand, Recipe, Term, known_dialects, resolve
+from aprcore.dumps.past import read_past
 from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
@@ -29,6 +30,8 @@ from aprcore.dumps.tensor_files import (
 from aprcore.dumps.tensor_folder import TENSORS_NAME, is_tensor_folder
 from aprcore.ground.errors import FormatError, TraceError
 from aprcore.ground.precision import BFLOAT16
+from aprcore.network.backend import KeyValueCache
+from aprcore.network.config import ModelConfig
 from aprcore.network.graph import Graph, computation_order, known_stages, outline
 from aprcore.network.stages import Reading, StageKey, axis_names
 
@@ -129,6 +132,12 @@ class TensorDump:
         self._batch: Batch | None = None
         self._row = 0
         stored = tuple(held.arrays)
+        positions, history = find_step(held.integers)
+        self.sidecar = replace(
+            held.sidecar,
+            positions=held.sidecar.positions or positions,
+            history=held.sidecar.history or history,
+        )
         dialects = known_dialects(stored, graph or outline(1, ()))
         if options.names is not None:
             dialects = (options.names, *dialects)
@@ -147,7 +156,7 @@ class TensorDump:
         strangers = unused_integers(held.integers)
         strangers = [x for x in strangers if not any(d.is_internal(x) for d in dialects)]
         self.ignored = tuple(sorted((*ignored, *held.ignored, *strangers)))
-        self.sidecar = _with_dtype(held.sidecar, [
+        self.sidecar = _with_dtype(self.sidecar, [
             self._arrays[name].dtype for key in self._shapes for name in recipes[key].names
         ])  # fmt: skip
         if self._batch is not None and self._batch.tokens is not None:
@@ -192,6 +201,16 @@ class TensorDump:
                               f"{self.counts[key]}", where=self.path)  # fmt: skip
         return flat
 
+    def past(self, config: ModelConfig) -> KeyValueCache | None:
+        """Keys and values before a decoding step, as far as it shows them; None in a full pass."""
+        first = (self.sidecar.positions or (0,))[0]
+        if not first:
+            return None
+        shapes = {name: array.shape for name, array in self._arrays.items()}
+        return read_past(
+            shapes, lambda name: self._arrays[name].read(), self.sidecar, config, first
+        )
+
     def _read_term(self, key: StageKey, term: Term) -> Float32:
         """A tensor or the sum of several, rounded to their type as the engine's would be."""
         total, *others = (self._read_operand(key, operand) for operand in term)
@@ -225,7 +244,9 @@ class TensorDump:
                 return None
             if recipe.reading is Reading.SCORES and self._head_dim(key, recipe) < 1:
                 return None
-            return (*shape[:2], shape[1])  # a full pass from position 0
+            # What lies beyond the tokens so far is padding.
+            first = (self.sidecar.positions or (0,))[0]
+            return (*shape[:2], min(first + shape[1], shape[2]))
         shapes = [self._term_shape(key, term) for term in recipe.terms]
         known = [shape for shape in shapes if shape is not None and 0 not in shape]
         if len(known) < len(shapes):

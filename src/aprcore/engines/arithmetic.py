@@ -23,7 +23,14 @@ from aprcore.ground.precision import (
 )
 from aprcore.network.operations import Operation
 from aprcore.network.weights import Weight
-from aprcore.quant.roundings import ROUNDINGS, Rounding, rounded_beside
+from aprcore.quant.roundings import (
+    PAIRED,
+    ROTATED,
+    ROTATED_BY_64,
+    ROUNDINGS,
+    Rounding,
+    rounded_beside,
+)
 
 # Activations rounded by the type of the weight, as ggml's CPU path does.
 GGML = "ggml"
@@ -110,6 +117,7 @@ ANGLES = ("direct", "iterated")
 # Types that ggml rounds queries to for a product with keys of a cache of this type.
 _BESIDE_CACHE = {"f16": "f16", "bf16": "bf16", "q8_0": "q8_0", "q5_0": "q8_0", "q4_0": "q8_0",
                  "q5_1": "q8_1", "q4_1": "q8_1"}  # fmt: skip
+QUANTISED_CACHES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 CACHES = ("f32", *_BESIDE_CACHE, "float8_e4m3fn", "float8_e5m2")
 
 _BY_DTYPE = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -169,8 +177,7 @@ def arithmetic_of_dtype(dtype: str | None) -> EngineArithmetic:
 
 # What an engine is known to do, to be said in a word. What a preset leaves out is found out.
 ENGINES: dict[str, dict[str, str]] = {
-    "llama.cpp": {"linear": "ggml", "head": "ggml", "kv_cache": "f16", "angles": "iterated",
-                  "all": "f32"},
+    "llama.cpp": {"linear": "ggml", "head": "ggml", "kv_cache": "f16", "angles": "iterated"},
     "vllm": {"all": "bf16"},
     "mlx": {"all": "f16"},
     "transformers": {"all": "f32"},
@@ -241,16 +248,27 @@ def engine_arithmetic(stated: Mapping[str, str]) -> EngineArithmetic:
     return engine
 
 
-def cached_in(cache: str) -> tuple[Arithmetic, Arithmetic]:
-    """Scores and values of an engine with a cache of this type, in float32 otherwise."""
+def cached_in(
+    cache: str, *, rotated: bool = False, paired: bool = False
+) -> tuple[Arithmetic, Arithmetic]:
+    """Scores and values of an engine with a cache of this type, in float32 otherwise.
+
+    Args:
+        cache: A name in `CACHES`.
+        rotated: Whether keys, queries and values are turned before they are rounded.
+        paired: Whether queries and keys have rotated pairs side by side then.
+    """
     plain = RESULTS["f32"]
     if cache == "f32":
         return plain, plain
     beside = _BESIDE_CACHE.get(cache, "")
+    if cache in QUANTISED_CACHES:
+        how = (ROTATED if rotated else "") + (PAIRED if paired else "")
+        scores = replace(plain, activations=beside + how, cached=cache + how)
+        return scores, replace(plain, cached=cache + (ROTATED_BY_64 if rotated else ""))
     scores = replace(plain, activations=beside, cached=cache)
-    # A cache of integers is expanded for the product with the attention weights.
-    halves = beside if cache in ("f16", "bf16") else ""
-    return scores, replace(plain, activations=halves, cached=cache)
+    # A cache of integers, above, is expanded for the product with the attention weights.
+    return scores, replace(plain, activations=beside, cached=cache)
 
 
 def _product(word: str) -> Arithmetic:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aprcore.engines.estimate import Estimate, Float64, Profile
 from aprcore.ground.precision import FLOAT32, FloatType
 from aprcore.network.weights import Weight
+from aprcore.quant.steps import SHRINKAGE
 
 # Mean of 1/m^2 over mantissas m in [1, 2) of values spread evenly in log scale, 3/8 / ln 2: the
 # mean of (spacing / |w|)^2 is this times (2u)^2.
@@ -59,6 +60,8 @@ class PredictedProduct:
         for rows, profile in self._sides:
             if profile.weights_rounded and weight.dtype not in ("F32", "F64"):
                 more[rows] += self._stored_steps(weight, start, stop, rows)
+            if profile.weights_rounded and weight.dtype in SHRINKAGE:
+                more[rows] += np.square(SHRINKAGE[weight.dtype] * value[rows])
             stored, on_dump = profile.arithmetic.stored, profile.arithmetic.rounds_on_dump
             if stored.digits < FLOAT32.digits and not on_dump:
                 more[rows] += self._cast(narrow, wander[rows], rows, stored)

@@ -38,7 +38,8 @@ from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
-from aprcore.quant.roundings import Rounding
+from aprcore.quant.roundings import RotatedRounding, Rounding
+from aprcore.quant.steps import SHRINKAGE
 
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
 # leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
@@ -169,6 +170,10 @@ class PredictionBackend:
             if profile.rounds_weights
         ]
         shared = 0.0 if x.is_exact else self._shared(x, weights, variance)
+        shrinkage = max(SHRINKAGE.get(weight.dtype, 0.0) for weight in weights)
+        if shrinkage and any(profile.weights_rounded for _, profile in self._profiles):
+            alike = np.square(shrinkage * value) / np.maximum(variance, _TINY)
+            shared = max(shared, float(np.mean(alike)) ** 2)
         return Estimate(value, variance, min(dofs, default=None), shared)
 
     def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
@@ -240,9 +245,10 @@ class PredictionBackend:
             variance += squares(q.variance, np.square(k.value))
             variance += squares(np.square(q.value), k.variance)
         # The D errors of a query are in all of its scores, those of a key in those of all tokens.
+        by_head = [x.variance.reshape(x.variance.shape[0], -1, head_dim) for x in (q, k)]
         return Estimate(
-            value, variance, None if k.is_exact else float(head_dim),
-            0.0 if q.is_exact else max(1 / head_dim, q.correlation),
+            value, variance, None if k.is_exact else _independent(by_head[1]),
+            0.0 if q.is_exact else max(1 / _independent(by_head[0]), q.correlation),
         )  # fmt: skip
 
     def masked_softmax(self, scores: Estimate, mask: Mask) -> Estimate:
@@ -271,7 +277,7 @@ class PredictionBackend:
         positions = softmax.value.shape[2]
         wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
         variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
-        variance += self._stored(value)
+        variance += self._stored(value) + self._turned_back(value)
         correlation = 0.0
         if np.any(softmax.variance) or np.any(v.variance):
             of_softmax = exact(softmax.variance, np.square(v.value), num_kv_heads)
@@ -344,8 +350,9 @@ class PredictionBackend:
         The errors of a token's attention weights are in every dimension of the head, and those of a
         value in every head of its group.
         """
-        heads, _, positions = softmax.value.shape
+        heads = softmax.value.shape[0]
         group, features = heads // num_kv_heads, v.value.shape[1] * heads // num_kv_heads
+        positions = _independent(softmax.variance)
         by_group = (group - 1) / max(1, features - 1)
         return float(
             of_softmax**2 * max(1 / positions, softmax.correlation)
@@ -400,6 +407,16 @@ class PredictionBackend:
             variance[rows] += found.variance.reshape(shape)
         return replace(x, value=value, variance=variance)
 
+    def _turned_back(self, value: Float64) -> Float64 | float:
+        """Variance of turning attention's output back, where values were turned for the cache."""
+        rounding = self._profiles[0][1].arithmetic.cache_rounding
+        if not isinstance(rounding, RotatedRounding):
+            return 0.0
+        size = rounding.size
+        groups = np.square(value).reshape(value.shape[0], -1, size)
+        energy = np.repeat(groups.mean(axis=2), size, axis=1)
+        return self._sum_error(energy * (size / 2 + 1))
+
     def _any_weights_rounded(self) -> bool:
         return any(profile.rounds_weights for _, profile in self._profiles)
 
@@ -453,6 +470,16 @@ def _steps(weight: Weight, start: int, stop: int) -> Float64:
     steps, group = weight.step_squares(start, stop)
     columns = int(np.prod(weight.shape[1:], dtype=np.int64))
     return np.repeat(steps.astype(np.float64), group, axis=1)[:, :columns]
+
+
+def _independent(variance: Float64) -> float:
+    """How many errors a row of the last axis has, of those rows that have most of the error.
+
+    (sum v)^2 / sum v^2: a few numbers near a tie may be all that is uncertain.
+    """
+    total = variance.sum(axis=-1)
+    squares = np.square(variance).sum(axis=-1)
+    return max(1.0, float(np.square(total).sum() / max(squares.sum(), _TINY)))
 
 
 def _independent_rows(x: Float64) -> float:

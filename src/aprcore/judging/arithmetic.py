@@ -11,7 +11,7 @@ all numbers of that type, nothing is explained by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from aprcore.judging.arithmetic_choices import (
 )
 from aprcore.judging.layouts import alternatives, layout_of
 from aprcore.judging.noise import assess
-from aprcore.judging.replay import RecordedSide
+from aprcore.judging.replay import Floats, RecordedSide
 from aprcore.network.stages import StageKey
 
 # Layers looked at, evenly spread: enough for a majority that one wrong layer does not change.
@@ -95,7 +95,7 @@ def infer_arithmetic(
         other, outcomes = _infer(side, sites, told, leeway, dumped)
         if _settled(outcomes) > _settled(found):
             engine, found = other, outcomes
-    parts = dict(engine.parts)
+    parts = _for_other_types(found) | dict(engine.parts)
     for name in (x.part for x in found if x.arithmetic is None):
         like = _like(name, parts) or said.parts.get(name)
         if like is not None:
@@ -188,6 +188,13 @@ def _sites(side: RecordedSide, keys: Iterable[StageKey]) -> dict[str, list[Stage
     return dict(sorted(chosen.items(), key=lambda item: order[item[1][0]]))
 
 
+def _for_other_types(found: Sequence[Inferred]) -> dict[str, Arithmetic]:
+    """What products compute in whose weights are of a type that no replayed stage has."""
+    settled = [x.arithmetic for x in found if x.part.startswith("linear.") and x.arithmetic]
+    most = max(settled, key=settled.count, default=None)
+    return {} if most is None else {"linear": most, "head": most}
+
+
 def _like(name: str, parts: Mapping[str, Arithmetic]) -> Arithmetic | None:
     """What an operation is held to that nothing explains: what its like compute in.
 
@@ -212,6 +219,7 @@ def _choose(
     """The first choice that explains most of the stages, or one as fine that explains more."""
     best: tuple[int, int] = (0, 0)  # sites explained, and at which rank
     chosen: Choice | None = None
+    readings: dict[StageKey, str] = {}
     for choice in offered:
         if chosen is not None and choice.rank > best[1]:
             break  # what is finer explains most
@@ -219,18 +227,21 @@ def _choose(
         for name, arithmetic in choice.parts.items():
             engine = engine.with_part(name, arithmetic)
         tried = side.with_engine(engine)
-        explained = 0
+        found: dict[StageKey, str] = {}
         for number, key in enumerate(judged):
-            explained += _explained(tried, key)
+            reading = _reading(tried, key)
+            if reading is not None:
+                found[key] = reading
             left = len(judged) - number - 1
-            if explained + left <= max(best[0], len(judged) // 2):
+            if len(found) + left <= max(best[0], len(judged) // 2):
                 break  # it can no longer be the best
-        if explained > len(judged) / 2 and explained > best[0]:
-            best, chosen = (explained, choice.rank), choice
-        if explained == len(judged):
+        if len(found) > len(judged) / 2 and len(found) > best[0]:
+            best, chosen, readings = (len(found), choice.rank), choice, found
+        if len(found) == len(judged):
             break
     if chosen is None:
         return Inferred(part, None, 0, len(judged)), side.engine
+    _reorder(side, readings)
     engine = side.engine
     for name, arithmetic in chosen.parts.items():
         engine = engine.with_part(name, arithmetic)
@@ -238,8 +249,9 @@ def _choose(
 
 
 def _is_span(side: RecordedSide, keys: Sequence[StageKey]) -> bool:
-    """Whether stages are judged together with others, whose results are not recorded."""
-    return any(side.tensor(source) is None for key in keys for source in side.graph.inputs(key))
+    """Whether most stages are judged together with others, whose results are not recorded."""
+    spans = [any(side.tensor(x) is None for x in side.graph.inputs(key)) for key in keys]
+    return sum(spans) > len(spans) / 2
 
 
 def _results(types: Sequence[FloatType]) -> list[Arithmetic]:
@@ -268,23 +280,47 @@ def _is_judged(side: RecordedSide, key: StageKey) -> bool:
     return observed is not None and inputs is not None and bool(np.isfinite(observed).all())
 
 
-def _explained(side: RecordedSide, key: StageKey) -> bool:
-    """Whether rounding explains a stage, in any layout."""
+def _reading(side: RecordedSide, key: StageKey) -> str | None:
+    """In which layout rounding explains a stage: "" for the canonical one, None for none."""
     observed, expected = side.tensor(key), side.expect(key)
     if observed is None or expected is None or not np.isfinite(expected.estimate.value).all():
-        return False
+        return None
     flat = observed.reshape(-1)
     if flat.size != expected.estimate.value.size:
-        return False
+        return None
     layout = layout_of(key, side.sizes(), flat.size)
     if assess(flat, expected.estimate, layout).explained:
-        return True
-    return any(
-        assess(other, expected.estimate, layout).explained
-        for _, other in alternatives(
-            side.graph.operation(key), flat, layout, num_kv_heads=side.sizes()["K"]
-        )
-    )
+        return ""
+    for name, other in _layouts(side, key, flat):
+        if assess(other, expected.estimate, layout).explained:
+            return name
+    return None
+
+
+def _layouts(side: RecordedSide, key: StageKey, flat: Floats) -> Iterator[tuple[str, Floats]]:
+    layout = layout_of(key, side.sizes(), flat.size)
+    operation = side.graph.operation(key)
+    return alternatives(operation, flat, layout, num_kv_heads=side.sizes()["K"])
+
+
+def _reorder(side: RecordedSide, readings: Mapping[StageKey, str]) -> None:
+    """Put stages into canonical layout, in every layer, that most of their sites have another of.
+
+    An engine's layouts are its conventions; what reads these stages is replayed on them.
+    """
+    names: dict[str, list[str]] = {}
+    for key, name in readings.items():
+        names.setdefault(key.stage, []).append(name)
+    for stage, found in names.items():
+        most = max(found, key=found.count)
+        for key in side.graph.keys if most else ():
+            observed = side.tensor(key) if key.stage == stage else None
+            if observed is None:
+                continue
+            for name, other in _layouts(side, key, observed.reshape(-1)):
+                if name == most:
+                    side.record(key, other.reshape(observed.shape))
+                    side.reorder_past(key, most)
 
 
 def _common(found: Sequence[Inferred]) -> Arithmetic:

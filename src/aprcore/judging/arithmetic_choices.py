@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from aprcore.engines.arithmetic import (
     ANGLES,
     CACHES,
+    QUANTISED_CACHES,
     Arithmetic,
     cached_in,
     product_arithmetics,
@@ -128,19 +129,34 @@ def _attention(
 ) -> Iterator[Choice]:
     """What a cache makes of keys and values: of both, where the scores are not recorded."""
     if part == "values" and not _is_recorded(side, judged):
-        yield from _fused(caches)
+        yield from _fused(side, caches)
         return
     place = ("scores", "values").index(part)
     settled = side.engine.parts.get("scores")
     if part == "values" and settled is not None and settled.cached in caches:
         caches = [settled.cached, *(cache for cache in caches if cache != settled.cached)]
-    for cache in caches:
-        told = cached_in(cache)[place]
+    for both in _caches(side, caches):
+        told = both[place]
         for activations in dict.fromkeys((told.activations, "")):
             yield Choice({part: replace(told, activations=activations)}, 0)
 
 
-def _fused(caches: Sequence[str]) -> Iterator[Choice]:
+def _caches(side: RecordedSide, caches: Sequence[str]) -> Iterator[tuple[Arithmetic, Arithmetic]]:
+    """Scores and values with each cache.
+
+    Blocks are of what the engine has: llama.cpp keeps rotated pairs side by side for some
+    architectures, and turns quantised heads of whole 64s.
+    """
+    for cache in caches:
+        if cache not in QUANTISED_CACHES:
+            yield cached_in(cache)
+        elif side.sizes()["D"] % 32 == 0:
+            for rotated in (True, False) if side.sizes()["D"] % 64 == 0 else (False,):
+                for paired in (False, True):
+                    yield cached_in(cache, rotated=rotated, paired=paired)
+
+
+def _fused(side: RecordedSide, caches: Sequence[str]) -> Iterator[Choice]:
     """Attention in one kernel: queries and weights rounded or not, sums in float32 or float16.
 
     llama.cpp's keeps sums in float16 where the cache has that type and few tokens are run, and
@@ -149,8 +165,7 @@ def _fused(caches: Sequence[str]) -> Iterator[Choice]:
     """
     if "f32" in caches and "f16" not in caches:
         caches = [*caches, "f16"]
-    for cache in caches:
-        scores, values = cached_in(cache)
+    for scores, values in _caches(side, caches):
         plain = replace(values, activations="")
         for queries in dict.fromkeys((scores.activations, "")):
             yield Choice({"values": plain, "scores": replace(scores, activations=queries)}, 0)

@@ -161,6 +161,11 @@ def zero_masked(operation: Operation | None, x: Floats, layout: Layout) -> Float
     return np.where(allowed, x.reshape(layout.factors), np.zeros(1, dtype=x.dtype)).reshape(-1)
 
 
+# How an engine that rotates dimension 2i with 2i + 1 keeps q and k, before and after.
+PAIRS = "adjacent pairs within each head"
+PAIRS_OF_JOINED = "adjacent pairs within each head of q and k"
+
+
 def alternatives(
     operation: Operation | None, x: Floats, layout: Layout, *, num_kv_heads: int | None = None,
     is_oracle: bool = False,
@@ -207,7 +212,7 @@ def _column_orders(
 ) -> Iterator[tuple[str, Int64]]:
     """Where each canonical column lies in dumps of q, k and v with columns in another order."""
     if isinstance(operation, Rotate) and dim % 2 == 0:
-        yield "adjacent pairs within each head", _adjacent_pairs(heads, dim)
+        yield PAIRS, _adjacent_pairs(heads, dim)
     if not is_joined(operation) or is_oracle:
         return
     counts = range(1, heads // 3 + 1) if num_kv_heads is None else (num_kv_heads,)
@@ -218,7 +223,7 @@ def _column_orders(
         if dim % 2 == 0:
             columns = np.arange(heads * dim)
             columns[: rotated * dim] = _adjacent_pairs(rotated, dim)
-            yield "adjacent pairs within each head of q and k", columns
+            yield PAIRS_OF_JOINED, columns
         for name, order in interleavings(heads - 2 * kv, kv, dim):
             yield name, np.argsort(order)
 

@@ -20,7 +20,7 @@ from aprcore.engines.arithmetic import EngineArithmetic
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.judging.compare import compare
-from aprcore.judging.layouts import Layout
+from aprcore.judging.layouts import Layout, alternatives, layout_of
 from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.verdict import Judgment
 from aprcore.network.backend import KeyValueCache, Site
@@ -68,6 +68,7 @@ class RecordedSide:
         *,
         weights_rounded: bool = False,
         read: Read | None = None,
+        read_unmasked: Read | None = None,
         past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
@@ -79,6 +80,7 @@ class RecordedSide:
             engine: What the side's engine computes in.
             weights_rounded: As in `Profile`.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
+            read_unmasked: The same with what a mask hides as it was dumped.
             past: Keys and values before a decoding step, on the host; None for a full pass.
         """
         self.engine = engine
@@ -90,6 +92,7 @@ class RecordedSide:
         self._num_past = 0 if past is None else past.num_positions
         self._positions = np.arange(self._num_past, self._num_past + num_tokens)
         self._read = read
+        self._read_unmasked = read_unmasked
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
         self._layer: int | None = -1
@@ -151,6 +154,29 @@ class RecordedSide:
         if key in self._recorded:
             return self._recorded[key]
         return None if self._read is None else self._read(key)
+
+    @property
+    def past(self) -> KeyValueCache | None:
+        """Keys and values before a decoding step."""
+        return None if self._past is None else self._past.converted(lambda x: x.value)
+
+    def reorder_past(self, key: StageKey, name: str) -> None:
+        """Read cached keys in another layout, that which an engine's keys were found to have."""
+        held = None if self._past is None else self._past.held.get((key.layer, "k"))
+        operation = self.graph.operation(key)
+        if self._past is None or held is None or getattr(operation, "part", "") != "k":
+            return
+        sizes = self.graph.config.sizes(self._num_past)
+        flat = held.value.reshape(-1)
+        layout = layout_of(key, sizes, flat.size)
+        for found, rows in alternatives(operation, flat, layout, num_kv_heads=sizes["K"]):
+            if found == name:
+                value = rows.reshape(held.value.shape)
+                self._past.held[key.layer, "k"] = Estimate(value, held.variance)
+
+    def unmasked(self, key: StageKey) -> Floats | None:
+        """A recorded tensor with what a mask hides, where the dump shows it."""
+        return None if self._read_unmasked is None else self._read_unmasked(key)
 
     def with_engine(self, engine: EngineArithmetic) -> RecordedSide:
         """A copy of another arithmetic; what was recomputed is forgotten."""
@@ -260,6 +286,12 @@ def run_stage(
         return None
     if any(use.needed and site.find(use.name) is None for use in operation.weights):
         return None
+    past = site.cache
+    if (
+        operation.cached and past is not None and past.num_positions
+        and (site.layer, operation.cached) not in past.held
+    ):  # fmt: skip
+        return None  # what lies before a decoding step is not known
     if graph.stage(key).last_token:
         inputs = [backend.rows(x, x.value.shape[0] - 1, x.value.shape[0]) for x in inputs]
     result: Estimate = operation(backend, site, *inputs)

@@ -69,11 +69,13 @@ class Operation:
 
     Attributes:
         row_wise: Whether each output row depends on the same row of the inputs only.
+        cached: What it reads of the tokens before, in a decoding step: "k" or "v".
         role: What it is called where an engine's arithmetic is told; empty for what has no name.
     """
 
     row_wise: ClassVar[bool] = True
     role: ClassVar[str] = ""
+    cached: ClassVar[str] = ""
 
     @property
     def weights(self) -> tuple[WeightUse, ...]:
@@ -214,6 +216,7 @@ class Scores(Operation):
     """
 
     role = "scores"
+    cached = "k"
     row_wise = False
     scale: float
     cap: float | None = None
@@ -248,6 +251,7 @@ class Values(Operation):
     """The softmax times the values."""
 
     role = "values"
+    cached = "v"
     row_wise = False
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:

@@ -136,12 +136,15 @@ class BlockRounding:
         block: Numbers per block; 0: the whole row.
         encode: Finds scale and codes of [rows, blocks, block] float32.
         half: Whether scale and offset are stored in float16.
+        sums: Whether the sum of a block is stored as well, in float16, for products with blocks
+            that have a minimum.
     """
 
     name: str
     block: int
     encode: Callable[[Float32], _Codes]
     half: bool = True
+    sums: bool = False
 
     def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
         """Round rows; a last block that is short is filled with zeros."""
@@ -167,11 +170,24 @@ class BlockRounding:
             near |= np.abs(codes.rival) <= SPREADS * most
         variance = np.where(near, np.square(step) / 4, 0.0)
         variance += np.square(whole) * scale.variance + offset.variance
+        if self.sums:
+            variance += self._sum_variance(codes.scale * whole, scale.value * whole)
 
         def cut(y: Float64) -> Float64:
             return y.reshape(rows, -1)[:, :columns]
 
         return Rounded(cut(scale.value * whole + offset.value), cut(variance))
+
+    @staticmethod
+    def _sum_variance(exact: Float64, stored: Float64) -> Float64:
+        """What the stored sum is off by, as if the numbers of the block were.
+
+        It is multiplied by the other block's minimum m, they by its numbers w: m^2 is some 4.3 of
+        32 numbers' mean square for Gaussian ones, and 1/4 of their sum is the upper estimate taken.
+        """
+        total = exact.sum(axis=2, keepdims=True)
+        off = np.square(FLOAT16.round(total) - stored.sum(axis=2, keepdims=True))
+        return np.broadcast_to(off / 4, exact.shape)
 
     def _stored(self, number: Float32, spread: Float64) -> Rounded:
         """A scale or an offset as a block stores it."""
@@ -220,8 +236,88 @@ def exact(x: NDArray[Any]) -> Rounded:
     return Rounded(value, np.broadcast_to(0.0, value.shape))
 
 
+@dataclass(frozen=True, slots=True)
+class RotatedRounding:
+    """Rows turned by a Hadamard matrix, rounded, and turned back.
+
+    llama.cpp keeps quantised caches so where heads are whole multiples of 64: outliers are spread
+    over the block. Queries are turned as keys are; what the values give is turned back.
+
+    Attributes:
+        name: As in sidecars and on the command line.
+        inner: The rounding.
+        size: Numbers that are turned together; 0: as many as divide the row, a power of two.
+    """
+
+    name: str
+    inner: Rounding
+    size: int = 0
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows of a multiple of 64."""
+        columns = x.shape[1]
+        size = self.size or columns & -columns
+        groups = x.reshape(-1, size)
+        known = np.broadcast_to(np.square(spread), x.shape).reshape(groups.shape)
+        # The turn is a float32 product of its own: each sum of `size` terms is off by that.
+        sums = np.mean(np.square(groups), axis=1, keepdims=True) * size / 2 * _SUM_ENERGY
+        unknown = np.sqrt(known.mean(axis=1, keepdims=True) + sums)
+        turned = hadamard(groups)
+        found = self.inner(
+            turned.reshape(x.shape),
+            np.broadcast_to(unknown, groups.shape).reshape(x.shape),
+        )
+        variance = found.variance.reshape(groups.shape).mean(axis=1, keepdims=True)
+        value = hadamard(found.value.reshape(groups.shape)).reshape(x.shape)
+        return Rounded(value, np.broadcast_to(variance, groups.shape).reshape(x.shape).copy())
+
+
+@dataclass(frozen=True, slots=True)
+class PairedRounding:
+    """Heads whose rotated pairs lie side by side in the engine, and D/2 apart here.
+
+    Attributes:
+        name: As in sidecars and on the command line.
+        inner: The rounding, of rows in the engine's order.
+    """
+
+    name: str
+    inner: Rounding
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows that are heads."""
+        rows, columns = x.shape
+
+        def paired(y: Float64) -> Float64:
+            return y.reshape(rows, 2, columns // 2).swapaxes(1, 2).reshape(rows, columns)
+
+        def halved(y: Float64) -> Float64:
+            return y.reshape(rows, columns // 2, 2).swapaxes(1, 2).reshape(rows, columns)
+
+        known = paired(np.broadcast_to(np.asarray(spread, np.float64), x.shape))
+        found = self.inner(paired(x), known)
+        return Rounded(halved(found.value), halved(np.broadcast_to(found.variance, x.shape)))
+
+
+_SUM_ENERGY = 2.0**-48 / 3
+
+
+def hadamard(x: Float64) -> Float64:
+    """Rows times the orthonormal Walsh-Hadamard matrix, which is its own inverse."""
+    rows, size = x.shape
+    half = 1
+    while half < size:
+        pairs = x.reshape(rows, -1, 2, half)
+        x = np.concatenate(
+            [pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], axis=2
+        ).reshape(rows, size)
+        half *= 2
+    return x / np.sqrt(size)
+
+
 _F16, _BF16 = FloatRounding(FLOAT16), FloatRounding(BFLOAT16)
-_Q8_0, _Q8_1 = (BlockRounding(name, 32, _by_magnitude) for name in ("q8_0", "q8_1"))
+_Q8_0 = BlockRounding("q8_0", 32, _by_magnitude)
+_Q8_1 = BlockRounding("q8_1", 32, _by_magnitude, sums=True)
 _Q8_K = BlockRounding("q8_k", 256, _by_extreme(-127, 127), half=False)
 
 # By name. Int8 by token is what dynamic W8A8 kernels do: one float32 scale for each row.
@@ -239,6 +335,18 @@ ROUNDINGS: dict[str, Rounding] = {
         UncertainRounding(UNCERTAIN, FLOAT16),
     )
 }  # fmt: skip
+ROTATED, ROTATED_BY_64, PAIRED = "-rotated", "-rotated by 64", " in pairs"
+_OF_CACHES = ("q8_0", "q8_1", "q5_1", "q5_0", "q4_1", "q4_0")
+ROUNDINGS |= {
+    f"{name}{suffix}": RotatedRounding(f"{name}{suffix}", ROUNDINGS[name], size)
+    for name in _OF_CACHES
+    for suffix, size in ((ROTATED, 0), (ROTATED_BY_64, 64))
+}
+ROUNDINGS |= {
+    f"{name}{PAIRED}": PairedRounding(f"{name}{PAIRED}", ROUNDINGS[name])
+    for plain in _OF_CACHES
+    for name in (plain, plain + ROTATED)
+}
 
 _WITH = {"q8_0": ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"), "q8_1": ("Q4_1", "Q5_1"),
          "f16": ("F16",), "bf16": ("BF16",), "": ("F32", "F64")}  # fmt: skip

@@ -126,9 +126,9 @@ def _open_checked(path: Path, options: ReadingOptions, graph: Graph | None) -> S
 
 
 def _check_positions(model: Model | None, dumps: Dumps) -> None:
-    """A model and an oracle judge full passes; decoding steps are held against each other.
+    """An oracle judges full passes; decoding steps are judged alone or held against each other.
 
-    What a step read of its cache is not in its dump, so that nothing can be computed again.
+    An oracle's cache is not in its directory, so that nothing of a step can be computed again.
 
     Raises:
         OracleError: A step is held against something else.
@@ -142,12 +142,12 @@ def _check_positions(model: Model | None, dumps: Dumps) -> None:
                                   where=dump.path, hint="capture it again")  # fmt: skip
         return
     at = steps[0].sidecar.positions
-    if model is not None or dumps.oracle is not None:
+    if dumps.oracle is not None:
         raise OracleError(
             f"was captured at positions {list(at or ())}; only a full pass from position 0 can be"
-            " judged by a model or an oracle", where=steps[0].path,
-            hint="hold two steps against each other with --trace and --against alone, or let"
-            " `aprtui parity MODEL --stages` judge them",
+            " held against an oracle", where=steps[0].path,
+            hint="leave the oracle out, hold two steps against each other with --trace and"
+            " --against, or let `aprtui parity MODEL --stages` judge them",
         )  # fmt: skip
     histories = {dump.sidecar.history for dump in dumps.present}
     if len({positions for _, positions in starts}) > 1 or len(histories - {None}) > 1:
@@ -222,6 +222,7 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         bound_alone=cumulative_bound(types),
         cumulative_only=request.cumulative_only,
         threads=request.threads,
+        past=None if model is None or trace is None else trace.past(model.config),
     )
     if trace is not None:
         stated = _stated(request, trace, notes)
@@ -300,7 +301,7 @@ def _with_arithmetic(sides: Sides, stated: Mapping[str, str], name: str, notes: 
         notes.append(
             f"{name} does not record its arithmetic; {describe_inference(engine, found)}"
         )  # fmt: skip
-    return replace(sides, arithmetic=engine)
+    return replace(sides, arithmetic=engine, past=side.past)
 
 
 def _outline(dumps: Iterable[StageSource]) -> Graph:
@@ -349,7 +350,8 @@ def _recorded(directory: StageSource) -> set[StageKey]:
 
 def _sizes(model: Model | None, dumps: Dumps, tokens: Sequence[int] | None) -> Mapping[str, int]:
     if model is not None and tokens is not None:
-        return model.config.sizes(len(tokens))
+        first = next((d.sidecar.positions[0] for d in dumps.present if d.sidecar.positions), 0)
+        return model.config.sizes(len(tokens), first + len(tokens))
     directories = [d for d in (dumps.oracle, dumps.trace, dumps.against) if d is not None]
     # The longer tensor has the canonical size: the other may hold the last token only.
     counts: dict[StageKey, int] = {}

@@ -20,7 +20,7 @@ from aprcore.records.report import RunHeader
 
 if TYPE_CHECKING:
     from aprcore.models.model import Model
-    from aprcore.network.backend import Backend
+    from aprcore.network.backend import Backend, KeyValueCache
 
 Floats = NDArray[np.floating[Any]]
 
@@ -43,6 +43,7 @@ class Sides:
         cumulative_only: Whether neither other judgment is asked for.
         threads: Threads of the CPU path.
         reference: A float model that the quantised one was made of, if it is at hand.
+        past: Keys and values before the trace, in a decoding step.
         other: A second dump that the trace is held against, as if it were under test itself.
     """
 
@@ -60,6 +61,7 @@ class Sides:
     threads: int | None
     reference: Model | None = None
     other: Sides | None = None
+    past: KeyValueCache | None = None
 
     def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
         """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""
@@ -69,7 +71,8 @@ class Sides:
         trace = RecordedSide(
             self._graph_of(self.trace), model.weights, self.header.tokens, num_tokens,
             self.arithmetic,
-            read=None if self.trace is None else self.reader(self.trace),
+            read=None if self.trace is None else self.reader(self.trace), past=self.past,
+            read_unmasked=None if self.trace is None else self.reader(self.trace, unmasked=True),
         )  # fmt: skip
         if self.oracle is None:
             return trace, None
@@ -88,8 +91,15 @@ class Sides:
         graph = self.graph.with_last_rows(rows)
         return graph.including(k.stage for k in dump.keys()) if dump is self.oracle else graph
 
-    def reader(self, directory: StageSource) -> Callable[[StageKey], Floats | None]:
-        """Tensors of a directory in the shape of the table; None for other shapes."""
+    def reader(
+        self, directory: StageSource, *, unmasked: bool = False
+    ) -> Callable[[StageKey], Floats | None]:
+        """Tensors of a directory in the shape of the table; None for other shapes.
+
+        Args:
+            directory: What to read.
+            unmasked: Whether what a mask hides stays as it was dumped.
+        """
         graph = self._graph_of(directory)
 
         def read(key: StageKey) -> Floats | None:
@@ -99,7 +109,9 @@ class Sides:
             layout = layout_of(key, self.sizes, x.size)
             if not is_readable(graph, key, layout, self.sizes):
                 return None
-            return zero_masked(self.graph.operation(key), x, layout).reshape(layout.shape)
+            if not unmasked:
+                x = zero_masked(self.graph.operation(key), x, layout)
+            return x.reshape(layout.shape)
 
         return read
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from aprcore.causes import Explanation, explain, explain_nonfinite
 from aprcore.judging.compare import Comparison, compare, describe, may_be_permuted
 from aprcore.judging.layouts import (
+    PAIRS,
+    PAIRS_OF_JOINED,
     Layout,
     alternatives,
     is_joined,
@@ -55,6 +57,8 @@ class StageJudge:
         self._oracle_lost: dict[StageKey, int] = {}
         self._verdicts: dict[StageKey, Verdict | None] = {}
         self._layouts: dict[tuple[str, int], Layout] = {}
+        # Layers whose q and k the trace keeps as adjacent pairs.
+        self._paired: set[int | None] = set()
         self._graph = sides.graph
         self.tensors: tuple[Floats | None, Floats | None] = (None, None)
 
@@ -314,40 +318,62 @@ class StageJudge:
             return x, judgment, None
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
+        in_pairs = None
         for name, reading in alternatives(
             self._graph.operation(key), dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
         ):
             permuted = self._unmasked(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
+            if name == PAIRS:
+                in_pairs = permuted, other
             if other is None or not other.passed:
                 continue
-            if not is_oracle and not self._readers_agree(key, permuted.reshape(layout.shape)):
+            if not is_oracle and not self._is_convention(key, dumped, permuted, layout):
                 break
+            if name == PAIRS_OF_JOINED and not is_oracle:
+                self._paired.add(key.layer)
             return permuted, other, f"{name} in {side}"
+        if in_pairs is not None and not is_oracle and key.layer in self._paired:
+            # What is wrong is wrong in the order that the engine keeps q and k in.
+            return *in_pairs, f"{PAIRS} in {side}"
         return x, judgment, None
 
-    def _readers_agree(self, key: StageKey, qkv: Floats) -> bool:
-        """Whether the next stages of the trace can have read q, k and v as they are taken here.
+    def _is_convention(
+        self, key: StageKey, dumped: Floats, permuted: Floats, layout: Layout
+    ) -> bool:
+        """Whether an engine keeps q, k and v in another order, and does not permute them wrongly.
 
-        An engine that permutes the rows of q and k writes what one writes that keeps them in
-        another order throughout. What reads them tells the two apart.
+        Both write the same. What reads them tells the two apart: it is explained by the tensor as
+        it was dumped only where the order is a fault. Where neither explains it, it has one itself.
         """
         if not is_joined(self._graph.operation(key)) or self._trace is None:
             return True
         for reader in self._graph.readers(key):
-            dumped = self._trace.peek(reader)
-            if dumped is None or len(self._graph.inputs(reader)) > 1:
+            if len(self._graph.inputs(reader)) > 1 or self._explains(reader, permuted, layout):
                 continue
-            expected = self._trace.expect_from(reader, [qkv])
-            layout = layout_of(reader, self._sides.sizes, dumped.size)
-            kv_heads = self._sides.sizes.get("K")
-            readings = [dumped.reshape(-1)]
-            readings += [y for _, y in alternatives(self._graph.operation(reader), readings[0],
-                                                    layout, num_kv_heads=kv_heads)]  # fmt: skip
-            judged = (make_judgment(x, expected, layout) for x in readings if expected is not None)
-            if expected is not None and not any(j is not None and j.passed for j in judged):
+            if self._explains(reader, dumped, layout):
                 return False
         return True
+
+    def _explains(self, reader: StageKey, qkv: Floats, layout: Layout) -> bool:
+        """Whether a stage of the trace is what this input gives, in any layout; so if not there."""
+        assert self._trace is not None
+        dumped = self._trace.peek(reader)
+        if dumped is None:
+            return True
+        expected = self._trace.expect_from(reader, [qkv.reshape(layout.shape)])
+        if expected is None:
+            return True
+        own = layout_of(reader, self._sides.sizes, dumped.size)
+        readings = [dumped.reshape(-1)]
+        readings += [
+            y for _, y in alternatives(
+                self._graph.operation(reader), readings[0], own,
+                num_kv_heads=self._sides.sizes.get("K"),
+            )
+        ]  # fmt: skip
+        judged = (make_judgment(x, expected, own) for x in readings)
+        return any(j is not None and j.passed for j in judged)
 
     def _aligned(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout

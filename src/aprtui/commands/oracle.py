@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable.
     """
-    from aprcore.dumps.oracle import OracleRequest, write_oracle
+    from aprcore.capture.oracle import OracleRequest, write_oracle
     from aprcore.dumps.plan import DEFAULT_PROMPT, parse_layers, parse_tokens
 
     tokens = None if args.tokens is None else parse_tokens(args.tokens)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aprcore.dumps.capture import (
+from aprcore.capture.transformers_pass import (
     Float32,
     Module,
     capture,
