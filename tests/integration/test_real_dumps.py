@@ -122,6 +122,68 @@ def test_a_fault_in_a_row_that_is_left_is_found(llama_cpp: Path, tmp_path: Path)
     assert {stage.key.stage for stage in failed} <= {"ffn_out", "post_ffn_residual"}
 
 
+def test_a_shard_is_named_and_refused(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, dump = engines.parent / "models" / "llama", engines / "tp2_rank0.pt"
+    told = "is one shard of 2 of a tensor-parallel run: layer 0 · qkv_matmul has 448 values where"
+    for names in ([], ["--names", str(engines / "tp2.toml")]):
+        assert main(["bisect", str(model), "--trace", str(dump), *names]) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert "give all of them, in order, with --shards rank*/" in said
+    assert main(["bisect", str(model), "--shards", str(dump)]) == 2
+    assert "is one shard of 2, and --shards names 1" in capsys.readouterr().err
+
+
+def _ranks(engines: Path, folder: Path, *, reduced: bool) -> list[Path]:
+    """The dump of vLLM as two ranks would have written it: half of the heads and columns each."""
+    import torch
+
+    from aprcore.models.model import open_model
+    from aprcore.network.weights import read_all
+
+    whole = torch.load(engines / "vllm-llama.pt")
+    paths = []
+    with open_model(engines.parent / "models" / "llama") as model:
+        weights = {name: torch.from_numpy(read_all(w)) for name, w in model.weights.items()}
+    for rank in range(2):
+        held: dict[str, Any] = {}
+        for name, x in whole.items():
+            x = x[0] if isinstance(x, tuple) and name.endswith("_proj") else x
+            start = name.rpartition(".")[0].replace("self_attn.attn", "self_attn")
+            if name.endswith("qkv_proj"):
+                x = torch.cat([y.chunk(2, 1)[rank] for y in x.split([64, 32, 32], 1)], 1)
+            elif name.endswith("gate_up_proj"):
+                x = torch.cat([y.chunk(2, 1)[rank] for y in x.chunk(2, 1)], 1)
+            elif name.endswith(("rotary_emb",)):
+                x = tuple(y.chunk(2, 1)[rank] for y in x)
+            elif name.endswith(("self_attn.attn", "act_fn")):
+                x = x.chunk(2, 1)[rank]
+            elif name.endswith(("o_proj", "down_proj")) and not reduced:
+                source = "attn" if name.endswith("o_proj") else "act_fn"
+                weight = weights[f"{name}.weight"].chunk(2, 1)[rank]
+                x = whole[f"{start}.{source}"].chunk(2, 1)[rank] @ weight.T
+            held[name] = x
+        paths.append(folder / f"rank{rank}.pt")
+        torch.save(held, paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["parts of sums", "added up"])
+def test_all_ranks_are_joined(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reduced: bool
+) -> None:
+    paths = _ranks(engines, tmp_path, reduced=reduced)
+    model = engines.parent / "models" / "llama"
+    report = run(Request(model=model, trace=paths[0], shards=tuple(paths), tokens=TOKENS))
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS}
+    assert len(report.stages) == 4 * 13 + 3
+    tokens = ["--tokens", ",".join(map(str, TOKENS))]
+    assert main(["bisect", str(model), "--shards", *map(str, paths), *tokens]) == 0
+    capsys.readouterr()
+    assert main(["bisect", str(model), "--shards", *map(str, reversed(paths)), *tokens]) == 1
+    assert "first divergence: layer 0 · qkv_matmul" in capsys.readouterr().out
+
+
 def test_what_cannot_be_judged_says_why(
     engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,10 @@ class TensorDump:
         """One more than the highest layer present."""
         return 1 + max((key.layer for key in self._shapes if key.layer is not None), default=-1)
 
+    def is_exact(self, key: StageKey) -> bool:
+        """True: what is stored is what the engine went on with, but for its type."""
+        return True
+
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.
 

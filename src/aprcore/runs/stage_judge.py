@@ -417,12 +417,13 @@ class StageJudge:
         self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
     ) -> None:
         """Remember canonical tensors for the stages that read them."""
-        for side, x in ((self._trace, traced), (self._oracle, oracle)):
-            if (
-                side is not None
-                and x is not None
-                and is_readable(side.graph, key, layout, self._sides.sizes)
-            ):
+        sides = self._sides
+        for side, dump, x in (
+            (self._trace, sides.trace, traced), (self._oracle, sides.oracle, oracle),
+        ):  # fmt: skip
+            if side is None or x is None or (dump is not None and not dump.is_exact(key)):
+                continue
+            if is_readable(side.graph, key, layout, sides.sizes):
                 side.record(key, x.reshape(layout.shape))
 
     def _evidence(

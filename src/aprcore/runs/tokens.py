@@ -100,6 +100,13 @@ def agree_on_tokens(
     return tokens, notes
 
 
+def count_tokens(dump: StageSource, model: Model) -> int | None:
+    """How many tokens a dump holds: the rows of the residual stream; one may be the last alone."""
+    width = model.config.hidden_size
+    counts = [n for key, n in dump.counts.items() if known_stages()[key.stage].shape == "T,E"]
+    return max((n // width for n in counts if n and n % width == 0), default=None)
+
+
 def _check_length(directory: StageSource, model: Model, num_tokens: int) -> None:
     """Hold the number of tokens against a directory that does not record its ids.
 
