@@ -200,3 +200,33 @@ def test_what_cannot_be_judged_says_why(
     assert "? UNJUDGED  it has 336 values where 672 are due for 7 tokens" in told
     assert "1 of 55 stages could not be judged (layer 0 · ffn_swigl: it has 336" in told
     assert main([*arguments, "--strict"]) == 1
+
+
+def test_ids_that_nobody_gave_are_told_by_the_embedding(engines: Path) -> None:
+    report = judge(engines, "vllm-llama.pt")
+    assert report.header.tokens == TOKENS
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS}
+    assert any("its rows of the embedding tell them" in note for note in report.header.notes)
+
+
+def test_another_number_of_tokens_is_named_with_the_ids_that_ran(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(engines.parent / "models" / "llama")
+    dump = str(engines / "vllm-llama.pt")
+    assert main(["bisect", model, "--trace", dump, "--tokens", "1,3,5,7,11,13,17,19"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "has 7 tokens where 8 were given" in told
+    assert "its embedding is that of --tokens 3,5,7,11,13,17,19" in told
+
+    import torch
+
+    held = torch.load(dump)
+    torch.save({**held, "tokens": torch.tensor(TOKENS[1:])}, tmp_path / "short.pt")
+    assert main(["bisect", model, "--trace", str(tmp_path / "short.pt")]) == 2
+    assert "has 7 tokens where 6 are recorded" in capsys.readouterr().err
+    held = {name: x for name, x in held.items() if name != "model.embed_tokens"}
+    torch.save(held, tmp_path / "without.pt")
+    assert main(["bisect", model, "--trace", str(tmp_path / "without.pt"), "--tokens", "3,5"]) == 2
+    assert "give the token ids that it was made from" in capsys.readouterr().err

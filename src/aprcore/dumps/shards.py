@@ -55,7 +55,9 @@ def find_split(
     lasts = last_rows(graph, counts, sizes)
     dues = {key: _count(graph, key, sizes) for key in counts if key in graph and key not in lasts}
     narrow = [key for key, due in dues.items() if counts[key] != due]
-    if not narrow or not all(_is_split(graph, key) for key in narrow):
+    stages = {key.stage for key in narrow}
+    in_part = any(key.stage in stages and counts[key] == due for key, due in dues.items())
+    if not narrow or in_part or not all(_is_split(graph, key) for key in narrow):
         return None
     for ranks in range(2, MOST_RANKS + 1):
         known = sizes_of_rank(sizes, ranks)
