@@ -20,6 +20,7 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.name_map import read_name_map
 from aprcore.dumps.open import ReadingOptions, is_tensor_file, open_dump
 from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
+from aprcore.dumps.position_tree import PositionTree
 from aprcore.dumps.shards import ShardedDump, find_split
 from aprcore.dumps.source import StageSource
 from aprcore.engines.arithmetic import (
@@ -138,7 +139,7 @@ def _joined(request: Request, model: Model | None, shards: Sequence[StageSource]
 
 def _open_checked(path: Path, options: ReadingOptions, graph: Graph | None) -> StageSource:
     directory = open_dump(path, options, graph=graph)
-    if isinstance(directory, TraceDirectory):
+    if isinstance(directory, TraceDirectory | PositionTree):
         directory.check_headers()
     return directory
 
