@@ -105,7 +105,7 @@ class Sides:
         graph = self._graph_of(directory)
 
         def read(key: StageKey) -> Floats | None:
-            if key not in directory:
+            if key not in directory or not directory.is_exact(key):
                 return None
             x = directory.read(key)
             layout = layout_of(key, self.sizes, x.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -248,6 +249,8 @@ class StageJudge:
     ) -> tuple[Verdict | None, str]:  # fmt: skip
         """What to say of a tensor that only one side has."""
         sides = self._sides
+        if sides.oracle is None and verdict is None and sides.header.judged:
+            return Verdict.UNJUDGED, self._why_unjudged(key, traced)
         if sides.oracle is None:
             return verdict, reason or "no oracle to hold it against"
         if traced is not None or key in sides.not_computed:
@@ -256,6 +259,25 @@ class StageJudge:
         if sides.model is not None and key not in self._graph and is_layer:
             return self._foreign(key, oracle)
         return Verdict.MISSING, "the trace lacks it"
+
+    def _why_unjudged(self, key: StageKey, traced: Floats | None) -> str:
+        """Why nothing can be said of a traced tensor that has no other side."""
+        sides, graph = self._sides, self._graph
+        num_tokens = sides.sizes.get("T")
+        if key not in graph:
+            return "this model has no such stage"
+        if self._trace is None or num_tokens is None:
+            return "the number of tokens is not known; give --tokens"
+        assert traced is not None
+        due = math.prod(graph.shape(key, sides.sizes))
+        if traced.size != due:
+            return f"it has {traced.size} values where {due} are due for {num_tokens} tokens"
+        if not graph.inputs(key) and sides.header.tokens is None:
+            return "the token ids are not known; give --tokens"
+        lacking = [source for source in graph.inputs(key) if self._trace.tensor(source) is None]
+        if lacking:
+            return f"the trace lacks what it is made of: {', '.join(map(str, lacking))}"
+        return "what it should be is not finite"
 
     def _foreign(self, key: StageKey, oracle: Floats | None) -> tuple[Verdict, str]:
         """A stage that the oracle has and this model's table has not: perhaps lost on import."""
@@ -402,12 +424,13 @@ class StageJudge:
         self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
     ) -> None:
         """Remember canonical tensors for the stages that read them."""
-        for side, x in ((self._trace, traced), (self._oracle, oracle)):
-            if (
-                side is not None
-                and x is not None
-                and is_readable(side.graph, key, layout, self._sides.sizes)
-            ):
+        sides = self._sides
+        for side, dump, x in (
+            (self._trace, sides.trace, traced), (self._oracle, sides.oracle, oracle),
+        ):  # fmt: skip
+            if side is None or x is None or (dump is not None and not dump.is_exact(key)):
+                continue
+            if is_readable(side.graph, key, layout, sides.sizes):
                 side.record(key, x.reshape(layout.shape))
 
     def _evidence(
