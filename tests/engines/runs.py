@@ -45,5 +45,5 @@ def divergences(report: Report) -> dict[str, str]:
 
 def judged(report: Report) -> set[str]:
     """The stages that have a verdict."""
-    unjudged = (None, Verdict.MISSING)
+    unjudged = (None, Verdict.MISSING, Verdict.UNJUDGED)
     return {stage.key.stage for stage in report.stages if stage.verdict not in unjudged}

@@ -120,3 +120,113 @@ def test_a_fault_in_a_row_that_is_left_is_found(llama_cpp: Path, tmp_path: Path)
     failed = [stage for stage in run(request).stages if stage.is_divergence]
     assert failed[0].key == StageKey(4, "ffn_out")
     assert {stage.key.stage for stage in failed} <= {"ffn_out", "post_ffn_residual"}
+
+
+def test_a_shard_is_named_and_refused(engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, dump = engines.parent / "models" / "llama", engines / "tp2_rank0.pt"
+    told = "is one shard of 2 of a tensor-parallel run: layer 0 · qkv_matmul has 448 values where"
+    for names in ([], ["--names", str(engines / "tp2.toml")]):
+        assert main(["bisect", str(model), "--trace", str(dump), *names]) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert "give all of them, in order, with --shards rank*/" in said
+    assert main(["bisect", str(model), "--shards", str(dump)]) == 2
+    assert "is one shard of 2, and --shards names 1" in capsys.readouterr().err
+
+
+def _ranks(engines: Path, folder: Path, *, reduced: bool) -> list[Path]:
+    """The dump of vLLM as two ranks would have written it: half of the heads and columns each."""
+    import torch
+
+    from aprcore.models.model import open_model
+    from aprcore.network.weights import read_all
+
+    whole = torch.load(engines / "vllm-llama.pt")
+    paths = []
+    with open_model(engines.parent / "models" / "llama") as model:
+        weights = {name: torch.from_numpy(read_all(w)) for name, w in model.weights.items()}
+    for rank in range(2):
+        held: dict[str, Any] = {}
+        for name, x in whole.items():
+            x = x[0] if isinstance(x, tuple) and name.endswith("_proj") else x
+            start = name.rpartition(".")[0].replace("self_attn.attn", "self_attn")
+            if name.endswith("qkv_proj"):
+                x = torch.cat([y.chunk(2, 1)[rank] for y in x.split([64, 32, 32], 1)], 1)
+            elif name.endswith("gate_up_proj"):
+                x = torch.cat([y.chunk(2, 1)[rank] for y in x.chunk(2, 1)], 1)
+            elif name.endswith(("rotary_emb",)):
+                x = tuple(y.chunk(2, 1)[rank] for y in x)
+            elif name.endswith(("self_attn.attn", "act_fn")):
+                x = x.chunk(2, 1)[rank]
+            elif name.endswith(("o_proj", "down_proj")) and not reduced:
+                source = "attn" if name.endswith("o_proj") else "act_fn"
+                weight = weights[f"{name}.weight"].chunk(2, 1)[rank]
+                x = whole[f"{start}.{source}"].chunk(2, 1)[rank] @ weight.T
+            held[name] = x
+        paths.append(folder / f"rank{rank}.pt")
+        torch.save(held, paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["parts of sums", "added up"])
+def test_all_ranks_are_joined(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], reduced: bool
+) -> None:
+    paths = _ranks(engines, tmp_path, reduced=reduced)
+    model = engines.parent / "models" / "llama"
+    report = run(Request(model=model, trace=paths[0], shards=tuple(paths), tokens=TOKENS))
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS}
+    assert len(report.stages) == 4 * 13 + 3
+    tokens = ["--tokens", ",".join(map(str, TOKENS))]
+    assert main(["bisect", str(model), "--shards", *map(str, paths), *tokens]) == 0
+    capsys.readouterr()
+    assert main(["bisect", str(model), "--shards", *map(str, reversed(paths)), *tokens]) == 1
+    assert "first divergence: layer 0 · qkv_matmul" in capsys.readouterr().out
+
+
+def test_what_cannot_be_judged_says_why(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    held = torch.load(engines / "vllm-llama.pt")
+    held["model.layers.0.mlp.act_fn"] = held["model.layers.0.mlp.act_fn"][:, ::2]
+    torch.save(held, tmp_path / "half.pt")
+    model = engines.parent / "models" / "llama"
+    arguments = ["bisect", str(model), "--trace", str(tmp_path / "half.pt"), "--tokens",
+                 ",".join(map(str, TOKENS))]  # fmt: skip
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "? UNJUDGED  it has 336 values where 672 are due for 7 tokens" in told
+    assert "1 of 55 stages could not be judged (layer 0 · ffn_swigl: it has 336" in told
+    assert main([*arguments, "--strict"]) == 1
+
+
+def test_ids_that_nobody_gave_are_told_by_the_embedding(engines: Path) -> None:
+    report = judge(engines, "vllm-llama.pt")
+    assert report.header.tokens == TOKENS
+    assert {stage.verdict for stage in report.stages} == {Verdict.PASS}
+    assert any("its rows of the embedding tell them" in note for note in report.header.notes)
+
+
+def test_another_number_of_tokens_is_named_with_the_ids_that_ran(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(engines.parent / "models" / "llama")
+    dump = str(engines / "vllm-llama.pt")
+    assert main(["bisect", model, "--trace", dump, "--tokens", "1,3,5,7,11,13,17,19"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "has 7 tokens where 8 were given" in told
+    assert "its embedding is that of --tokens 3,5,7,11,13,17,19" in told
+
+    import torch
+
+    held = torch.load(dump)
+    torch.save({**held, "tokens": torch.tensor(TOKENS[1:])}, tmp_path / "short.pt")
+    assert main(["bisect", model, "--trace", str(tmp_path / "short.pt")]) == 2
+    assert "has 7 tokens where 6 are recorded" in capsys.readouterr().err
+    held = {name: x for name, x in held.items() if name != "model.embed_tokens"}
+    torch.save(held, tmp_path / "without.pt")
+    assert main(["bisect", model, "--trace", str(tmp_path / "without.pt"), "--tokens", "3,5"]) == 2
+    assert "give the token ids that it was made from" in capsys.readouterr().err

@@ -631,6 +631,7 @@ little-values@0            qwen2       Q8_0       none      9  llama.cpp?
 little-norm@all            mistral     F32        none      9  f32?
 local-little-head@1        llama       F32        none      9  kv-f16? fused
 local-little-head@all      qwen2       F32        none      9  f32?
+rows-paired@all            llama       F32        none      9  f32?
 local-rope-head@0          llama       F32        none      9  f32?
 local-residual-token@all   llama       F32        none      9  kv-bf16?
 local-down-last-token@0    qwen2       F32        none      9  llama.cpp?

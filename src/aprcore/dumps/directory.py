@@ -93,6 +93,10 @@ class TraceDirectory:
         first = (self.sidecar.positions or (0,))[0]
         return KeyValueCache(first) if first else None
 
+    def is_exact(self, key: StageKey) -> bool:
+        """True: what is stored is what the engine went on with, but for its type."""
+        return True
+
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.
 

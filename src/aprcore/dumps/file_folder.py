@@ -31,43 +31,52 @@ class Tool:
     """How a tool names its files.
 
     Attributes:
-        pattern: A path below the folder without its suffix, with groups for `name`; it may have
-            one for `run`: what tells steps, ranks and calls apart.
-        rename: The stored name of a match.
+        pattern: A path below the folder, without its suffix.
+        identify: What tells steps, ranks and calls apart ("" where there is one), and the stored
+            name.
     """
 
     pattern: re.Pattern[str]
-    rename: Callable[[re.Match[str]], str]
+    identify: Callable[[re.Match[str]], tuple[str, str]]
 
 
-def _port(words: str) -> str:
-    """What transformers' debugger calls the inputs and outputs of a module."""
-    text = words.replace("inputs_args_", "input.").replace("inputs_kwargs_hidden_states", "input")
-    text = text.replace("inputs_kwargs_", "kwargs.").replace("outputs_", "output.")
-    return text.replace("outputs", "output")
+def _debugger(match: re.Match[str]) -> tuple[str, str]:
+    port = match["port"].replace("inputs_args_", "input.")
+    port = port.replace("inputs_kwargs_hidden_states", "input")
+    port = port.replace("inputs_kwargs_", "kwargs.").replace("outputs_", "output.")
+    return "", f"{match['name']}.{port.replace('outputs', 'output')}"
 
 
-def _sglang(match: re.Match[str]) -> str:
+def _msprobe(match: re.Match[str]) -> tuple[str, str]:
+    run = [match["run"].strip("/"), f"call {match['call']}"]
+    return "/".join(filter(None, run)), f"{match['name']}.{match['port']}"
+
+
+def _sglang(match: re.Match[str]) -> tuple[str, str]:
     """The name that the engine gave, in the layer that it named beside it."""
     fields = dict(part.split("=", 1) for part in match["fields"].split("___") if "=" in part)
+    name = fields.pop("name").removeprefix("non_intrusive__").replace(".inputs", ".input")
+    run = " ".join(f"{x}={fields[x]}" for x in ("forward_pass_id", "step", "rank") if x in fields)
     layer = fields.get("layer_id")
-    return fields["name"] if layer is None else f"model.layers.{layer}.{fields['name']}"
+    return run, name if layer is None or ".layers." in f".{name}" else f"layers.{layer}.{name}"
+
+
+def _tensorrt_llm(match: re.Match[str]) -> tuple[str, str]:
+    return match["run"], match["name"]
 
 
 TOOLS: tuple[Tool, ...] = (
-    # transformers' model_addition_debugger
-    Tool(re.compile(r"(?:\w+\.)?(?P<name>.+?)_(?P<port>(?:inputs|outputs)(?:_\w+)?)"),
-         lambda match: f"{match['name']}.{_port(match['port'])}"),
+    # transformers' model_addition_debugger: CLASS.NAME_outputs, _inputs_args_0
+    Tool(re.compile(r"(?:\w+\.)?(?P<name>.+?)_(?P<port>(?:inputs|outputs)(?:_\w+)?)"), _debugger),
     # msprobe: Module.NAME.CLASS.forward.CALL.output.0
-    Tool(re.compile(r"(?P<run>(?:step\d+/)?(?:rank\d*|proc\d+)?)(?:/dump_tensor_data)?/?"
+    Tool(re.compile(r"(?P<run>(?:step\d+/)?(?:rank\d*|proc\d+)?)(?:/?dump_tensor_data)?/?"
                     r"(?:Module|Cell)\.(?P<name>.+?)\.\w+\.forward\.(?P<call>\d+)\.(?P<port>.+)"),
-         lambda match: f"{match['name']}.{match['port']}"),
-    # SGLang's dumper: step=0___rank=0___dump_index=1___name=NAME___layer_id=3
-    Tool(re.compile(r"(?:.*/)?(?P<fields>(?P<run>step=\d+___rank=\d+)___.*\bname=.+)"), _sglang),
-    # TensorRT-LLM: PP_0/TP_0/CP_0/NAME
-    Tool(re.compile(r"(?:.*/)?(?P<run>PP_\d+/TP_\d+(?:/CP_\d+)?)/(?:\d+/)?(?:iteration_\d+/)?"
-                    r"(?P<name>[^/]+)"),
-         lambda match: match["name"]),
+         _msprobe),
+    # SGLang's dumper: step=0___rank=0___dump_index=1___name=NAME___layer_id=3, in any order
+    Tool(re.compile(r"(?:.*/)?(?P<fields>(?:[^/]*___)?name=[^/]+)"), _sglang),
+    # TensorRT-LLM: PP_0/TP_0/iteration_0/NAME
+    Tool(re.compile(r"(?:.*/)?(?P<run>PP_\d+/TP_\d+(?:/CP_\d+)?(?:/iteration_\d+)?)/(?P<name>[^/]+)"),
+         _tensorrt_llm),
 )  # fmt: skip
 
 
@@ -123,9 +132,10 @@ def read_file_folder(root: Path, readers: Readers) -> TensorFile:
         held = read_npy_dump(root / folder / file) if suffix == NPY else (
             readers[suffix](root / folder / file))  # fmt: skip
         is_only = len(held.arrays) + len(held.integers) == 1
+        told = (name for name in held.ignored if not name.startswith("meta."))
         arrays |= {_full_name(stem, name, is_only): x for name, x in held.arrays.items()}
         integers |= {_full_name(stem, name, is_only): x for name, x in held.integers.items()}
-        ignored += [_full_name(stem, name, False) for name in held.ignored]
+        ignored += [_full_name(stem, name, False) for name in told]
     runs.pop("", None)
     if len(runs) > 1:
         first, second = [*runs][:2]
@@ -138,10 +148,7 @@ def _identify(path: str) -> tuple[str, str]:
     """What tells a file's run from others, and the name of its tensor."""
     for tool in TOOLS:
         if match := tool.pattern.fullmatch(path):
-            groups = match.groupdict()
-            call = groups.get("call")
-            run = "/".join(filter(None, (groups.get("run"), call and f"call {call}")))
-            return run, tool.rename(match)
+            return tool.identify(match)
     return "", path.replace("/", ".")
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from typing import NamedTuple
 
 from aprcore.network.graph import Graph, known_stages, parse_path
+from aprcore.network.operations import Softmax
 from aprcore.network.stages import Node, Reading, Row, Scope, StageKey
 
 Place = tuple[int | None, str]  # the layer, and the name within it
@@ -196,6 +197,7 @@ def known_dialects(names: Iterable[str], graph: Graph) -> tuple[Dialect, ...]:
         _llama_cpp(stored, rows),
         Dialect(_parse_hook, list(_alternatives((row.stage.name, row.stage.hooks) for row in rows)),
                 _is_lens_internal),
+        _hidden_states(stored, graph),
         Dialect(modules, list(_module_rules(rows, _short_names(stored, modules))),
                 _is_module_internal),
     )  # fmt: skip
@@ -212,7 +214,7 @@ def _parse_own(name: str) -> Place | None:
     return None if key is None else (key.layer, key.stage)
 
 
-_WRAPPERS = r"(?:(?:base_model|model|module|_orig_mod)\.)*"
+_WRAPPERS = r"(?:(?:base_model|model|module|transformer|_orig_mod)\.)*"
 _LAYER_MODULE = re.compile(rf"{_WRAPPERS}layers\.(\d{{1,9}})(?:\.(.+))?", re.ASCII)
 
 
@@ -243,6 +245,42 @@ def _port(module: str) -> str:
     elif words and words[-1] in ("input", "inputs", "in"):
         words[-1] = "input"
     return ".".join([*words, str(index)] if index else words)
+
+
+_HIDDEN_STATES = re.compile(r"(?:.*\.)?(hidden_states|attentions)\.(\d{1,9})", re.ASCII)
+
+
+def _hidden_states(names: Sequence[str], graph: Graph) -> Dialect:
+    """What transformers returns with output_hidden_states and output_attentions.
+
+    The first of the hidden states is the embedding, each other one what a layer gives; but the last
+    has been through the final norm.
+    """
+    found = [_HIDDEN_STATES.fullmatch(name) for name in names]
+    count = max((int(m[2]) for m in found if m is not None and m[1] == "hidden_states"), default=0)
+    is_known = graph.num_layers > 1 or count <= 1
+    last = graph.num_layers if is_known else count
+    end = next(iter(graph.readers(graph.stream(None))), None)
+    softmax = graph.of_kind(0, Softmax)
+
+    def parse(name: str) -> Place | None:
+        match = _HIDDEN_STATES.fullmatch(name)
+        if match is None:
+            return None
+        number = int(match[2])
+        if match[1] == "attentions":
+            return number, "attentions"
+        if number in (0, last):
+            return None, "last" if number else "first"
+        return number - 1, "hidden_states"
+
+    rules = [
+        Rule(graph.embedding.stage, ("first",)),
+        Rule(graph.stream(1).stage, ("hidden_states",)),
+    ]
+    rules += [Rule(key.stage, ("last",)) for key in (end,) if key is not None]
+    rules += [Rule(key.stage, ("attentions",)) for key in softmax]
+    return Dialect(parse, rules)
 
 
 # What modules are given is mostly what others gave, and shown there; weights are no activations.

@@ -6,6 +6,7 @@ The names are those of docs/formats.md, "A dump in one file".
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.file_folder import is_file_folder, read_file_folder
 from aprcore.dumps.names import Dialect, Operand, Recipe, Term, known_dialects, resolve
 from aprcore.dumps.past import read_past
+from aprcore.dumps.position_tree import PositionTree, is_position_tree
 from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
@@ -28,6 +30,7 @@ from aprcore.dumps.tensor_files import (
     read_torch_dump,
 )
 from aprcore.dumps.tensor_folder import TENSORS_NAME, is_tensor_folder
+from aprcore.dumps.tool_files import read_llama_debug_dump, read_polygraphy_dump
 from aprcore.ground.errors import FormatError, TraceError
 from aprcore.ground.precision import BFLOAT16
 from aprcore.network.backend import KeyValueCache
@@ -42,7 +45,10 @@ READERS: Mapping[str, Callable[[Path], TensorFile]] = {
     ".npz": read_npz_dump,
     ".pt": read_torch_dump,
     ".pth": read_torch_dump,
+    ".json": read_polygraphy_dump,
 }
+# A .bin file is mostly one of our stages.
+_LLAMA_DEBUG = re.compile(r"llamacpp-.+(?<!-tokens)\.bin", re.IGNORECASE)
 
 # The coarsest type of a dump decides what rounding explains.
 _COARSEST_FIRST = ("bfloat16", "float16", "float32")
@@ -81,15 +87,25 @@ def open_dump(
     """
     path = Path(path)
     if not is_tensor_file(path):
-        return TraceDirectory(path)
+        return PositionTree(path) if is_position_tree(path) else TraceDirectory(path)
     return TensorDump(path, _read_tensors(path), options or ReadingOptions(), graph=graph)
 
 
 def is_tensor_file(path: Path) -> bool:
     """Whether a path is to be read as named tensors: one file, or a folder of such files."""
-    if path.is_dir():
-        return is_tensor_folder(path) or is_file_folder(path)
-    return path.suffix.lower() in READERS
+    try:
+        if path.is_dir():
+            return is_tensor_folder(path) or is_file_folder(path)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
+    return _find_reader(path) is not None
+
+
+def _find_reader(path: Path) -> Callable[[Path], TensorFile] | None:
+    """What reads a file, by its name."""
+    if _LLAMA_DEBUG.fullmatch(path.name):
+        return read_llama_debug_dump
+    return READERS.get(path.suffix.lower())
 
 
 def _read_tensors(path: Path) -> TensorFile:
@@ -98,7 +114,9 @@ def _read_tensors(path: Path) -> TensorFile:
         return replace(held, sidecar=_sidecar(path, held))
     if path.is_dir():
         return read_file_folder(path, READERS)
-    held = READERS[path.suffix.lower()](path)
+    read = _find_reader(path)
+    assert read is not None
+    held = read(path)
     return replace(held, sidecar=_sidecar(path.parent, held)) if path.name == TENSORS_NAME else held
 
 
@@ -175,6 +193,10 @@ class TensorDump:
     def num_layers(self) -> int:
         """One more than the highest layer present."""
         return 1 + max((key.layer for key in self._shapes if key.layer is not None), default=-1)
+
+    def is_exact(self, key: StageKey) -> bool:
+        """True: what is stored is what the engine went on with, but for its type."""
+        return True
 
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.

@@ -60,6 +60,10 @@ class StageSource(Protocol):
         """The recorded shape of a tensor, if it fits the number of values."""
         ...
 
+    def is_exact(self, key: StageKey) -> bool:
+        """Whether the values are bit for bit those that the engine went on with."""
+        ...
+
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat."""
         ...

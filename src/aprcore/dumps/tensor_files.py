@@ -311,6 +311,16 @@ def read_npy_dump(path: Path) -> TensorFile:
     return TensorFile({"": StoredArray(drop_batch(shape), kind, load)}, {}, Sidecar(), ())
 
 
+def store_array(array: NDArray[Any]) -> StoredArray | StoredIntegers | None:
+    """An array that is at hand as one of a file; None of another type."""
+    if array.dtype.kind in "iu" and array.size <= TOKENS_LIMIT:
+        return StoredIntegers(array.shape, lambda: array)
+    kind = _float_name(array.dtype)
+    if kind is None:
+        return None
+    return StoredArray(drop_batch(array.shape), kind, lambda a, b: _as_float32(array)[a:b])
+
+
 def read_torch_dump(path: Path) -> TensorFile:
     """A .pt file: a dict or list of tensors, nested as it likes; names are joined with dots.
 

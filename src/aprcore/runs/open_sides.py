@@ -20,6 +20,8 @@ from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.name_map import read_name_map
 from aprcore.dumps.open import ReadingOptions, is_tensor_file, open_dump
 from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
+from aprcore.dumps.position_tree import PositionTree
+from aprcore.dumps.shards import ShardedDump, find_split
 from aprcore.dumps.source import StageSource
 from aprcore.engines.arithmetic import (
     ENGINES,
@@ -28,7 +30,7 @@ from aprcore.engines.arithmetic import (
     engine_arithmetic,
     stated_arithmetic,
 )
-from aprcore.ground.errors import OracleError, PlanError
+from aprcore.ground.errors import OracleError, PlanError, TraceError
 from aprcore.judging.layouts import infer_sizes
 from aprcore.judging.quantisation import open_reference
 from aprcore.judging.verdict import cumulative_bound
@@ -37,7 +39,7 @@ from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader, Side
 from aprcore.runs.request import Request
 from aprcore.runs.sides import Sides, token_texts
-from aprcore.runs.tokens import Dumps, agree_on_tokens
+from aprcore.runs.tokens import Dumps, agree_on_tokens, count_tokens
 
 if TYPE_CHECKING:
     from aprcore.models.model import Model
@@ -75,6 +77,8 @@ def _check_options(request: Request) -> None:
     """
     if request.model is None and request.trace is None:
         raise PlanError("nothing to run", hint="name a model, or a directory with --trace")
+    if request.shards and request.against is not None:
+        raise PlanError("--shards and --against do not go together", hint="leave one out")
     if request.uses_device and request.model is None:
         raise PlanError("--gpu needs a model to run", hint="name one")
     if request.uses_device and request.trace is not None:
@@ -113,14 +117,29 @@ def _open_dumps(request: Request, model: Model | None) -> Dumps:
         opened[path] = _open_checked(path, options, graph)
         if model is None:  # directories come first: they tell what the stages of files may be
             graph = _outline(opened.values())
+    if request.shards:
+        shards = [opened.get(path) or _open_checked(path, options, graph)
+                  for path in request.shards]  # fmt: skip
+        opened[request.trace] = _joined(request, model, shards)
     dumps = Dumps(*(opened.get(path) for path in _paths(request)))
     _check_positions(model, dumps)
     return dumps
 
 
+def _joined(request: Request, model: Model | None, shards: Sequence[StageSource]) -> ShardedDump:
+    """All ranks of a tensor-parallel run as one dump."""
+    if model is None:
+        raise PlanError("--shards needs a model, which says what is dealt out", hint="name one")
+    tokens = request.tokens or shards[0].sidecar.tokens
+    num_tokens = len(tokens) if tokens else count_tokens(shards[0], model)
+    if num_tokens is None:
+        raise PlanError("the shards do not tell how many tokens ran", hint="give --tokens")
+    return ShardedDump(shards, model.graph, num_tokens)
+
+
 def _open_checked(path: Path, options: ReadingOptions, graph: Graph | None) -> StageSource:
     directory = open_dump(path, options, graph=graph)
-    if isinstance(directory, TraceDirectory):
+    if isinstance(directory, TraceDirectory | PositionTree):
         directory.check_headers()
     return directory
 
@@ -168,6 +187,8 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
     if not keys:
         raise PlanError("the plan selects no stage of this run", hint="widen --stages or --layers")
     dtypes = set()
+    if model is not None and tokens is not None:
+        _check_whole(model, dumps, len(tokens))
     for name, directory in dumps.named:
         if directory is not against:
             dtypes.add(directory.sidecar.dtype or "float32")
@@ -242,6 +263,22 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
 
 
+def _check_whole(model: Model, dumps: Dumps, num_tokens: int) -> None:
+    """Refuse one rank of several, of which little could be judged.
+
+    Raises:
+        TraceError: A dump is one.
+    """
+    for dump in dumps.present:
+        split = find_split(model.graph, dump.counts, model.config.sizes(num_tokens))
+        if split is not None:
+            raise TraceError(
+                f"is one shard of {split.ranks} of a tensor-parallel run: {split.key} has"
+                f" {split.held} values where {split.due} are due", where=dump.path,
+                hint="give all of them, in order, with --shards rank*/",
+            )  # fmt: skip
+
+
 def _first_names(names: Sequence[str]) -> str:
     """The first three of some names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -301,7 +338,7 @@ def _with_arithmetic(sides: Sides, stated: Mapping[str, str], name: str, notes: 
         notes.append(
             f"{name} does not record its arithmetic; {describe_inference(engine, found)}"
         )  # fmt: skip
-    return replace(sides, arithmetic=engine, past=side.past)
+    return replace(sides, arithmetic=engine, past=side.past, layouts=side.layouts)
 
 
 def _outline(dumps: Iterable[StageSource]) -> Graph:

@@ -35,6 +35,8 @@ class Request:
             found out. "auto": find out all of it.
         engine: A name in `aprcore.engines.arithmetic.ENGINES`, whose arithmetic is known.
         names: A TOML file that says what a dump in one file calls the stages.
+        shards: The dumps of all ranks of a tensor-parallel engine, in order, joined to one; `trace`
+            is then the first of them.
         row: Which sequence of a batch, where a dump holds several.
         reference_weights: The float model that a quantised one was made of.
         budgets: How large an error of its own is tolerated at a stage.
@@ -59,6 +61,7 @@ class Request:
     arithmetic: str | None = None
     engine: str | None = None
     names: Path | None = None
+    shards: tuple[Path, ...] = ()
     row: int | None = None
     reference_weights: Path | None = None
     budgets: Budgets | None = None

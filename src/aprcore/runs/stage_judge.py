@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from aprcore.judging.logits import compare_logits
 from aprcore.judging.quantisation import measure_quantisation
 from aprcore.judging.replay import Expectation, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
+from aprcore.network.operations import Rotate
 from aprcore.network.stages import StageKey
 from aprcore.records.report import LogitsReport, StageReport
 from aprcore.runs.sides import Sides
@@ -247,6 +249,8 @@ class StageJudge:
     ) -> tuple[Verdict | None, str]:  # fmt: skip
         """What to say of a tensor that only one side has."""
         sides = self._sides
+        if sides.oracle is None and verdict is None and sides.header.judged:
+            return Verdict.UNJUDGED, self._why_unjudged(key, traced)
         if sides.oracle is None:
             return verdict, reason or "no oracle to hold it against"
         if traced is not None or key in sides.not_computed:
@@ -255,6 +259,25 @@ class StageJudge:
         if sides.model is not None and key not in self._graph and is_layer:
             return self._foreign(key, oracle)
         return Verdict.MISSING, "the trace lacks it"
+
+    def _why_unjudged(self, key: StageKey, traced: Floats | None) -> str:
+        """Why nothing can be said of a traced tensor that has no other side."""
+        sides, graph = self._sides, self._graph
+        num_tokens = sides.sizes.get("T")
+        if key not in graph:
+            return "this model has no such stage"
+        if self._trace is None or num_tokens is None:
+            return "the number of tokens is not known; give --tokens"
+        assert traced is not None
+        due = math.prod(graph.shape(key, sides.sizes))
+        if traced.size != due:
+            return f"it has {traced.size} values where {due} are due for {num_tokens} tokens"
+        if not graph.inputs(key) and sides.header.tokens is None:
+            return "the token ids are not known; give --tokens"
+        lacking = [source for source in graph.inputs(key) if self._trace.tensor(source) is None]
+        if lacking:
+            return f"the trace lacks what it is made of: {', '.join(map(str, lacking))}"
+        return "what it should be is not finite"
 
     def _foreign(self, key: StageKey, oracle: Floats | None) -> tuple[Verdict, str]:
         """A stage that the oracle has and this model's table has not: perhaps lost on import."""
@@ -296,25 +319,31 @@ class StageJudge:
             return x, judgment, None
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
-        in_pairs = None
+        usual = None if is_oracle else self._usual_layout(key)
+        as_usual = None
         for name, reading in alternatives(
             self._graph.operation(key), dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
         ):
             permuted = self._unmasked(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
-            if name == PAIRS:
-                in_pairs = permuted, other
+            if name == usual:
+                as_usual = permuted, other
             if other is None or not other.passed:
                 continue
             if not is_oracle and not self._is_convention(key, dumped, permuted, layout):
-                break
+                return x, judgment, None
             if name == PAIRS_OF_JOINED and not is_oracle:
                 self._paired.add(key.layer)
             return permuted, other, f"{name} in {side}"
-        if in_pairs is not None and not is_oracle and key.layer in self._paired:
-            # What is wrong is wrong in the order that the engine keeps q and k in.
-            return *in_pairs, f"{PAIRS} in {side}"
+        if as_usual is not None:  # what is wrong is wrong in the order that the engine keeps
+            return *as_usual, f"{usual} in {side}"
         return x, judgment, None
+
+    def _usual_layout(self, key: StageKey) -> str | None:
+        """The layout in which the trace keeps a stage: that of most layers, or of what it reads."""
+        known = self._sides.layouts.get(key.stage)
+        is_rotated = isinstance(self._graph.operation(key), Rotate)
+        return PAIRS if known is None and is_rotated and key.layer in self._paired else known
 
     def _is_convention(
         self, key: StageKey, dumped: Floats, permuted: Floats, layout: Layout
@@ -395,12 +424,13 @@ class StageJudge:
         self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
     ) -> None:
         """Remember canonical tensors for the stages that read them."""
-        for side, x in ((self._trace, traced), (self._oracle, oracle)):
-            if (
-                side is not None
-                and x is not None
-                and is_readable(side.graph, key, layout, self._sides.sizes)
-            ):
+        sides = self._sides
+        for side, dump, x in (
+            (self._trace, sides.trace, traced), (self._oracle, sides.oracle, oracle),
+        ):  # fmt: skip
+            if side is None or x is None or (dump is not None and not dump.is_exact(key)):
+                continue
+            if is_readable(side.graph, key, layout, sides.sizes):
                 side.record(key, x.reshape(layout.shape))
 
     def _evidence(

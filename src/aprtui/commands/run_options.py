@@ -97,6 +97,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         " instead of tracing MODEL",
     )  # fmt: skip
     parser.add_argument(
+        "--shards", type=Path, nargs="+", default=(), metavar="DIR",
+        help="in place of --trace: the dumps of all ranks of a tensor-parallel engine, in order",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", type=Path, metavar="DIR",
         help="hold --trace against these stage files too, stage by stage: a GPU's against a CPU's",
     )  # fmt: skip
@@ -169,7 +173,10 @@ def make_request(args: argparse.Namespace) -> Request:
     from aprcore.runs.budget import parse_budgets
     from aprcore.runs.request import SUFFIX, Request, is_saved_run
 
-    if args.model is None and args.trace is None:
+    if args.shards and args.trace is not None:
+        raise PlanError("--shards takes the place of --trace", hint="leave one out")
+    trace = args.shards[0] if args.shards else args.trace
+    if args.model is None and trace is None:
         raise PlanError("no model given", hint="name one, or a directory with --trace; see --help")
     if getattr(args, "save", None) is not None and not is_saved_run(args.save):
         raise PlanError(f"{args.save} is no name for a saved run", hint=f"end it in {SUFFIX}")
@@ -179,7 +186,8 @@ def make_request(args: argparse.Namespace) -> Request:
     request = Request(
         model=args.model,
         oracle=args.oracle,
-        trace=args.trace,
+        trace=trace,
+        shards=tuple(args.shards),
         prompt=None if args.prompt is None else check_prompt(args.prompt),
         tokens=None if args.tokens is None else parse_tokens(args.tokens),
         plan=plan,
