@@ -401,6 +401,8 @@ FUSED: list[tuple[tuple[str, ...], Callable[[Pass], Floats], str]] = [
                                 p.part("v")), "no causal mask"),
     (SCORES, lambda p: weighted(with_sinks(np.zeros(4))(p), p.part("v")),
      "softmax with 1 added to the sum"),
+    (SCORES, lambda p: weighted(with_sinks(np.asarray([1.0, -0.5, 0.25, 2.0]))(p), p.part("v")),
+     "softmax with a logit more for each head, -0.5 to 2 (a sink)"),
     (SCORES, lambda p: weighted(softmax(p.at("attn_scores") + SLOPES * DISTANCE), p.part("v")),
      "ALiBi added"),
 ]  # fmt: skip

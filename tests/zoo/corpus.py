@@ -141,6 +141,7 @@ softmax-plus-one@1         llama       F32        float32   9
 softmax-plus-one@2         qwen2       Q8_0       float16   12 f32 fused
 softmax-sinks@1            llama       F32        float32   9
 softmax-sinks@0            gemma       Q8_0       bfloat16  12 f16
+softmax-sinks@2            llama       F32        float32   17 f32 fused
 softmax-temperature@1      qwen2-bias  F32        float32   9
 softmax-temperature@2      llama       Q4_K       float16   12 bf16
 mask-finite@1              llama       F32        float32   9

@@ -387,7 +387,11 @@ plant("softmax-plus-one", "1 added to the sum",
       attn_softmax=lambda s: _with_sinks(s, torch.zeros(s.config.num_heads)))  # fmt: skip
 plant("softmax-sinks", "a sink", attn_softmax=lambda s: _with_sinks(
     s, torch.linspace(-1, 2, s.config.num_heads)))  # fmt: skip
-plant("softmax-temperature", "temperature of 1.3", attn_softmax=lambda s: s.softmax(s.x / 1.3))
+plant(
+    "softmax-temperature",
+    "temperature of 1.3|attention scale 0.135",
+    attn_softmax=lambda s: s.softmax(s.x / 1.3),
+)
 plant("mask-finite", "mask adds -6", attn_softmax=lambda s: torch.softmax(
     torch.where(s.sees(), _unmasked(s), _unmasked(s) - 6.0), dim=-1))  # fmt: skip
 

@@ -210,6 +210,28 @@ def _other_scale(scene: Scene) -> Iterator[Trial]:
     yield f"{round_number(factor * operation.scale, 1e-4):g}", attended(factor, scores)
 
 
+def _sinks(scene: Scene) -> Iterator[Trial]:
+    """One more logit in each head's sum, from the factor that it leaves of every output."""
+    scores = _tensor(scene, scene.source(0, 0), {}) if _is_fused(scene) else None
+    if scores is None or not scene.is_observed:
+        return
+    masked: Softmax = scene.graph.operation(scene.source(0))  # type: ignore[assignment]
+    hidden = np.where(masked.mask.allowed(*scores.shape[1:]), scores, -np.inf)
+    heads, plain = scene.config.num_heads, scene.plain.value
+    by_head = plain.reshape(len(plain), heads, -1)
+    observed = scene.observed.reshape(by_head.shape)
+    energy = np.square(by_head).sum(axis=2)
+    kept = (observed * by_head).sum(axis=2) / np.where(energy > 0, energy, 1.0)  # [T, H]
+    total = np.logaddexp.reduce(hidden, axis=2).T
+    if not ((kept > 0) & (kept < 1)).any(axis=0).all():
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logits = total + np.log(1 / kept - 1)
+    sink = np.array([np.median(column[np.isfinite(column)]) for column in logits.T])
+    value = by_head / (1 + np.exp(sink - total))[:, :, None]
+    yield f"{sink.min():.4g} to {sink.max():.4g}", value.reshape(plain.shape)
+
+
 _CACHE = "which rows of the cache attention reads: its layer's, from the first on"
 
 ENTRIES = (
@@ -222,6 +244,9 @@ ENTRIES = (
     Entry("no rescale between blocks of flash attention, of {}", VALUES, _unrescaled,
           "when the running maximum grows, both sums so far are multiplied by "
           "exp(old maximum - new maximum)"),
+    Entry("softmax with a logit more for each head, {} (a sink)", VALUES, _sinks,
+          "the sum in the denominator: what is in it besides the positions", ORIGINAL,
+          "attention sinks of the original model", is_fallback=True),
     Entry("attention scale {}", VALUES, _other_scale,
           "the scale of the scores: 1/sqrt(D) with the head dimension, unless the model states one",
           ORIGINAL, "an attention multiplier that was lost", is_fallback=True),
