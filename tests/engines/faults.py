@@ -38,13 +38,15 @@ _NORMS = frozenset({"attn_norm", "ffn_norm", "final_norm"})
 # Of stories260k: 8 heads of 8, 4 kv heads, theta 10000, eps 1e-5.
 FAULTS: Mapping[str, PlantedFault] = {
     "rope-base": PlantedFault(_parameters(rope_freq_base=50000.0), _ROTATED, "50000"),
-    "rope-scale": PlantedFault(_parameters(rope_freq_scale=0.5), _ROTATED, "factor 2"),
+    "rope-scale": PlantedFault(
+        _parameters(rope_freq_scale=0.5), _ROTATED, "positions divided by 2"
+    ),
     "yarn": PlantedFault(
         _parameters(rope_scaling_type=2, rope_freq_scale=0.25, yarn_ext_factor=1.0,
                     yarn_orig_ctx=16),
         _ROTATED,
     ),
-    "yarn-magnitude": PlantedFault(_parameters(yarn_attn_factor=1.1), _ROTATED, "constant factor"),
+    "yarn-magnitude": PlantedFault(_parameters(yarn_attn_factor=1.1), _ROTATED, "factor of 1.1"),
     "eps": PlantedFault({"overrides": {EPSILON: 1e-3}}, _NORMS, "eps 0.001"),
     "head-count": PlantedFault(
         {"overrides": {"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,

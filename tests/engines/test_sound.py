@@ -38,7 +38,7 @@ CASES = [
     *(Case(*case) for case in product(
         ("blocks", "blocks-Q8_0"), ("q8_0", "q4_0"), (True,), PASSES)),
     *(Case(f"blocks-{kind}", kv_type) for kind, kv_type in product(
-        ("F16", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"), ("f32", "f16"))),
+        ("F16", "Q8_0", "Q4_1", "Q5_1", "Q4_K", "Q6_K", "IQ4_XS"), ("f32", "f16"))),
     *(Case(f"blocks-{kind}", "q8_0", True) for kind in ("F16", "Q4_K", "Q6_K", "IQ4_XS")),
 ]  # fmt: skip
 

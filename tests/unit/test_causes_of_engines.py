@@ -9,17 +9,27 @@ from functools import cache
 import numpy as np
 import pytest
 
+from aprcore.causes import explain_nonfinite
+from aprcore.engines.arithmetic import arithmetic_of_dtype
+from aprcore.judging.replay import RecordedSide
 from aprcore.network.rope import RopeScaling
+from aprcore.network.stages import StageKey
 from cause_passes import (
     CONFIG,
+    LAYER,
+    TOKENS,
     D,
+    E,
+    ExactWeight,
     Floats,
     H,
     K,
     Pass,
     T,
+    V,
     plain_frequencies,
     products,
+    rms,
     run,
     softmax,
     told,
@@ -33,6 +43,7 @@ PLACES = np.arange(T)
 CONFIGS = {
     "plain": CONFIG,
     "yarn": with_rope(scaling=RopeScaling("yarn", 4.0, 4096)),
+    "deep": replace(CONFIG, num_layers=12),
     "odd": replace(CONFIG, head_dim=20, rope=replace(CONFIG.rope, head_dim=20)),
     "llama3": with_rope(scaling=RopeScaling("llama3", 8.0, 64)),
 }
@@ -194,6 +205,169 @@ def both_turned(p: Pass, frequencies: Floats) -> Floats:
     return attended(q, k, p.part("v"))
 
 
+def permuted(rows: Floats, heads: int) -> Floats:
+    """llama.cpp's `permute` of the rows of q or k."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpermuted(rows: Floats, heads: int) -> Floats:
+    return rows.reshape(heads, len(rows) // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def with_rows(part: str, change: Callable[[Floats], Floats]) -> Callable[[Pass], Floats]:
+    """The projections with the rows of one of them changed."""
+
+    def fault(p: Pass) -> Floats:
+        weights = [p.weight(f"self_attn.{c}_proj.weight") for c in "qkv"]
+        weights["qkv".index(part)] = change(weights["qkv".index(part)])
+        return p.at("attn_norm") @ np.concatenate(weights).T
+
+    return fault
+
+
+def twice(parts: int, *which: int) -> Callable[[Pass], Floats]:
+    """Down projection whose sum over some parts of the inner dimension is there twice."""
+
+    def fault(p: Pass) -> Floats:
+        x = p.at("ffn_swigl").reshape(T, parts, -1).copy()
+        x[:, list(which)] *= 2
+        return x.reshape(T, -1) @ p.weight("mlp.down_proj.weight").T
+
+    return fault
+
+
+def gate(x: Callable[[Floats], Floats]) -> Callable[[Pass], Floats]:
+    """The gate of other activations."""
+    return lambda p: x(p.at("ffn_norm")) @ p.weight("mlp.gate_proj.weight").T
+
+
+def in_4_bits(x: Floats) -> Floats:
+    step = np.abs(x).max(axis=1, keepdims=True) / 7
+    return np.round(x / step) * step
+
+
+def in_8_bits_of_all(x: Floats) -> Floats:
+    step = np.abs(x).max() / 127
+    return np.round(x / step) * step
+
+
+def from_the_lowest(x: Floats) -> Floats:
+    low = x.min(axis=1, keepdims=True)
+    step = (x.max(axis=1, keepdims=True) - low) / 255
+    zero = np.round(-low / step)
+    return (np.clip(np.round(x / step) + zero, 0, 255) - zero) * step
+
+
+def without_block(p: Pass) -> Floats:
+    weight = p.weight("mlp.gate_proj.weight").copy()
+    weight[7, :32] = 0
+    return p.at("ffn_norm") @ weight.T
+
+
+def normed(x: Floats, weight: Floats) -> Floats:
+    return rms(x) * weight
+
+
+PRODUCTS: list[Fault] = [
+    ("plain", "qkv_matmul", with_rows("k", lambda k: permuted(k, H)),
+     "k_proj rows permuted as 4 heads of 8 (H in place of K)"),
+    ("plain", "qkv_matmul", with_rows("k", lambda k: unpermuted(permuted(k, H), K)),
+     "k_proj rows permuted as 4 heads of 8, and back as 2 (H in place of K)"),
+    ("plain", "qkv_matmul", with_rows("q", lambda q: permuted(q, K)),
+     "q_proj rows permuted as 2 heads of 32 (K in place of H)"),
+    ("plain", "ffn_out", twice(4, 1), "down_proj sum with part 1 of 4 added twice"),
+    ("plain", "ffn_out", twice(8, 0, 5),
+     "down_proj sum with part 0 of 8 added twice and part 5 of 8 added twice"),
+    ("plain", "ffn_gate", gate(in_4_bits), "rounded to 4 bits (a scale for each token)"),
+    ("plain", "ffn_gate", gate(in_8_bits_of_all), "rounded to 8 bits (one scale for all tokens)"),
+    ("plain", "ffn_gate", gate(from_the_lowest),
+     "rounded to 8 bits (a scale for each token, with a zero point)"),
+    ("plain", "ffn_gate", without_block, "block 0 of row 7 (zero)"),
+    ("plain", "ffn_gate", lambda p: p.at("attn_norm") @ p.weight("mlp.gate_proj.weight").T,
+     "gate_proj reads attn_norm (a parallel block)"),
+    ("plain", "ffn_norm", lambda p: normed(
+        p.at("post_ffn_residual", 0), p.weight("post_attention_layernorm.weight")),
+     "norm of the layer's input (a parallel block)"),
+    ("plain", "ffn_norm", lambda p: normed(
+        p.at("attn_out"), p.weight("post_attention_layernorm.weight")), "norm of attn_out"),
+    ("plain", "attn_norm", lambda p: normed(
+        p.at("post_ffn_residual", 2), p.weight("input_layernorm.weight")),
+     "norm of what layer 2 gives"),
+    ("plain", "attn_norm", lambda p: normed(p.at("embedding", 0),
+     p.weight("input_layernorm.weight")), "norm of the embedding"),
+    ("plain", "q_post_rope", lambda p: turned(
+        p.part("q").reshape(T, 2 * H, D // 2), plain_frequencies(dim=D // 2), PLACES),
+     "RoPE on heads of 8 dimensions in place of 16"),
+    ("deep", "ffn_gate", lambda p: p.at("ffn_norm") @ p.weight("mlp.gate_proj.weight", 3).T,
+     "gate_proj weight of layer 3"),
+]  # fmt: skip
+
+
+def test_layers_in_the_order_of_their_names() -> None:
+    p = sound("deep")
+    x, weight = p.at("ffn_norm", 2), p.weight("mlp.gate_proj.weight", 10)
+    found = told(p, "ffn_gate", x @ weight.T, layer=2)
+    assert [c.name for c in found.named] == [
+        "gate_proj weight of layer 10 (layers in the order of their names: 0, 1, 10, ...)"
+    ]
+
+
+IN_FILE: list[Fault] = [
+    ("plain", "q_post_rope", q_turned(yarn_frequencies(4, 64), factor=YARN_FACTOR),
+     "RoPE scaling yarn by 4 from 64 in the original model, dropped in this file"),
+    ("plain", "q_post_rope", q_turned(plain_frequencies() / 4),
+     "RoPE scaling (linear by 4) in the original model"),
+    ("yarn", "q_post_rope", q_turned(yarn_frequencies(8, 4096), factor=0.1 * np.log(8) + 1),
+     "RoPE scaling with factor 8 in place of 4 in the original model"),
+    ("yarn", "q_post_rope", q_turned(plain_frequencies()),
+     "no RoPE scaling in the original model"),
+    ("plain", "attn_softmax", with_sinks(np.asarray([1.0, -0.5, 0.25, 2.0])),
+     "(a sink) in the original model"),
+    ("plain", "qkv_matmul", with_rows("k", lambda k: unpermuted(permuted(k, K), H)),
+     "(H in place of K)"),
+    ("plain", "ffn_norm", lambda p: normed(
+        p.at("post_ffn_residual", 0), p.weight("post_attention_layernorm.weight")),
+     "norm of the layer's input (a parallel block) in the original model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "stage", "fault", "cause"), IN_FILE)
+def test_a_files_fault_is_named(
+    model: str, stage: str, fault: Callable[[Pass], Floats], cause: str
+) -> None:
+    found = told(sound(model), stage, fault(sound(model)), in_file=True)
+    names = [c.name for c in found.named]
+    assert len(names) == 1 and cause in names[0], (names, found.causes[:3])
+
+
+def test_a_head_that_was_dropped_is_named_by_what_the_file_shows() -> None:
+    p = sound("plain")
+    head = np.random.default_rng(8).standard_normal((V, E)) / E**0.5
+    logits = p.at("final_norm", None)[-1] @ head.T
+    found = told(p, "lm_head", logits, layer=None, in_file=True)
+    assert [c.is_evidence for c in found.named] == [True]
+    assert "the original's was dropped" in found.named[0].name
+    # A tied head is nothing odd where the logits are its own, but for a factor.
+    scaled = told(p, "lm_head", p.at("lm_head", None) * 1.3, layer=None, in_file=True)
+    assert not any("dropped" in c.name for c in scaled.named)
+
+
+def test_infinity_in_a_weight_is_told_from_an_overflow() -> None:
+    p = sound("plain")
+    name = f"model.layers.{LAYER}.mlp.up_proj.weight"
+    values = p.weights[name].values.copy()
+    values[5, 3] = np.inf
+    weights = p.weights | {name: ExactWeight(name, values)}
+    engine = arithmetic_of_dtype("float32")
+    side = RecordedSide(p.graph, weights, TOKENS.tolist(), T, engine, read=p.tensors.get)
+    observed = (p.at("ffn_norm") @ values.T).astype(np.float32)
+    found = explain_nonfinite(side, StageKey(LAYER, "ffn_up"), observed)
+    assert found is not None
+    assert [c.name for c in found.named] == [
+        "mlp.up_proj.weight is not finite in this file (row 5)"
+    ]
+
+
 SCORES = ("attn_scores", "attn_softmax")
 ALL = (*SCORES, "q_post_rope", "k_post_rope")
 FUSED: list[tuple[tuple[str, ...], Callable[[Pass], Floats], str]] = [
@@ -248,7 +422,7 @@ def sound(model: str) -> Pass:
 
 
 @pytest.mark.parametrize(
-    ("model", "stage", "fault", "cause"), [*ROPE, *ATTENTION],
+    ("model", "stage", "fault", "cause"), [*ROPE, *ATTENTION, *PRODUCTS],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_an_engines_fault_is_named(

@@ -147,6 +147,23 @@ mask-finite@1              llama       F32        float32   9
 mask-finite@2              mistral     Q8_0       float16   17
 kv-tiled@1                 llama       F32        float32   9  f32 fused
 kv-tiled@2                 gemma       Q8_0       float16   12 f16 fused
+split-k-twice@1            llama       F32        float32   7
+split-k-twice@2            qwen2       Q4_K       float16   12 f16
+split-k-out-twice@0        mistral     Q8_0       float32   9
+k-permuted-as-q@1          llama       F32        float32   1
+k-permuted-as-q@2          gemma       Q8_0       float16   9
+activations-4-bits@1       llama       F32        float32   7
+activations-8-bits-tensor@2 qwen2      Q8_0       float32   7
+activations-float8@0       llama       F32        float32   7
+block-empty@1              llama       Q8_0       float32   7
+parallel-norm@1            llama       F32        float32   7
+parallel-norm@0            qwen2       Q8_0       float16   9  f16
+parallel-gate@1            llama       Q4_K       float32   7
+layer-skipped@2            llama       F32        float32   7
+rope-head-size@1           qwen3       F32        float32   9
+rope-head-size@2           llama       Q8_0       float16   12 f16
+layers-by-name@2           deep        F32        float32   7
+layers-by-name@2           deep        Q8_0       float16   9  f16
 local-rope-head@1          llama       F32        float32   7
 local-rope-pairs-head@2    qwen2       Q4_K       float16   9
 local-rope-last-token@1    mistral     F32        float32   9
@@ -365,6 +382,16 @@ file-pairs@2               stories260k Q8_0       float32   9
 file-layer-down@3          stories260k F16        float32   9
 file-gate-up-swapped@1     demo        Q4_K       float32   11
 file-theta@0               long        F16        float32   512
+file-k-as-q@1              llama       F32        float32   7
+file-k-as-q@2              qwen2       Q4_K       float16   9
+file-head-dropped@0        llama       F32        float32   7
+file-head-dropped@0        qwen2       Q8_0       float16   9
+bytes-minimum-sign@1       llama       Q4_K       float32   7
+bytes-nibble-spans@2       qwen2       Q4_K       float16   9
+bytes-nibbles-in-turn@1    llama       Q4_0       float32   7
+bytes-q6-fields@1          llama       Q6_K       float32   7
+bytes-q6-scales@2          qwen2       Q6_K       bfloat16  9
+bytes-empty@1              llama       Q8_0       float32   7
 file-rows-zero@1           llama       Q4_K       float32   7
 file-rows-zero@2           qwen2       Q8_0       bfloat16  1
 file-row-zero@1            llama       Q8_0       float16   7
@@ -603,6 +630,7 @@ little-values@0            qwen2       Q8_0       none      9  llama.cpp?
 little-norm@all            mistral     F32        none      9  f32?
 local-little-head@1        llama       F32        none      9  kv-f16? fused
 local-little-head@all      qwen2       F32        none      9  f32?
+rows-paired@all            llama       F32        none      9  f32?
 local-rope-head@0          llama       F32        none      9  f32?
 local-residual-token@all   llama       F32        none      9  kv-bf16?
 local-down-last-token@0    qwen2       F32        none      9  llama.cpp?

@@ -122,6 +122,8 @@ GROUNDS: Mapping[str, Ground] = {
     "gemma-long": Ground("gemma2", GEMMA | LONG | {"head_dim": 32, "sliding_window": 100}),
     "gemma-uncapped": Ground("gemma2", GEMMA | {
         "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    # More layers than a digit counts.
+    "deep": Ground("qwen2", _settings(**LONG | {"num_hidden_layers": 12})),
     # Heads that are no whole vectors.
     "tail": Ground("llama", _settings(num_attention_heads=4, head_dim=36)),
 }  # fmt: skip

@@ -516,6 +516,81 @@ plant("activations-q8", "q8|activation|rounded|precision",
       ffn_out=lambda s: s.project("mlp.down_proj", quantised_blocks(s.x)))  # fmt: skip
 
 
+def summed_twice(module: str, parts: int, *which: int) -> Wrong:
+    """Split-k: some parts of the sum are added twice."""
+
+    def wrong(s: Step) -> Tensor:
+        x = s.x.reshape(len(s.x), parts, -1).clone()
+        x[:, list(which)] *= 2
+        return s.project(module, x.reshape(s.x.shape))
+
+    return wrong
+
+
+def _rows_as_of_queries(s: Step) -> Tensor:
+    """k's rows through llama.cpp's permute() with the number of query heads."""
+    q, k, v = (s.part(c, s.sound()) for c in "qkv")
+    heads = s.config.num_heads
+    moved = k.reshape(len(k), heads, 2, k.shape[1] // heads // 2).transpose(2, 3)
+    return torch.cat([q, moved.reshape(k.shape), v], dim=1)
+
+
+def _few_bits(x: Tensor, top: int, *, by_token: bool) -> Tensor:
+    step = (x.abs().amax(dim=1, keepdim=True) if by_token else x.abs().max()) / top
+    return (x / step).round().clamp(-top, top) * step
+
+
+def _without_a_block(s: Step) -> Tensor:
+    weight = s.weight("mlp.up_proj.weight").clone()
+    weight[37, 64:96] = 0
+    return s.linear(s.x, weight)
+
+
+plant("split-k-twice", "part 1 of 4 added twice", ffn_out=summed_twice("mlp.down_proj", 4, 1))
+plant("split-k-out-twice", "part 7 of 8 added twice",
+      attn_out=summed_twice("self_attn.o_proj", 8, 7))  # fmt: skip
+plant("k-permuted-as-q", "h in place of k", qkv_matmul=lambda s: _rows_as_of_queries(s))
+plant("activations-4-bits", "4 bits (a scale for each token)", ffn_gate=lambda s: s.project(
+    "mlp.gate_proj", _few_bits(s.x, 7, by_token=True)))  # fmt: skip
+plant("activations-8-bits-tensor", "8 bits (one scale for all tokens)", ffn_out=lambda s: (
+    s.project("mlp.down_proj", _few_bits(s.x, 127, by_token=False))))  # fmt: skip
+plant("activations-float8", "float8 (a scale for each token)", ffn_up=lambda s: s.project(
+    "mlp.up_proj", _in_float8(s.x)))  # fmt: skip
+plant("block-empty", "block 2 of row 37 (zero)", ffn_up=_without_a_block)
+plant("parallel-norm", "a parallel block", ffn_norm=lambda s: s.norm(
+    s.made[stream_of(s)], s.own_gain()))  # fmt: skip
+plant("parallel-gate", "a parallel block",
+      ffn_gate=lambda s: s.project("mlp.gate_proj", s.made[StageKey(s.key.layer, "attn_norm")]),
+      ffn_up=lambda s: s.project("mlp.up_proj", s.made[StageKey(s.key.layer, "attn_norm")]),
+)  # fmt: skip
+plant("layer-skipped", "what layer 0 gives", attn_norm=lambda s: s.norm(
+    s.made[StageKey(s.key.layer - 2, "post_ffn_residual")], s.own_gain()))  # fmt: skip
+plant("rope-head-size", "on heads of", **both(lambda s: _on_smaller_heads(s)))
+plant("layers-by-name", "order of their names",
+      ffn_gate=lambda s: s.project("mlp.gate_proj", layer=10))  # fmt: skip
+
+
+def stream_of(s: Step) -> StageKey:
+    """What the layer is given."""
+    layer = s.key.layer
+    return StageKey(layer - 1, "post_ffn_residual") if layer else StageKey(0, "embedding")
+
+
+def _in_float8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=1, keepdim=True) / 448
+    return (x / scale).float().to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def _on_smaller_heads(s: Step) -> Tensor:
+    """Every head taken for two of half its size."""
+    x, size = s.head_normed(), s.config.head_dim // 2
+    frequencies = plain_frequencies(s.config.rope.theta, size)
+    angles = torch.arange(len(x), dtype=torch.float64)[:, None] * frequencies.inverse[None]
+    cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
+    a, b = x.reshape(len(x), -1, 2, size // 2).unbind(dim=2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=2).reshape(x.shape)
+
+
 def _paired_rows(s: Step) -> Tensor:
     """Rows of q as the other RoPE convention has them."""
     q, k, v = (s.part(c, s.sound()) for c in "qkv")

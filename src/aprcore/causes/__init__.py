@@ -26,6 +26,7 @@ from aprcore.causes import (
     residual,
     rope,
     rope_schedules,
+    rounded_activations,
     weight_variants,
 )
 from aprcore.causes.experiment import Experiment
@@ -68,6 +69,7 @@ PRODUCTS: tuple[Variants, ...] = (
     *weight_variants.VARIANTS,
     dequantisation.decoders,
     precision.rounded_inputs,
+    rounded_activations.variants,
 )
 
 

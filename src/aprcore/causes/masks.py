@@ -144,7 +144,9 @@ def _chunks(scene: Scene) -> Iterator[Trial]:
     first = scene.first_wrong_token
     sizes = {2**n for n in range(1, 11)} | {first}
     masks = [(f"in chunks of {n} tokens", place // n * n) for n in sorted(sizes) if 1 < n < queries]
-    starts = sorted({*range(1, min(queries, 17)), first} - {0})
+    starts = sorted({*range(1, min(queries, 17)), first, queries - 1} - {0})
+    if not scene.is_observed:  # each runs a whole span
+        starts = [queries - 1] if queries > 1 else []
     masks += [(f"from token {n} on", np.where(place < n, 0, n)) for n in starts]
     for name, begins in masks:
         allowed = sound & (place[None, :] >= begins[:, None])

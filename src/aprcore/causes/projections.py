@@ -175,6 +175,17 @@ def _product(part: Part, variant: Variant, rows: Indices, tokens: Indices) -> Fl
     return capped(part.scene, value) if isinstance(part.scene.operation, Head) else value
 
 
+def order_note(scene: Scene, name: str) -> str:
+    """What another layer's weight says of the order of all layers, if it says anything."""
+    here, count = scene.key.layer, scene.config.num_layers
+    inside, _, rest = name.removeprefix("model.layers.").partition(".")
+    if here is None or not rest or not inside.isdigit() or int(inside) == here:
+        return ""
+    by_name = sorted(range(count), key=str)
+    is_other = by_name[here] == int(inside) or by_name[int(inside)] == here
+    return " (layers in the order of their names: 0, 1, 10, ...)" if is_other else ""
+
+
 def picker(weight: Weight) -> Pick:
     """Rows of a weight by number."""
     return in_runs(weight.read)

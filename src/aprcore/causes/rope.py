@@ -104,6 +104,8 @@ def _restarts(scene: Scene) -> Iterator[Trial]:
 def _held(scene: Scene) -> Iterator[Trial]:
     """Positions beyond a table's end, which is read there instead."""
     positions = scene.positions.astype(np.float64)
+    if scene.is_observed and not scene.wrong.reshape(len(positions), -1)[-1].any():
+        return  # the last token is beyond the end, if any is
     last = {2**n - 1 for n in range(1, 18)} | {int(positions[max(0, scene.first_wrong_token - 1)])}
     for end in sorted(n for n in last if max(0, positions[0]) < n < positions[-1]):
         yield f"{end}", _rotated_at(scene, np.minimum(positions, end))
@@ -232,6 +234,19 @@ def _one_angle(scene: Scene) -> Float64:
     return _turned(before_rotation(scene), angles)
 
 
+def _other_heads(scene: Scene) -> Iterator[Trial]:
+    """Heads of another size, such as hidden size over heads where the model states one."""
+    x, rope, config = before_rotation(scene), scene.config.rope, scene.config
+    sizes = (config.hidden_size // config.num_heads, config.num_heads, config.num_kv_heads,
+             rope.head_dim // 2, 2 * rope.head_dim)  # fmt: skip
+    for size in dict.fromkeys(sizes):
+        if size != config.head_dim and size > 1 and not size % 2 and not x.shape[1] % size:
+            other = replace(rope, head_dim=size, divisors=None)
+            yield f"{size} dimensions in place of {config.head_dim}", (
+                scene.backend.rope(x, scene.positions, other)
+            )  # fmt: skip
+
+
 def _half_angles(scene: Scene) -> Iterator[Trial]:
     """Sine and cosine, or the angle too, rounded to half precision."""
     angles, x = _angles(scene), before_rotation(scene)
@@ -320,6 +335,9 @@ ENTRIES = (
     _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions",
          "RoPE scaling (linear by {})" + ORIGINAL, "rope_scaling of this file: " + _CONFIG,
          is_fallback=True),
+    _row("RoPE on heads of {}", _other_heads,
+         "the head dimension, which need not be hidden size over heads; and that it is not taken "
+         "for the number of heads", ORIGINAL, "head_dim of this file: " + _CONFIG),
     _row("RoPE frequencies theta^({})", _exponents,
          "the exponent of theta in the frequencies: -2i/D", None),
     Entry("RoPE with one frequency for all dimensions", ROTATED, single(_one_angle),

@@ -116,7 +116,7 @@ _CACHED = ("scores", "values")
 ANGLES = ("direct", "iterated")
 # Types that ggml rounds queries to for a product with keys of a cache of this type.
 _BESIDE_CACHE = {"f16": "f16", "bf16": "bf16", "q8_0": "q8_0", "q5_0": "q8_0", "q4_0": "q8_0",
-                 "q5_1": "q8_1", "q4_1": "q8_1"}  # fmt: skip
+                 "q5_1": "q8_1 and sums", "q4_1": "q8_1 and sums"}  # fmt: skip
 QUANTISED_CACHES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 CACHES = ("f32", *_BESIDE_CACHE, "float8_e4m3fn", "float8_e5m2")
 

@@ -38,7 +38,7 @@ from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
-from aprcore.quant.roundings import RotatedRounding, Rounding
+from aprcore.quant.roundings import WITH_MINIMUM, RotatedRounding, Rounding, sum_offsets
 from aprcore.quant.steps import SHRINKAGE
 
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
@@ -141,16 +141,21 @@ class PredictionBackend:
         rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
         # sum_k w^2 x^2 goes where the variance will be: what follows from it is added at the end.
         value, variance, more = (np.empty((rows, width)) for _ in range(3))
-        products: dict[tuple[Rounding | None, ...], PredictedProduct] = {}
+        products: dict[tuple[object, ...], PredictedProduct] = {}
         jobs = []
         first = 0
         for weight in weights:
             roundings = self._roundings(lambda a: a.rounding_of(weight))  # noqa: B023
-            if roundings not in products:
+            kind = (*roundings, weight.dtype if weight.dtype in WITH_MINIMUM else "")
+            if kind not in products:
+                offsets = [
+                    sum_offsets(rounding, weight.dtype, x.value[part])
+                    for rounding, (part, _) in zip(roundings, self._profiles_of(rows))
+                ]
                 factor = self._factor(x, roundings)
-                products[roundings] = PredictedProduct(factor, self._profiles_of(rows))
+                products[kind] = PredictedProduct(factor, self._profiles_of(rows), offsets)
             pieces = row_chunks(weight, PIECE_BYTES)
-            jobs += [(products[roundings], weight, first, *piece) for piece in pieces]
+            jobs += [(products[kind], weight, first, *piece) for piece in pieces]
             first += weight.shape[0]
 
         def multiply(job: tuple[PredictedProduct, Weight, int, int, int]) -> None:

@@ -18,8 +18,8 @@ from aprcore.engines.arithmetic import EXACT, Arithmetic
 from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
-from aprcore.network.weights import Weight, row_chunks
-from aprcore.quant.roundings import Rounding
+from aprcore.network.weights import StoredWeight, Weight, row_chunks
+from aprcore.quant.roundings import Rounding, block_minima, sum_offsets
 
 Float64 = NDArray[np.float64]
 
@@ -64,9 +64,8 @@ class ReferenceBackend:
     def linear(self, x: Float64, weights: Sequence[Weight]) -> Float64:
         return np.concatenate(
             [
-                factor @ _wide(weight, start, stop).T
+                _product(x, weight, self._arithmetic.rounding_of(weight), start, stop)
                 for weight in weights
-                for factor in [rounded(x, self._arithmetic.rounding_of(weight))]
                 for start, stop in row_chunks(weight)
             ],
             axis=1,
@@ -147,6 +146,19 @@ class ReferenceBackend:
 
     def append_rows(self, x: Float64, y: Float64) -> Float64:
         return np.vstack([x, y])
+
+
+def _product(
+    x: Float64, weight: Weight, rounding: Rounding | None, start: int, stop: int
+) -> Float64:
+    """x times rows of a weight."""
+    rows = _wide(weight, start, stop)
+    product: Float64 = rounded(x, rounding) @ rows.T
+    offsets = sum_offsets(rounding, weight.dtype, x)
+    if offsets is None or not isinstance(weight, StoredWeight):
+        return product
+    minima = block_minima(weight.read_raw(start, stop), stop - start, weight.dtype)
+    return product + offsets.value @ minima.T
 
 
 def rounded(x: Float64, rounding: Rounding | None, width: int | None = None) -> Float64:

@@ -313,6 +313,8 @@ def _reorder(side: RecordedSide, readings: Mapping[StageKey, str]) -> None:
         names.setdefault(key.stage, []).append(name)
     for stage, found in names.items():
         most = max(found, key=found.count)
+        if most:
+            side.layouts[stage] = most
         for key in side.graph.keys if most else ():
             observed = side.tensor(key) if key.stage == stage else None
             if observed is None:

@@ -55,6 +55,7 @@ class RecordedSide:
     Attributes:
         engine: What the side's engine computes in.
         weights_rounded: As in `Profile`.
+        layouts: By stage another layout than the canonical one that the engine was found to have.
         graph: The stages of the model, with those that only this side recorded.
     """
 
@@ -96,6 +97,7 @@ class RecordedSide:
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
         self._layer: int | None = -1
+        self.layouts: dict[str, str] = {}
 
     def record(self, key: StageKey, tensor: Floats) -> None:
         """Add a tensor in canonical layout; later stages may read it."""

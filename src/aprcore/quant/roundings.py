@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.ground.precision import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FloatType
+from aprcore.ground.precision import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, FloatType
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -89,7 +89,7 @@ class FloatRounding:
         step = np.maximum(self.kind.spacing(x), self.kind.smallest)
         from_tie = np.abs(np.abs(x - value) - step / 2)
         near = from_tie <= SPREADS * np.asarray(spread)
-        return Rounded(value, np.where(near, np.square(step) / 4, 0.0))
+        return Rounded(value, np.where(near, np.square(step), 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,8 @@ class BlockRounding:
         block: Numbers per block; 0: the whole row.
         encode: Finds scale and codes of [rows, blocks, block] float32.
         half: Whether scale and offset are stored in float16.
-        sums: Whether the sum of a block is stored as well, in float16, for products with blocks
-            that have a minimum.
+        sums: Whether what a product loses by the sum of a block, which is stored in float16, is to
+            be counted as an error of its numbers: where the other factor's minima are not known.
     """
 
     name: str
@@ -149,15 +149,10 @@ class BlockRounding:
     def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
         """Round rows; a last block that is short is filled with zeros."""
         rows, columns = x.shape
-        block = self.block or columns
-        count = -(-columns // block)
-        padded = np.zeros((rows, count * block), np.float32)
-        padded[:, :columns] = x
-        codes = self.encode(padded.reshape(rows, count, block))
-        unknown = np.zeros((rows, count * block))
+        codes, whole = self._encoded(x)
+        unknown = np.zeros((rows, whole[0].size))
         unknown[:, :columns] = spread
-        unknown = unknown.reshape(rows, count, block)
-        whole = np.clip(np.rint(codes.code), codes.lowest, codes.highest).astype(np.float64)
+        unknown = unknown.reshape(whole.shape)
         # Both ends of a block may be off, by which a scale is off that counts so many steps.
         most = np.sqrt(2) * unknown.max(axis=2, keepdims=True)
         scale = self._stored(codes.scale, most / codes.highest)
@@ -168,7 +163,7 @@ class BlockRounding:
         near = _near_tie(codes.code.astype(np.float64), in_codes)
         if codes.rival is not None:
             near |= np.abs(codes.rival) <= SPREADS * most
-        variance = np.where(near, np.square(step) / 4, 0.0)
+        variance = np.where(near, np.square(step), 0.0)
         variance += np.square(whole) * scale.variance + offset.variance
         if self.sums:
             variance += self._sum_variance(codes.scale * whole, scale.value * whole)
@@ -177,6 +172,34 @@ class BlockRounding:
             return y.reshape(rows, -1)[:, :columns]
 
         return Rounded(cut(scale.value * whole + offset.value), cut(variance))
+
+    def sum_offsets(self, x: Float64) -> Rounded:
+        """By how much a block's stored sum is off the sum of its rounded numbers, [rows, blocks].
+
+        A product with blocks that have a minimum takes the numbers from these and the rest from the
+        sum: it is off by this times that minimum.
+        """
+        codes, whole = self._encoded(x)
+        scale = codes.scale.astype(np.float64)
+        exact = (scale * whole).sum(axis=2)
+        # Engines sum and multiply in float32 first.
+        stored = FloatRounding(FLOAT16)(exact, np.abs(exact) * FLOAT32.roundoff)
+        numbers = (FLOAT16.round(scale) * whole).sum(axis=2)
+        # Another code moves the sum, which then rounds anew.
+        near = _near_tie(codes.code.astype(np.float64), 0.0).any(axis=2)
+        variance = stored.variance + np.where(near, np.square(FLOAT16.spacing(exact)), 0.0)
+        return Rounded(stored.value - numbers, variance)
+
+    def _encoded(self, x: Float64) -> tuple[_Codes, Float64]:
+        """Blocks before rounding, and their whole codes [rows, blocks, block]."""
+        rows, columns = x.shape
+        block = self.block or columns
+        count = -(-columns // block)
+        padded = np.zeros((rows, count * block), np.float32)
+        padded[:, :columns] = x
+        codes = self.encode(padded.reshape(rows, count, block))
+        whole = np.clip(np.rint(codes.code), codes.lowest, codes.highest).astype(np.float64)
+        return codes, whole
 
     @staticmethod
     def _sum_variance(exact: Float64, stored: Float64) -> Float64:
@@ -228,6 +251,27 @@ def _by_range(levels: int) -> Callable[[Float32], _Codes]:
         return _Codes((x - low) * _inverse(scale), 0, levels, scale, low)
 
     return encode
+
+
+# Types whose blocks have a minimum, that a product multiplies by the sum of the other factor's
+# block, and the bytes of a block of 32: the scale, the minimum, the codes.
+WITH_MINIMUM = {"Q4_1": 20, "Q5_1": 24}
+
+
+def sum_offsets(rounding: Rounding | None, dtype: str, x: Float64) -> Rounded | None:
+    """As `BlockRounding.sum_offsets`, for a weight of this type; None where there are none."""
+    is_summed = isinstance(rounding, BlockRounding) and rounding.name == "q8_1"
+    if not is_summed or dtype not in WITH_MINIMUM:
+        return None
+    assert isinstance(rounding, BlockRounding)
+    return rounding.sum_offsets(x)
+
+
+def block_minima(raw: NDArray[np.uint8], rows: int, dtype: str) -> Float64:
+    """The minimum of each block of a weight's rows, [rows, blocks], from its stored bytes."""
+    blocks = raw.reshape(rows, -1, WITH_MINIMUM[dtype])
+    minima = np.ascontiguousarray(blocks[:, :, 2:4]).view("<f2")[:, :, 0]
+    return np.asarray(minima, dtype=np.float64)
 
 
 def exact(x: NDArray[Any]) -> Rounded:
@@ -317,7 +361,7 @@ def hadamard(x: Float64) -> Float64:
 
 _F16, _BF16 = FloatRounding(FLOAT16), FloatRounding(BFLOAT16)
 _Q8_0 = BlockRounding("q8_0", 32, _by_magnitude)
-_Q8_1 = BlockRounding("q8_1", 32, _by_magnitude, sums=True)
+_Q8_1 = BlockRounding("q8_1", 32, _by_magnitude)
 _Q8_K = BlockRounding("q8_k", 256, _by_extreme(-127, 127), half=False)
 
 # By name. Int8 by token is what dynamic W8A8 kernels do: one float32 scale for each row.
@@ -325,6 +369,7 @@ ROUNDINGS: dict[str, Rounding] = {
     rounding.name: rounding
     for rounding in (
         _F16, _BF16, _Q8_0, _Q8_1, _Q8_K,
+        BlockRounding("q8_1 and sums", 32, _by_magnitude, sums=True),
         BlockRounding("q8_0-f32", 32, _by_magnitude, half=False),
         BlockRounding("int8", 0, _by_magnitude, half=False),
         BlockRounding("q5_1", 32, _by_range(31)),
@@ -336,7 +381,7 @@ ROUNDINGS: dict[str, Rounding] = {
     )
 }  # fmt: skip
 ROTATED, ROTATED_BY_64, PAIRED = "-rotated", "-rotated by 64", " in pairs"
-_OF_CACHES = ("q8_0", "q8_1", "q5_1", "q5_0", "q4_1", "q4_0")
+_OF_CACHES = ("q8_0", "q8_1 and sums", "q5_1", "q5_0", "q4_1", "q4_0")
 ROUNDINGS |= {
     f"{name}{suffix}": RotatedRounding(f"{name}{suffix}", ROUNDINGS[name], size)
     for name in _OF_CACHES

@@ -338,7 +338,7 @@ def _with_arithmetic(sides: Sides, stated: Mapping[str, str], name: str, notes: 
         notes.append(
             f"{name} does not record its arithmetic; {describe_inference(engine, found)}"
         )  # fmt: skip
-    return replace(sides, arithmetic=engine, past=side.past)
+    return replace(sides, arithmetic=engine, past=side.past, layouts=side.layouts)
 
 
 def _outline(dumps: Iterable[StageSource]) -> Graph:

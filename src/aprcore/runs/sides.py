@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Sides:
         threads: Threads of the CPU path.
         reference: A float model that the quantised one was made of, if it is at hand.
         past: Keys and values before the trace, in a decoding step.
+        layouts: By stage another layout that most of the trace's were found to have.
         other: A second dump that the trace is held against, as if it were under test itself.
     """
 
@@ -62,6 +63,7 @@ class Sides:
     reference: Model | None = None
     other: Sides | None = None
     past: KeyValueCache | None = None
+    layouts: Mapping[str, str] = field(default_factory=dict)
 
     def recorded(self) -> tuple[RecordedSide | None, RecordedSide | None]:
         """Both sides as the judge replays them: (trace, oracle), None where that is impossible."""

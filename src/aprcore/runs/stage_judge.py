@@ -28,6 +28,7 @@ from aprcore.judging.logits import compare_logits
 from aprcore.judging.quantisation import measure_quantisation
 from aprcore.judging.replay import Expectation, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
+from aprcore.network.operations import Rotate
 from aprcore.network.stages import StageKey
 from aprcore.records.report import LogitsReport, StageReport
 from aprcore.runs.sides import Sides
@@ -318,25 +319,31 @@ class StageJudge:
             return x, judgment, None
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
-        in_pairs = None
+        usual = None if is_oracle else self._usual_layout(key)
+        as_usual = None
         for name, reading in alternatives(
             self._graph.operation(key), dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
         ):
             permuted = self._unmasked(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
-            if name == PAIRS:
-                in_pairs = permuted, other
+            if name == usual:
+                as_usual = permuted, other
             if other is None or not other.passed:
                 continue
             if not is_oracle and not self._is_convention(key, dumped, permuted, layout):
-                break
+                return x, judgment, None
             if name == PAIRS_OF_JOINED and not is_oracle:
                 self._paired.add(key.layer)
             return permuted, other, f"{name} in {side}"
-        if in_pairs is not None and not is_oracle and key.layer in self._paired:
-            # What is wrong is wrong in the order that the engine keeps q and k in.
-            return *in_pairs, f"{PAIRS} in {side}"
+        if as_usual is not None:  # what is wrong is wrong in the order that the engine keeps
+            return *as_usual, f"{usual} in {side}"
         return x, judgment, None
+
+    def _usual_layout(self, key: StageKey) -> str | None:
+        """The layout in which the trace keeps a stage: that of most layers, or of what it reads."""
+        known = self._sides.layouts.get(key.stage)
+        is_rotated = isinstance(self._graph.operation(key), Rotate)
+        return PAIRS if known is None and is_rotated and key.layer in self._paired else known
 
     def _is_convention(
         self, key: StageKey, dumped: Floats, permuted: Floats, layout: Layout
