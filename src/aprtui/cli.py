@@ -15,6 +15,7 @@ from typing import NoReturn
 from aprtui import __version__
 from aprtui.commands import (
     bisect,
+    capture,
     demo,
     devices,
     diff,
@@ -40,6 +41,7 @@ COMMANDS = {
     "trace": trace,
     "diff": diff,
     "oracle": oracle,
+    "capture": capture,
     "import": import_model,
     "inspect": inspect,
     "demo": demo,

@@ -197,6 +197,9 @@ def _finding(report: StageReport) -> Iterator[Line]:
             yield (f"Not judged: {report.reason}.",)
             yield ("Nothing is held against it, and it does not count as wrong. Dump"
                    f" {report.key.stage} on that side to have it judged.",)  # fmt: skip
+        case "UNJUDGED":
+            yield (f"It could not be judged: {visible(report.reason, telling.REASON_LIMIT)}.",)
+            yield ("That it is wrong is not said, nor that it is right.",)
         case "SHAPE":
             yield (f"The sizes differ: {report.reason}.",)
             expected = known_stages()[report.key.stage].shape

@@ -607,7 +607,7 @@ MASK = mutations_of(
 )  # fmt: skip
 
 ORACLE = mutations_of(
-    "aprcore/dumps/oracle.py",
+    "aprcore/capture/oracle.py",
     ["test_oracle_check"],
     [
         # Whose arithmetic.

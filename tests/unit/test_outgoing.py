@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from rich.segment import Segment
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from textual.color import Color
 
+import aprtui
 from aprcore.ground.visible import visible, visible_lines
 from aprtui.drawing import VisibleConsole
 from aprtui.outgoing import Gate, gated, is_terminal, overwrite
@@ -92,3 +94,21 @@ def test_a_stream_that_cannot_say_a_character(monkeypatch: pytest.MonkeyPatch) -
     with gated():
         print("✓", flush=True)
     assert below.getvalue() == b"\\u2713\n"
+
+
+def test_only_the_gates_speak_to_a_terminal() -> None:
+    """Who writes a control code or asks for a terminal elsewhere has gone around them."""
+    root = Path(aprtui.__file__).parent
+    sources = {path.name: path.read_text("utf-8") for path in root.rglob("*.py")}
+    for words in (
+        r"\x1b",
+        ".beneath",
+        "stdout.isatty",
+        "stderr.isatty",
+        "__stdout__",
+        "__stderr__",
+    ):
+        assert {name for name, text in sources.items() if words in text} <= {"outgoing.py"}, words
+    assert {n for n, t in sources.items() if " Console(" in t or "import Console" in t} <= {
+        "drawing.py", "stage_table.py",
+    }  # fmt: skip

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures and every case")
     options = parser.parse_args(arguments)
     corpus.check_names()
-    cases = corpus.single_faults() + corpus.several_faults() + corpus.sound_pairs()
+    cases = (*corpus.single_faults(), *corpus.several_faults(), *corpus.sound_pairs())
     if options.only:
         cases = tuple(case for case in cases if options.only in case.name)
     started = time.perf_counter()

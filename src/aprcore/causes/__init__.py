@@ -15,21 +15,25 @@ from aprcore.causes import (
     attention,
     biases,
     buffers,
+    caches,
     caps,
     dequantisation,
     embedding_head,
+    fused_attention,
     masks,
     norms,
     precision,
     residual,
     rope,
+    rope_schedules,
+    rounded_activations,
     weight_variants,
 )
 from aprcore.causes.experiment import Experiment
 from aprcore.causes.overflow import explain_nonfinite
 from aprcore.causes.projections import Variants
 from aprcore.causes.records import CauseTried, Explanation
-from aprcore.causes.scene import Entry, Scene
+from aprcore.causes.scene import Entry, Scene, factors
 from aprcore.causes.search import (
     settle,
     try_arithmetics,
@@ -47,7 +51,10 @@ __all__ = ["CauseTried", "Explanation", "explain", "explain_nonfinite"]
 
 CATALOGUE: tuple[Entry, ...] = (
     *rope.ENTRIES,
+    *rope_schedules.ENTRIES,
     *attention.ENTRIES,
+    *caches.ENTRIES,
+    *fused_attention.ENTRIES,
     *masks.ENTRIES,
     *caps.ENTRIES,
     *norms.ENTRIES,
@@ -62,6 +69,7 @@ PRODUCTS: tuple[Variants, ...] = (
     *weight_variants.VARIANTS,
     dequantisation.decoders,
     precision.rounded_inputs,
+    rounded_activations.variants,
 )
 
 
@@ -106,15 +114,19 @@ def _scene(
     inputs = side.inputs(key)
     if inputs is None or not np.isfinite(observed).all():
         return None
+    site, profile = side.site(key), side.profile(key)
+    values = [x.estimate.value for x in inputs]
     return Scene(
         key=key,
-        site=side.site(key),
-        inputs=tuple(x.estimate.value for x in inputs),
+        site=site,
+        inputs=tuple(factors(side.graph.operation(key), profile.arithmetic, site.config, values)),
         observed=np.asarray(observed, dtype=np.float64),
         plain=expected.estimate,
         layout=layout,
         in_file=in_file,
-        profile=side.profile,
+        profile=profile,
+        arithmetic=lambda other: side.profile(other).arithmetic,
         recorded=side.peek,
+        unmasked=side.unmasked,
         graph=side.graph,
     )

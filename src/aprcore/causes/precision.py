@@ -14,9 +14,10 @@ from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.projections import Part, Pick, Variant, picker
 from aprcore.causes.scene import Float64, Scene
 from aprcore.causes.solving import best_factor
+from aprcore.engines.arithmetic import Arithmetic
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic, FloatType
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FloatType
 from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.replay import run_stage
 from aprcore.network.weights import Weight

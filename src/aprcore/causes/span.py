@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from aprcore.causes.experiment import Experiment
-from aprcore.causes.scene import Entry, Float64, Scene
+from aprcore.causes.scene import Entry, Float64, Scene, factors
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.replay import Expectation, RecordedSide
 from aprcore.network.stages import StageKey
@@ -48,12 +48,14 @@ def _inner_scene(side: RecordedSide, scene: Scene, key: StageKey) -> Scene | Non
     inputs, expected = side.inputs(key), side.expect(key)
     if inputs is None or expected is None:
         return None
-    plain = expected.estimate
+    plain, profile = expected.estimate, side.profile(key)
+    values = [x.estimate.value for x in inputs]
     return replace(
         scene,
         key=key,
         site=side.site(key),
-        inputs=tuple(x.estimate.value for x in inputs),
+        inputs=tuple(factors(side.graph.operation(key), profile.arithmetic, scene.config, values)),
+        profile=profile,
         observed=plain.value,
         plain=plain,
         layout=layout_of(key, side.sizes(), plain.value.size),

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from aprcore.dumps.sidecar import read_sidecar
 from aprcore.dumps.stage_file import HEADER, SUFFIX, check_header, read_stage_file, use_file
 from aprcore.ground.errors import TraceError
+from aprcore.network.backend import KeyValueCache
+from aprcore.network.config import ModelConfig
 from aprcore.network.graph import computation_order, known_stages, parse_path
 from aprcore.network.stages import Scope, StageKey
 
@@ -85,6 +87,15 @@ class TraceDirectory:
     def file(self, key: StageKey) -> Path:
         """The file of a tensor."""
         return Path(self._files[key][0])
+
+    def past(self, config: ModelConfig) -> KeyValueCache | None:
+        """What lies before a decoding step, of which stage files show nothing."""
+        first = (self.sidecar.positions or (0,))[0]
+        return KeyValueCache(first) if first else None
+
+    def is_exact(self, key: StageKey) -> bool:
+        """True: what is stored is what the engine went on with, but for its type."""
+        return True
 
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +71,47 @@ class StoredArray:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredIntegers:
+    """An array of integers in a file: ids, positions, masks.
+
+    Attributes:
+        shape: Its sizes.
+        read: All of it.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorFile:
-    """What one file holds.
+    """What one file, or a folder of files, holds.
 
     Attributes:
         arrays: Its floating-point tensors by name.
+        integers: Its arrays of integers by name.
         sidecar: What it says of itself: tokens, prompt, dtype, arithmetic, backend.
         ignored: Names of what is no floating-point tensor.
     """
 
     arrays: Mapping[str, StoredArray]
+    integers: Mapping[str, StoredIntegers]
     sidecar: Sidecar
     ignored: tuple[str, ...]
 
 
 def drop_batch(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without a leading axis of one; two axes are taken for tokens and a width."""
-    return shape[1:] if len(shape) > 2 and shape[0] == 1 else shape
+    """A shape without leading axes of one; two axes are taken for tokens and a width."""
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
-def make_sidecar(texts: Mapping[str, Any], tokens: Any, where: Path) -> Sidecar:
-    """What a file says of itself.
+def make_sidecar(texts: Mapping[str, Any], where: Path) -> Sidecar:
+    """What the texts in a file say of it.
 
     Args:
         texts: Strings by name, those of `TEXT_NAMES` and "tokens".
-        tokens: An array of ids, or None.
         where: The file, for errors.
 
     Raises:
@@ -102,12 +119,7 @@ def make_sidecar(texts: Mapping[str, Any], tokens: Any, where: Path) -> Sidecar:
     """
     ids: tuple[int, ...] | None = None
     text = next((texts[name] for name in TOKEN_NAMES if name in texts), None)
-    if tokens is not None:
-        flat = np.asarray(tokens).reshape(-1)
-        if flat.dtype.kind not in "iu" or flat.size == 0 or int(flat.min()) < 0:
-            raise FormatError("its token ids are not non-negative integers", where=where)
-        ids = tuple(int(token) for token in flat)
-    elif isinstance(text, str):
+    if isinstance(text, str):
         try:
             ids = parse_tokens(text)
         except AprError as error:
@@ -126,34 +138,36 @@ def read_safetensors_dump(path: Path) -> TensorFile:
     file, data_bytes, header = read_safetensors_header(path)
     texts = header.pop(METADATA_NAME, None)
     arrays: dict[str, StoredArray] = {}
-    ignored, tokens = [], None
+    integers: dict[str, StoredIntegers] = {}
+    ignored = []
     for name, entry in header.items():
         try:
             stored = read_entry(file, data_bytes, name, entry)
         except UnsupportedError:  # masks and indices have types that no weight has
             ignored.append(name)
             continue
-        if name in TOKEN_NAMES:
-            tokens = _read_integers(stored)
+        if stored.dtype in _INTEGER_TYPES and math.prod(stored.shape) <= TOKENS_LIMIT:
+            integers[name] = StoredIntegers(stored.shape, partial(_read_integers, stored))
+        elif name in TOKEN_NAMES:
+            raise FormatError(f"tensor {name!r} ({stored.dtype}) holds no token ids",
+                              where=path, hint="store them as int64")  # fmt: skip
         elif stored.dtype not in DTYPE_NAMES:
             ignored.append(name)
         else:
             shape = drop_batch(stored.shape)
             load = replace(stored, shape=shape).read
             arrays[name] = StoredArray(shape, DTYPE_NAMES[stored.dtype], load)
-    sidecar = make_sidecar(texts if isinstance(texts, dict) else {}, tokens, path)
-    return TensorFile(arrays, sidecar, tuple(ignored))
+    sidecar = make_sidecar(texts if isinstance(texts, dict) else {}, path)
+    return TensorFile(arrays, integers, sidecar, tuple(ignored))
 
 
-def _read_integers(stored: StoredTensor) -> NDArray[Any] | None:
-    kind = {"I64": "<i8", "I32": "<i4"}.get(stored.dtype)
-    count = math.prod(stored.shape)
-    if kind is None or count > TOKENS_LIMIT:
-        raise FormatError(f"tensor {stored.name!r} ({stored.dtype}) holds no token ids",
-                          where=stored.file.path, hint="store them as int64")  # fmt: skip
-    ids = np.empty(count, kind)
-    stored.file.read_into(stored.offset_bytes, ids)
-    return ids
+_INTEGER_TYPES = {"I64": "<i8", "I32": "<i4"}
+
+
+def _read_integers(stored: StoredTensor) -> NDArray[Any]:
+    values = np.empty(math.prod(stored.shape), _INTEGER_TYPES[stored.dtype])
+    stored.file.read_into(stored.offset_bytes, values)
+    return values.reshape(stored.shape)
 
 
 def read_npz_dump(path: Path) -> TensorFile:
@@ -171,15 +185,15 @@ def read_npz_dump(path: Path) -> TensorFile:
                    if info.filename.endswith(".npy")]  # fmt: skip
     except _NPZ_ERRORS as error:
         raise _npz_error(path, error) from error
-    arrays, ignored = {}, []
+    arrays, integers, ignored = {}, {}, []
     texts: dict[str, Any] = {}
-    tokens = None
     for info, (shape, dtype) in entries:
         name = info.filename.removesuffix(".npy")
         _check_member(path, info, math.prod(shape) * dtype.itemsize)
         is_small = math.prod(shape) <= TOKENS_LIMIT
-        if name in TOKEN_NAMES and dtype.kind in "iu" and is_small:
-            tokens = _read_member(archive, path, info.filename)
+        if dtype.kind in "iu" and is_small:
+            read = partial(_read_member, archive, path, info.filename)
+            integers[name] = StoredIntegers(shape, read)
         elif name in (*TOKEN_NAMES, *TEXT_NAMES) and dtype.kind in "US" and shape == ():
             text = _read_member(archive, path, info.filename).item()
             texts[name] = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
@@ -188,7 +202,7 @@ def read_npz_dump(path: Path) -> TensorFile:
             arrays[name] = StoredArray(drop_batch(shape), kind, load)
         else:
             ignored.append(name)
-    return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
+    return TensorFile(arrays, integers, make_sidecar(texts, path), tuple(ignored))
 
 
 _NPZ_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError, RuntimeError)
@@ -207,17 +221,23 @@ def _read_npy_header(
         ValueError: The header is malformed or the member has another size.
     """
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"{info.filename} is of version {version}")
-        shape, _, dtype = readers[version](stream)
-        expected = stream.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and info.file_size != expected:
-        raise ValueError(f"{info.filename} has {info.file_size} bytes where {expected} are due")
+        return _read_header(stream, info.file_size, info.filename)
+
+
+def _read_header(
+    stream: Any, size_bytes: int, name: str
+) -> tuple[tuple[int, ...], np.dtype[Any]]:  # fmt: skip
+    version = np.lib.format.read_magic(stream)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"{name} is of version {version}")
+    shape, _, dtype = readers[version](stream)
+    expected = stream.tell() + math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and size_bytes != expected:
+        raise ValueError(f"{name} has {size_bytes} bytes where {expected} are due")
     return tuple(int(size) for size in shape), dtype
 
 
@@ -247,14 +267,58 @@ def _member_loader(
     archive: zipfile.ZipFile, path: Path, member: str
 ) -> Callable[[int, int], Float32]:
     def load(start: int, stop: int) -> Float32:
-        array = _read_member(archive, path, member)
-        if array.dtype.kind == "V":
-            array = array.view(BFLOAT16.dtype)
-        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
-            array = np.ascontiguousarray(array, dtype=np.float32)
-        return array.reshape(drop_batch(array.shape) or (1,))[start:stop]
+        return _as_float32(_read_member(archive, path, member))[start:stop]
 
     return load
+
+
+def _as_float32(array: NDArray[Any]) -> Float32:
+    """Rows of values, without a batch axis of one."""
+    if array.dtype.kind == "V":
+        array = array.view(BFLOAT16.dtype)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    return array.reshape(drop_batch(array.shape) or (1,))
+
+
+def read_npy_dump(path: Path) -> TensorFile:
+    """A .npy file: one array, without a name.
+
+    Raises:
+        FormatError: The file is malformed.
+    """
+    DataFile(path).close()
+    try:
+        with path.open("rb") as stream:
+            shape, dtype = _read_header(stream, path.stat().st_size, path.name)
+    except (*_NPZ_ERRORS, OSError) as error:
+        raise FormatError(f"is no readable .npy file: {error}", where=path,
+                          hint="dump it again") from error  # fmt: skip
+
+    def read() -> NDArray[Any]:
+        with path.open("rb") as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+
+    def load(start: int, stop: int) -> Float32:
+        return _as_float32(read())[start:stop]
+
+    nothing: dict[str, Any] = {}
+    if dtype.kind in "iu" and math.prod(shape) <= TOKENS_LIMIT:
+        return TensorFile(nothing, {"": StoredIntegers(shape, read)}, Sidecar(), ())
+    kind = _float_name(dtype)
+    if kind is None:
+        return TensorFile(nothing, {}, Sidecar(), ("",))
+    return TensorFile({"": StoredArray(drop_batch(shape), kind, load)}, {}, Sidecar(), ())
+
+
+def store_array(array: NDArray[Any]) -> StoredArray | StoredIntegers | None:
+    """An array that is at hand as one of a file; None of another type."""
+    if array.dtype.kind in "iu" and array.size <= TOKENS_LIMIT:
+        return StoredIntegers(array.shape, lambda: array)
+    kind = _float_name(array.dtype)
+    if kind is None:
+        return None
+    return StoredArray(drop_batch(array.shape), kind, lambda a, b: _as_float32(array)[a:b])
 
 
 def read_torch_dump(path: Path) -> TensorFile:
@@ -282,24 +346,28 @@ def read_torch_dump(path: Path) -> TensorFile:
                           hint="save a plain dict of tensors") from error  # fmt: skip
     except Exception as error:  # a damaged pickle fails in any way at all
         raise FormatError("is no readable .pt file", where=path, hint="dump it again") from error
-    arrays, ignored = {}, []
+    arrays, integers, ignored = {}, {}, []
     texts: dict[str, Any] = {}
-    tokens = None
     for name, value in items:
         is_tensor = isinstance(value, torch.Tensor)
-        if name in TOKEN_NAMES and is_tensor:
-            tokens = value.numpy()
+        is_integer = is_tensor and str(value.dtype) in ("torch.int64", "torch.int32")
+        is_plain = is_tensor and value.layout == torch.strided and value.device.type == "cpu"
+        if is_integer and is_plain and value.numel() <= TOKENS_LIMIT:
+            integers[name] = StoredIntegers(tuple(value.shape), value.numpy)
+        elif name in TOKEN_NAMES and is_tensor:
+            raise FormatError("its token ids are not non-negative integers", where=path)
         elif name in (*TOKEN_NAMES, *TEXT_NAMES) and isinstance(value, str):
             texts[name] = value
         elif is_tensor and value.layout == torch.strided and str(value.dtype) in DTYPE_NAMES:
             arrays[name] = _torch_array(path, name, value)
-        else:
+        elif value is not None:  # the bias that a module of vLLM has not
             ignored.append(name)
     listed = [value for name, value in items if name.rpartition(".")[0] in TOKEN_NAMES]
-    if tokens is None and listed and all(type(value) is int for value in listed):
-        tokens = np.asarray(listed)
+    if listed and all(type(value) is int for value in listed):
+        ids = np.asarray(listed)
+        integers.setdefault(TOKEN_NAMES[0], StoredIntegers(ids.shape, lambda: ids))
         ignored = [name for name in ignored if name.rpartition(".")[0] not in TOKEN_NAMES]
-    return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
+    return TensorFile(arrays, integers, make_sidecar(texts, path), tuple(ignored))
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:

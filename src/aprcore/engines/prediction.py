@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import Arithmetic
 from aprcore.engines.estimate import Estimate, Float64, Profile
 from aprcore.engines.predicted_product import PredictedProduct
 from aprcore.engines.reference import ReferenceBackend
@@ -37,6 +38,8 @@ from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
+from aprcore.quant.roundings import WITH_MINIMUM, RotatedRounding, Rounding, sum_offsets
+from aprcore.quant.steps import SHRINKAGE
 
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
 # leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
@@ -48,6 +51,9 @@ PIECE_BYTES = 1024 * 1024
 CLIPPED_TAIL = 4.0
 # Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
 ANGLE_ROUNDINGS = 4
+# Rows of a weight, twice, that stand for all where the correlation of its results is measured.
+SAMPLED_ROWS = 64
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 class PredictionBackend:
@@ -65,6 +71,7 @@ class PredictionBackend:
         """One (number of rows, profile) per stacked side; None rows for a single side."""
         self._profiles = profiles
         self._threads = threads or available_threads()
+        # Factors are rounded here, where it is known how well they are known.
         self._exact = ReferenceBackend()
 
     def from_host(self, x: NDArray[np.floating[Any]]) -> Estimate:
@@ -92,7 +99,7 @@ class PredictionBackend:
         # The factor rounds once, by as much for every value: no mean over them is near a typical
         # rounding, so it is the one that the type gives. Then each product rounds.
         variance = factor**2 * x.variance + self._by_side(np.square(x.value), of_factor)
-        return Estimate(value, variance + self._stored(value), x.token_dof)
+        return replace(x, value=value, variance=variance + self._stored(value))
 
     def soft_cap(self, x: Estimate, cap: float) -> Estimate:
         value = self._exact.soft_cap(x.value, cap)
@@ -106,7 +113,7 @@ class PredictionBackend:
         variance += self._sum_error(4 * np.square(value))
         if np.any(x.variance):
             variance += np.square(slope) * x.variance
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def rms_norm(self, x: Estimate, weight: Weight, eps: float, offset: float = 0.0) -> Estimate:
         value = self._exact.rms_norm(x.value, weight, eps, offset)
@@ -127,22 +134,32 @@ class PredictionBackend:
         if np.any(x.variance):
             spread = np.repeat(scale, size, axis=1).reshape(value.shape)
             variance += np.square(gain * spread) * x.variance
-        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else None)
+        dof = 1.0 if self._any_weights_rounded() else None
+        return Estimate(value, variance, dof, x.correlation)
 
     def linear(self, x: Estimate, weights: Sequence[Weight]) -> Estimate:
         rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
         # sum_k w^2 x^2 goes where the variance will be: what follows from it is added at the end.
         value, variance, more = (np.empty((rows, width)) for _ in range(3))
-        product = PredictedProduct(x, self._profiles_of(rows))
+        products: dict[tuple[object, ...], PredictedProduct] = {}
         jobs = []
         first = 0
         for weight in weights:
+            roundings = self._roundings(lambda a: a.rounding_of(weight))  # noqa: B023
+            kind = (*roundings, weight.dtype if weight.dtype in WITH_MINIMUM else "")
+            if kind not in products:
+                offsets = [
+                    sum_offsets(rounding, weight.dtype, x.value[part])
+                    for rounding, (part, _) in zip(roundings, self._profiles_of(rows))
+                ]
+                factor = self._factor(x, roundings)
+                products[kind] = PredictedProduct(factor, self._profiles_of(rows), offsets)
             pieces = row_chunks(weight, PIECE_BYTES)
-            jobs += [(weight, first, start, stop) for start, stop in pieces]
+            jobs += [(products[kind], weight, first, *piece) for piece in pieces]
             first += weight.shape[0]
 
-        def multiply(job: tuple[Weight, int, int, int]) -> None:
-            weight, first, start, stop = job
+        def multiply(job: tuple[PredictedProduct, Weight, int, int, int]) -> None:
+            product, weight, first, start, stop = job
             columns = slice(first + start, first + stop)
             product.rows(weight, start, stop, *(y[:, columns] for y in (value, variance, more)))
 
@@ -157,7 +174,12 @@ class PredictionBackend:
             for rows, profile in self._profiles_of(rows)
             if profile.rounds_weights
         ]
-        return Estimate(value, variance, min(dofs, default=None))
+        shared = 0.0 if x.is_exact else self._shared(x, weights, variance)
+        shrinkage = max(SHRINKAGE.get(weight.dtype, 0.0) for weight in weights)
+        if shrinkage and any(profile.weights_rounded for _, profile in self._profiles):
+            alike = np.square(shrinkage * value) / np.maximum(variance, _TINY)
+            shared = max(shared, float(np.mean(alike)) ** 2)
+        return Estimate(value, variance, min(dofs, default=None), shared)
 
     def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
         value = self._exact.add_bias(x.value, biases)
@@ -170,13 +192,15 @@ class PredictionBackend:
         # the size of what they sum, which the product's typical size shows even where it cancels.
         size = np.mean(np.square(x.value), axis=1, keepdims=True) + np.square(bias)
         variance += self._sum_error(size * (x.value.shape[1] / 2 + 1))
-        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else x.token_dof)
+        dof = 1.0 if self._any_weights_rounded() else x.token_dof
+        return Estimate(value, variance, dof, x.correlation)
 
     def columns(self, x: Estimate, start: int, stop: int) -> Estimate:
         return replace(x, value=x.value[:, start:stop], variance=x.variance[:, start:stop])
 
     def rows(self, x: Estimate, start: int, stop: int) -> Estimate:
-        return Estimate(x.value[start:stop], x.variance[start:stop])
+        return replace(x, value=x.value[start:stop], variance=x.variance[start:stop],
+                       token_dof=None)  # fmt: skip
 
     def append_rows(self, x: Estimate, y: Estimate) -> Estimate:
         return Estimate(
@@ -184,7 +208,10 @@ class PredictionBackend:
         )
 
     def rope(self, x: Estimate, positions: Int64, rope: Rope) -> Estimate:
-        value = self._exact.rope(x.value, positions, rope)
+        value = np.concatenate([
+            ReferenceBackend(profile.arithmetic).rope(x.value[rows], positions[rows], rope)
+            for rows, profile in self._profiles_of(x.value.shape[0])
+        ])  # fmt: skip
         half = rope.head_dim // 2
 
         def swapped(y: Float64) -> Float64:
@@ -201,11 +228,14 @@ class PredictionBackend:
         variance += self._rounded(energy) + self._stored(value)
         if np.any(x.variance):
             variance += (x.variance + swapped(x.variance)) / 2
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def attention_scores(
         self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Estimate:
+        width = q.value.shape[1] // num_heads
+        q = self._factor(q, self._roundings(lambda a: a.activation_rounding), width)
+        k = self._factor(k, self._roundings(lambda a: a.cache_rounding), width)
         exact = self._exact.attention_scores
         value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         head_dim = q.value.shape[1] // num_heads
@@ -219,7 +249,12 @@ class PredictionBackend:
         if np.any(q.variance) or np.any(k.variance):
             variance += squares(q.variance, np.square(k.value))
             variance += squares(np.square(q.value), k.variance)
-        return Estimate(value, variance)
+        # The D errors of a query are in all of its scores, those of a key in those of all tokens.
+        by_head = [x.variance.reshape(x.variance.shape[0], -1, head_dim) for x in (q, k)]
+        return Estimate(
+            value, variance, None if k.is_exact else _independent(by_head[1]),
+            0.0 if q.is_exact else max(1 / _independent(by_head[0]), q.correlation),
+        )  # fmt: skip
 
     def masked_softmax(self, scores: Estimate, mask: Mask) -> Estimate:
         value = self._exact.masked_softmax(scores.value, mask)
@@ -228,25 +263,35 @@ class PredictionBackend:
         depth = np.where(seen, top - scores.value, 0.0)
         # The argument of exp is off by u (top - s); exp, the sum and the division by a few u.
         relative = np.square(depth) + 4 + value.shape[2] / 3
+        if any(profile.arithmetic.scales_late for _, profile in self._profiles):
+            relative = relative + np.square(scores.value)  # what it scales itself, it rounds itself
         variance = self._sum_error(np.square(value) * relative) + self._stored(value)
         # exp of what lies far below the maximum underflows to zero in float32.
         variance += np.where(seen, np.square(2.0**FLOAT32.min_exponent), 0.0)
         if np.any(scores.variance):
             pooled = (np.square(value) * scores.variance).sum(axis=2, keepdims=True)
             variance += np.square(value) * ((1 - 2 * value) * scores.variance + pooled)
-        return Estimate(value, variance)
+        return replace(scores, value=value, variance=variance)
 
     def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
+        softmax = self._factor(softmax, self._roundings(lambda a: a.activation_rounding))
+        v = self._factor(v, self._roundings(lambda a: a.cache_rounding),
+                         v.value.shape[1] // num_kv_heads)  # fmt: skip
         exact = self._exact.weighted_values
         value = exact(softmax.value, v.value, num_kv_heads)
         positions = softmax.value.shape[2]
         wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
         variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
-        variance += self._stored(value)
+        variance += self._stored(value) + self._turned_back(value)
+        correlation = 0.0
         if np.any(softmax.variance) or np.any(v.variance):
-            variance += exact(softmax.variance, np.square(v.value), num_kv_heads)
-            variance += exact(np.square(softmax.value), v.variance, num_kv_heads)
-        return Estimate(value, variance)
+            of_softmax = exact(softmax.variance, np.square(v.value), num_kv_heads)
+            of_values = exact(np.square(softmax.value), v.variance, num_kv_heads)
+            shares = (float(np.mean(part / np.maximum(variance + of_softmax + of_values, _TINY)))
+                      for part in (of_softmax, of_values))  # fmt: skip
+            variance += of_softmax + of_values
+            correlation = self._shared_in_attention(softmax, v, num_kv_heads, *shares)
+        return Estimate(value, variance, softmax.token_dof, correlation)
 
     def activation(self, x: Estimate, kind: str) -> Estimate:
         value = self._exact.activation(x.value, kind)
@@ -259,16 +304,65 @@ class PredictionBackend:
         variance += self._stored(value)
         if np.any(x.variance):
             variance += np.square(self._slope(x.value, kind)) * x.variance
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def add(self, x: Estimate, y: Estimate) -> Estimate:
         value = x.value + y.value
-        return Estimate(value, x.variance + y.variance + self._stored(value))
+        variance = x.variance + y.variance + self._stored(value)
+        return Estimate(value, variance, None, max(x.correlation, y.correlation))
 
     def multiply(self, x: Estimate, y: Estimate) -> Estimate:
         value = x.value * y.value
         carried = np.square(y.value) * x.variance + np.square(x.value) * y.variance
-        return Estimate(value, carried + self._stored(value))
+        correlation = max(x.correlation, y.correlation)
+        return Estimate(value, carried + self._stored(value), None, correlation)
+
+    def _shared(self, x: Estimate, weights: Sequence[Weight], variance: Float64) -> float:
+        """Mean squared correlation of a product's errors that its input's errors make.
+
+        With errors of variance v_k behind it, the covariance of outputs i and j is
+        sum_k w_ik w_jk v_k. Runs of rows of each weight stand for all of them.
+        """
+        found = 0.0
+        for rows, _ in self._profiles_of(x.value.shape[0]):
+            known = np.mean(x.variance[rows], axis=0)
+            if not np.any(known):
+                continue
+            first, parts, sizes = 0, [], []
+            for weight in weights:
+                count = min(SAMPLED_ROWS, weight.shape[0])
+                for start in {0, (weight.shape[0] - count) // 2}:
+                    parts.append(weight.read(start, start + count).reshape(count, -1))
+                    columns = slice(first + start, first + start + count)
+                    sizes.append(np.mean(variance[rows][:, columns], axis=0))
+                first += weight.shape[0]
+            scaled = np.concatenate(parts).astype(np.float64) * np.sqrt(known)
+            spread = np.sqrt(np.maximum(np.concatenate(sizes), _TINY))
+            squares = np.square((scaled @ scaled.T) / spread[:, None] / spread)
+            share = float(np.mean(np.sqrt(np.diagonal(squares))))
+            np.fill_diagonal(squares, 0)
+            count = len(spread)
+            pairs = float(squares.sum()) / max(1, count * (count - 1))
+            found = max(found, pairs, share**2 * x.correlation)
+        return found
+
+    @staticmethod
+    def _shared_in_attention(
+        softmax: Estimate, v: Estimate, num_kv_heads: int, of_softmax: float, of_values: float
+    ) -> float:
+        """Mean squared correlation of the errors of attention's output.
+
+        The errors of a token's attention weights are in every dimension of the head, and those of a
+        value in every head of its group.
+        """
+        heads = softmax.value.shape[0]
+        group, features = heads // num_kv_heads, v.value.shape[1] * heads // num_kv_heads
+        positions = _independent(softmax.variance)
+        by_group = (group - 1) / max(1, features - 1)
+        return float(
+            of_softmax**2 * max(1 / positions, softmax.correlation)
+            + of_values**2 * max(by_group, v.correlation)
+        )
 
     def _slope(self, x: Float64, kind: str) -> Float64:
         """The activation's derivative, for carrying an error through it."""
@@ -287,6 +381,46 @@ class PredictionBackend:
             start += count
         assert start == rows, f"{rows} rows where the sides have {start}"
         return blocks
+
+    def _roundings(
+        self, of: Callable[[Arithmetic], Rounding | None]
+    ) -> tuple[Rounding | None, ...]:
+        """How each side's engine rounds a factor."""
+        return tuple(of(profile.arithmetic) for _, profile in self._profiles)
+
+    def _factor(
+        self, x: Estimate, roundings: tuple[Rounding | None, ...], width: int | None = None
+    ) -> Estimate:
+        """A factor as the engines round it, in rows of this width (its last axis by default)."""
+        if not any(roundings):
+            return x
+        value, variance = x.value.copy(), np.array(x.variance)
+        if len(self._profiles) == 1:
+            blocks = [slice(None)]
+        else:
+            blocks = [rows for rows, _ in self._profiles_of(x.value.shape[0])]
+        for rows, rounding in zip(blocks, roundings):
+            if rounding is None:
+                continue
+            shape = value[rows].shape
+            flat = (-1, width or shape[-1])
+            spread: Float64 | float = 0.0
+            if np.any(variance[rows]):
+                spread = np.sqrt(variance[rows]).reshape(flat)
+            found = rounding(value[rows].reshape(flat), spread)
+            value[rows] = found.value.reshape(shape)
+            variance[rows] += found.variance.reshape(shape)
+        return replace(x, value=value, variance=variance)
+
+    def _turned_back(self, value: Float64) -> Float64 | float:
+        """Variance of turning attention's output back, where values were turned for the cache."""
+        rounding = self._profiles[0][1].arithmetic.cache_rounding
+        if not isinstance(rounding, RotatedRounding):
+            return 0.0
+        size = rounding.size
+        groups = np.square(value).reshape(value.shape[0], -1, size)
+        energy = np.repeat(groups.mean(axis=2), size, axis=1)
+        return self._sum_error(energy * (size / 2 + 1))
 
     def _any_weights_rounded(self) -> bool:
         return any(profile.rounds_weights for _, profile in self._profiles)
@@ -341,6 +475,16 @@ def _steps(weight: Weight, start: int, stop: int) -> Float64:
     steps, group = weight.step_squares(start, stop)
     columns = int(np.prod(weight.shape[1:], dtype=np.int64))
     return np.repeat(steps.astype(np.float64), group, axis=1)[:, :columns]
+
+
+def _independent(variance: Float64) -> float:
+    """How many errors a row of the last axis has, of those rows that have most of the error.
+
+    (sum v)^2 / sum v^2: a few numbers near a tie may be all that is uncertain.
+    """
+    total = variance.sum(axis=-1)
+    squares = np.square(variance).sum(axis=-1)
+    return max(1.0, float(np.square(total).sum() / max(squares.sum(), _TINY)))
 
 
 def _independent_rows(x: Float64) -> float:

@@ -112,7 +112,7 @@ def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layo
     whole = float(error.sum())
     floor = math.sqrt(float(predicted.sum()) / reference) if reference > 0 else 0.0
     worst = TensorPart("whole tensor", 0.0, float(allowed_ratio(1.0)))
-    for part in _parts(error, predicted, layout, token_dof):
+    for part in _parts(error, predicted, layout, token_dof, expected.correlation):
         if part.ratio * worst.factor > worst.ratio * part.factor:
             worst = part
     total = float(predicted.sum())
@@ -120,7 +120,7 @@ def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layo
 
 
 def _parts(
-    error: Float64, predicted: Float64, layout: Layout, token_dof: float
+    error: Float64, predicted: Float64, layout: Layout, token_dof: float, correlation: float
 ) -> Iterator[TensorPart]:
     """The worst part of every kind: the whole, then by each axis and pair of axes, then values."""
     axes = layout.axes
@@ -141,6 +141,10 @@ def _parts(
         if token in summed:
             # Errors repeat from token to token where the inputs look alike.
             dof = dof * min(1.0, token_dof / error.shape[token])
+        # Of n errors with this mean squared correlation, as many are independent as
+        # (tr C)^2 / |C|^2 of their covariance C.
+        values = math.prod(error.shape[axis] for axis in summed if axis != token)
+        dof = np.maximum(1.0, dof / (1 + (values - 1) * correlation))
         ratio = _ratios(measured, expected)
         factor = np.broadcast_to(allowed_ratio(dof), ratio.shape)
         flat = int(np.argmax(ratio if dof.size == 1 else ratio / factor))

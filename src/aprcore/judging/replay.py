@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import EngineArithmetic
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.judging.compare import compare
-from aprcore.judging.layouts import Layout
+from aprcore.judging.layouts import Layout, alternatives, layout_of
 from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.verdict import Judgment
 from aprcore.network.backend import KeyValueCache, Site
@@ -52,7 +53,9 @@ class RecordedSide:
     """The tensors of one side, each kept until no later stage can read it.
 
     Attributes:
-        profile: What the side's engine rounds.
+        engine: What the side's engine computes in.
+        weights_rounded: As in `Profile`.
+        layouts: By stage another layout than the canonical one that the engine was found to have.
         graph: The stages of the model, with those that only this side recorded.
     """
 
@@ -62,9 +65,11 @@ class RecordedSide:
         weights: Mapping[str, Weight],
         tokens: Sequence[int] | None,
         num_tokens: int,
-        profile: Profile,
+        engine: EngineArithmetic,
         *,
+        weights_rounded: bool = False,
         read: Read | None = None,
+        read_unmasked: Read | None = None,
         past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
@@ -73,11 +78,14 @@ class RecordedSide:
             graph, weights: The model whose operations are replayed.
             tokens: Token ids; without them the embedding cannot be replayed.
             num_tokens: T.
-            profile: What the side's engine rounds.
+            engine: What the side's engine computes in.
+            weights_rounded: As in `Profile`.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
+            read_unmasked: The same with what a mask hides as it was dumped.
             past: Keys and values before a decoding step, on the host; None for a full pass.
         """
-        self.profile = profile
+        self.engine = engine
+        self.weights_rounded = weights_rounded
         self.graph = graph
         self._weights = weights
         self._tokens = None if tokens is None else np.asarray(tokens, dtype=np.int64)
@@ -85,9 +93,11 @@ class RecordedSide:
         self._num_past = 0 if past is None else past.num_positions
         self._positions = np.arange(self._num_past, self._num_past + num_tokens)
         self._read = read
+        self._read_unmasked = read_unmasked
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
         self._layer: int | None = -1
+        self.layouts: dict[str, str] = {}
 
     def record(self, key: StageKey, tensor: Floats) -> None:
         """Add a tensor in canonical layout; later stages may read it."""
@@ -104,6 +114,21 @@ class RecordedSide:
         for held in (self._recorded, self._replayed):
             for old in [k for k in held if k.layer not in kept and k not in inputs]:
                 del held[old]
+
+    def profile(self, key: StageKey) -> Profile:
+        """What the engine rounds in a stage."""
+        operation = self.graph.operation(key)
+        types = () if operation is None else self.weight_types(key)
+        return Profile(self.engine.of(operation, types), self.weights_rounded)
+
+    def weight_types(self, key: StageKey) -> tuple[str, ...]:
+        """The stored types of the weights that a stage uses."""
+        operation = self.graph.operation(key)
+        if operation is None:
+            return ()
+        site = self.site(key)
+        found = (site.find(use.name) for use in operation.weights)
+        return tuple(sorted({weight.dtype for weight in found if weight is not None}))
 
     def recorded_keys(self) -> tuple[StageKey, ...]:
         """The tensors that are held at present."""
@@ -132,6 +157,36 @@ class RecordedSide:
             return self._recorded[key]
         return None if self._read is None else self._read(key)
 
+    @property
+    def past(self) -> KeyValueCache | None:
+        """Keys and values before a decoding step."""
+        return None if self._past is None else self._past.converted(lambda x: x.value)
+
+    def reorder_past(self, key: StageKey, name: str) -> None:
+        """Read cached keys in another layout, that which an engine's keys were found to have."""
+        held = None if self._past is None else self._past.held.get((key.layer, "k"))
+        operation = self.graph.operation(key)
+        if self._past is None or held is None or getattr(operation, "part", "") != "k":
+            return
+        sizes = self.graph.config.sizes(self._num_past)
+        flat = held.value.reshape(-1)
+        layout = layout_of(key, sizes, flat.size)
+        for found, rows in alternatives(operation, flat, layout, num_kv_heads=sizes["K"]):
+            if found == name:
+                value = rows.reshape(held.value.shape)
+                self._past.held[key.layer, "k"] = Estimate(value, held.variance)
+
+    def unmasked(self, key: StageKey) -> Floats | None:
+        """A recorded tensor with what a mask hides, where the dump shows it."""
+        return None if self._read_unmasked is None else self._read_unmasked(key)
+
+    def with_engine(self, engine: EngineArithmetic) -> RecordedSide:
+        """A copy of another arithmetic; what was recomputed is forgotten."""
+        other = copy(self)
+        other.engine = engine
+        other._replayed = {}
+        return other
+
     def with_tensor(self, key: StageKey, tensor: Floats) -> RecordedSide:
         """A copy that holds another tensor of one stage; what was recomputed is forgotten."""
         other = copy(self)
@@ -159,17 +214,19 @@ class RecordedSide:
             if not np.isfinite(recorded).all():
                 return None
             value = np.asarray(recorded, dtype=np.float64)
-            return Expectation(Estimate(value, self._lost_on_dump(value)), (key,))
+            return Expectation(Estimate(value, self._lost_on_dump(key, value)), (key,))
         if key not in self._replayed:
             self._replayed[key] = self._recompute(key, layer)
         return self._replayed[key]
 
-    def _lost_on_dump(self, value: Floats) -> NDArray[np.float64]:
+    def _lost_on_dump(self, key: StageKey, value: Floats) -> NDArray[np.float64]:
         """The variance of a recorded tensor about what the engine computed with."""
-        arithmetic = self.profile.arithmetic
-        if arithmetic.rounds_on_dump:
-            return arithmetic.stored.rounding_variance(value)
-        return np.broadcast_to(0.0, value.shape)
+        arithmetic = self.profile(key).arithmetic
+        if not arithmetic.rounds_on_dump:
+            return np.broadcast_to(0.0, value.shape)
+        # What was recorded as zero may have been anything below half of the smallest number.
+        step = np.maximum(arithmetic.stored.spacing(value), arithmetic.stored.smallest)
+        return np.square(step) / 12
 
     def _recompute(self, key: StageKey, layer: int | None) -> Expectation | None:
         """A tensor that was not recorded, from its ancestors within one layer."""
@@ -179,7 +236,7 @@ class RecordedSide:
         inputs = self.inputs(key)
         if inputs is None:
             return None
-        backend = PredictionBackend([(None, self.profile)])
+        backend = PredictionBackend([(None, self.profile(key))])
         estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
         if estimate is None or not np.isfinite(estimate.value).all():
             return None
@@ -190,13 +247,13 @@ class RecordedSide:
         inputs = self.inputs(key)
         if inputs is None:
             return None
-        backend = PredictionBackend([(None, self.profile)])
+        backend = PredictionBackend([(None, self.profile(key))])
         estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
         return None if estimate is None else self.expectation(key, inputs, estimate)
 
     def expect_from(self, key: StageKey, inputs: Sequence[Floats]) -> Expectation | None:
         """As `expect`, with these tensors for inputs."""
-        backend = PredictionBackend([(None, self.profile)])
+        backend = PredictionBackend([(None, self.profile(key))])
         values = [np.asarray(x, dtype=np.float64) for x in inputs]
         exact = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in values]
         estimate = run_stage(backend, self.site(key), self.graph, key, exact)
@@ -231,6 +288,12 @@ def run_stage(
         return None
     if any(use.needed and site.find(use.name) is None for use in operation.weights):
         return None
+    past = site.cache
+    if (
+        operation.cached and past is not None and past.num_positions
+        and (site.layer, operation.cached) not in past.held
+    ):  # fmt: skip
+        return None  # what lies before a decoding step is not known
     if graph.stage(key).last_token:
         inputs = [backend.rows(x, x.value.shape[0] - 1, x.value.shape[0]) for x in inputs]
     result: Estimate = operation(backend, site, *inputs)
@@ -255,13 +318,15 @@ def expect_both(
     last = trace.graph.stage(key).last_token
     stacked = [_stack(a.estimate, b.estimate, last) for a, b in zip(traced, captured)]
     rows = stacked[0].value.shape[0] // 2
-    backend = PredictionBackend([(rows, trace.profile), (rows, oracle.profile)])
+    profiles = trace.profile(key), oracle.profile(key)
+    backend = PredictionBackend([(rows, profile) for profile in profiles])
     site = trace.site(key)
     site = Site(site.config, site.tokens, np.tile(site.positions, 2), site.layer, site.weights)
     both: Estimate = operation(backend, site, *stacked)
-    dof = both.token_dof if trace.profile.rounds_weights else None
-    first = Estimate(both.value[:rows], both.variance[:rows], dof)
-    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
+    dof = both.token_dof if profiles[0].rounds_weights else None
+    shared = both.correlation
+    first = Estimate(both.value[:rows], both.variance[:rows], dof, shared)
+    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof, shared)
     return (
         trace.expectation(key, traced, first),
         oracle.expectation(key, captured, second),
@@ -273,7 +338,8 @@ def _stack(a: Estimate, b: Estimate, last_token: bool) -> Estimate:
     value = np.concatenate([a.value[rows], b.value[rows]])
     if not (np.any(a.variance) or np.any(b.variance)):
         return Estimate(value, np.broadcast_to(0.0, value.shape))
-    return Estimate(value, np.concatenate([a.variance[rows], b.variance[rows]]))
+    variance = np.concatenate([a.variance[rows], b.variance[rows]])
+    return Estimate(value, variance, None, max(a.correlation, b.correlation))
 
 
 def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:

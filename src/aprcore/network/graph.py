@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, cached_property
 
 from aprcore.ground.errors import PlanError
@@ -31,16 +32,23 @@ class Graph:
     Layers are resolved when they are asked for, so that an absurd number of them costs nothing.
     """
 
-    def __init__(self, config: ModelConfig, also: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        also: Collection[str] = (),
+        last_rows: Collection[StageKey] = (),
+    ) -> None:
         """Resolve a configuration.
 
         Args:
             config: The configuration; its architecture says what there is.
             also: Conditional stages that are there whether the model has them or not.
+            last_rows: Tensors of which there is the last token's row only.
         """
         self.config = config
         self.num_layers = config.num_layers
         self._also = frozenset(also)
+        self._last_rows = frozenset(last_rows)
         self._architecture = find_architecture(config.architecture)
         self._layers: dict[int | None, Mapping[str, Row]] = {}
         builder = Builder(config, None, also=self._also)
@@ -50,13 +58,21 @@ class Graph:
     def including(self, names: Iterable[str]) -> Graph:
         """The same with conditional stages that someone recorded: an oracle's bias, say."""
         more = self._also | set(names)
-        return self if more == self._also else Graph(self.config, more)
+        return self if more == self._also else Graph(self.config, more, self._last_rows)
+
+    def with_last_rows(self, keys: Iterable[StageKey]) -> Graph:
+        """The same for an engine that goes on with the last token's row only from these on.
+
+        Engines drop what no logits are asked for behind the last layer's attention.
+        """
+        rows = frozenset(keys)
+        return self if rows == self._last_rows else Graph(self.config, self._also, rows)
 
     def layer(self, number: int | None) -> Mapping[str, Row]:
         """The rows of a layer, or of what follows the layers, by name in order of computation."""
         found = self._layers.get(number)
         if found is None:
-            found = {row.stage.name: row for row in self._build(number)}
+            found = {row.stage.name: self._narrowed(row) for row in self._build(number)}
             self._layers[number] = found
         return found
 
@@ -70,6 +86,11 @@ class Graph:
         else:
             self._architecture.layer(builder)
         yield from builder.rows
+
+    def _narrowed(self, row: Row) -> Row:
+        if row.key not in self._last_rows:
+            return row
+        return row._replace(stage=replace(row.stage, last_token=True))
 
     def _stream_after(self, layer: int) -> StageKey:
         """The residual stream behind a layer: what its last row makes."""

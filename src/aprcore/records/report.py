@@ -208,8 +208,29 @@ class Report:
         found = [stage.verdict for stage in self.stages]
         return {verdict: found.count(verdict) for verdict in Verdict if verdict in found}
 
+    @property
+    def unjudged(self) -> tuple[StageReport, ...]:
+        """The stages that should have been judged and could not be."""
+        return tuple(stage for stage in self.stages if stage.verdict is Verdict.UNJUDGED)
+
+    @property
+    def is_mostly_unjudged(self) -> bool:
+        """Whether of more stages than not nothing is known, so that the run has found nothing."""
+        present = sum(stage.verdict is not Verdict.MISSING for stage in self.stages)
+        return 2 * len(self.unjudged) > present
+
+    @property
+    def unjudged_text(self) -> str:
+        """How many stages could not be judged, and why the first of them."""
+        found = self.unjudged
+        text = f"{len(found)} of {len(self.stages)} stages could not be judged"
+        return f"{text} ({found[0].key}: {found[0].reason})" if found else text
+
     def diverges(self, *, strict: bool = False) -> bool:
-        """Whether the run ends with exit code 1; `strict` counts missing stages too.
+        """Whether the run ends with exit code 1.
+
+        `strict` counts stages that are missing or could not be judged too; most of them that could
+        not be judged count in any case.
 
         A device that could not be used at all is none: then the CPU's verdict counts.
         """
@@ -217,8 +238,11 @@ class Report:
             return True
         if self.rejected is not None and self.rejected.by_gate:
             return True
+        if self.is_mostly_unjudged:
+            return True
         is_missing = any(stage.verdict is Verdict.MISSING for stage in self.parity)
-        return strict and (is_missing or Verdict.MISSING in self.counts)
+        is_open = is_missing or not {Verdict.MISSING, Verdict.UNJUDGED}.isdisjoint(self.counts)
+        return strict and is_open
 
     def summary(self) -> str:
         """The finding in one sentence."""
@@ -247,11 +271,14 @@ class Report:
         if first is not None:
             assert first.verdict is not None
             return f"first divergence: {first.key} {first.verdict.value}: {first.reason} ({counts})"
+        if self.is_mostly_unjudged:
+            return f"{self.unjudged_text}: this run says little ({counts})"
         if self.header.oracle is None:
             kernels = sum(stage.kernel is not None for stage in self.stages)
             if kernels:
-                return f"the kernel judgment finds nothing wrong in {kernels} stages; without an"\
-                    " oracle the model's weights are taken on trust"  # fmt: skip
+                rest = f"; {self.unjudged_text}" if self.unjudged else ""
+                return f"the kernel judgment finds nothing wrong in {kernels} stages{rest}; "\
+                    "without an oracle the model's weights are taken on trust"  # fmt: skip
             return f"{len(self.stages)} stages traced; no oracle to hold them against"
         return f"no divergence in {len(self.stages)} stages ({counts})"
 

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument(
         "--strict", action="store_true",
-        help="let a MISSING stage, and noise beyond its --budget, fail the run too",
+        help="let a MISSING or UNJUDGED stage, and noise beyond its --budget, fail the run too",
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path, metavar="FILE", action="append", default=[],

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable.
     """
-    from aprcore.dumps.oracle import OracleRequest, write_oracle
+    from aprcore.capture.oracle import OracleRequest, write_oracle
     from aprcore.dumps.plan import DEFAULT_PROMPT, parse_layers, parse_tokens
     from aprtui.text import visible
 

@@ -139,7 +139,7 @@ def _check(args: argparse.Namespace) -> Request:
     settings = choose_settings(args)
     request = request_under(args, settings)
     for path in (request.model, request.trace, request.oracle, request.against, request.names,
-                 request.reference_weights, request.saved):  # fmt: skip
+                 request.reference_weights, request.saved, *request.shards):  # fmt: skip
         if path is not None and not path.exists():
             raise PlanError("does not exist", where=path)
     with open_sides(request) if request.saved is None else closing(SavedRun(request.saved)):
