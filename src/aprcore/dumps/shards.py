@@ -57,7 +57,14 @@ def find_split(
     narrow = [key for key, due in dues.items() if counts[key] != due]
     stages = {key.stage for key in narrow}
     in_part = any(key.stage in stages and counts[key] == due for key, due in dues.items())
-    if not narrow or in_part or not all(_is_split(graph, key) for key in narrow):
+    # A rank has its share of every column-parallel product: one that is whole speaks against it.
+    is_product_whole = any(
+        counts[key] == due and _is_split(graph, key) and isinstance(graph.operation(key), Linear)
+        for key, due in dues.items()
+    )
+    if not narrow or in_part or is_product_whole:
+        return None
+    if not all(_is_split(graph, key) for key in narrow):
         return None
     for ranks in range(2, MOST_RANKS + 1):
         known = sizes_of_rank(sizes, ranks)
