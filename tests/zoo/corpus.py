@@ -208,6 +208,46 @@ local-eps-token@1          llama       F32        float32   7
 local-v-row@2              qwen2       Q4_K       bfloat16  12
 local-v-row@1              qwen2-bias  F32        float32   33 f16
 local-rope-token-early@0   longest       F32        float32   2048
+local-rope-far-head@1      llama       F32        float32   9
+local-rope-far-head@2      qwen2       Q8_0       float16   12 f16
+local-rope-far-head@1      qwen3       Q4_K       bfloat16  9
+local-rope-far-head@2      gemma       F32        none      17 f32
+local-rope-linear-head@1   llama       F32        float32   9
+local-rope-linear-head@2   qwen2       Q8_0       float16   12 f16
+local-rope-linear-head@1   mistral     Q4_K       float32   17
+local-rope-linear-head@2   window      F32        bfloat16  9
+local-alibi-head@1         llama       F32        float32   9
+local-alibi-head@2         qwen2       Q8_0       float16   12 f16
+local-alibi-head@1         qwen3       Q4_K       float32   9
+local-alibi-head@2         mistral     F32        none      17 f32
+local-cache-layer-head@1   llama       F32        float32   9
+local-cache-layer-head@2   qwen2       Q8_0       float16   12 f16
+local-cache-layer-head@1   gemma       Q4_K       float32   9
+local-cache-layer-head@2   both        F32        float32   9
+local-values-layer-head@1  llama       F32        float32   9
+local-values-layer-head@2  qwen2-bias  Q8_0       float16   12 f16
+local-values-layer-head@1  gemma       F32        float32   9
+local-values-layer-head@2  window      Q4_K       bfloat16  12
+local-plus-one-head@1      llama       F32        float32   9
+local-plus-one-head@2      qwen2       Q8_0       float16   12 f16
+local-plus-one-head@1      qwen3       F32        none      9  f32
+local-plus-one-head@2      window      Q4_K       float32   12
+local-temperature-head@1   llama       F32        float32   9
+local-temperature-head@2   qwen2       Q8_0       float16   12
+local-temperature-head@1   gemma       F32        float32   9
+local-temperature-head@2   mistral     Q4_K       bfloat16  17
+local-parallel-token@1     llama       F32        float32   7
+local-parallel-token@2     qwen2       Q8_0       float16   9  f16
+local-parallel-token@1     qwen3       Q4_K       float32   7
+local-parallel-token@2     layers      F32        bfloat16  9
+local-split-rows@1         llama       F32        float32   7
+local-split-rows@2         qwen2       Q8_0       float16   9  f16
+local-split-rows@1         gemma       Q4_K       float32   9
+local-split-rows@2         mistral     F32        none      7  f32
+local-float8-rows@1        llama       F32        float32   7
+local-float8-rows@2        qwen2       Q8_0       float16   9
+local-float8-rows@1        gemma       Q4_K       float32   9
+local-float8-rows@2        qwen3       F32        bfloat16  7
 window-ignored@1           window      F32        float32   12
 window-ignored@0           gemma       Q8_0       float16   33
 window-ignored@2           gemma-odd   F32        none      17 f16
