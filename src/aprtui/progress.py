@@ -12,10 +12,11 @@ ByteProgress = Callable[[int, int, str], None]
 @contextmanager
 def byte_progress(title: str) -> Iterator[ByteProgress | None]:
     """A bar that counts bytes, or None where stderr is no terminal: logs stay free of it."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    from aprtui.drawing import VisibleConsole
+
+    console = VisibleConsole(stderr=True)
     if not console.is_terminal:
         yield None
         return

@@ -235,6 +235,9 @@ class SavedRun:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise self._broken(f"{REPORT}: {error}") from error
         for stage in report.stages:
+            # Every view shows names as they are; a dump that holds such a one is not read either.
+            if not stage.key.stage.isprintable():
+                raise self._broken(f"{REPORT}: the stage {stage.key.stage!r} has no name of one")
             if not _is_consistent(stage):
                 raise self._broken(f"{REPORT}: the sizes of {stage.key.path} contradict each other")
         return report

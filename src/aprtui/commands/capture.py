@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aprtui.commands.run_options import add_thread_option, whole_number
+from aprtui.outgoing import is_terminal, overwrite
 
 
 def add_parser(subparsers: Any) -> None:
@@ -88,21 +89,24 @@ def run(args: argparse.Namespace) -> int:
         adapter=args.lora,
         adapter_scale=args.lora_scale,
     )
-    on_terminal = sys.stderr.isatty()
+    from aprtui.text import visible
+
+    on_terminal = is_terminal(sys.stderr)
     try:
         summary = capture_llama_cpp(
             request, args.output, _show_progress if on_terminal else None, _give_up
         )
     finally:
         if on_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            overwrite("")
     ids = ",".join(map(str, summary.tokens))
-    print(f"{summary.count} tensors in {args.output}, {len(summary.tokens)} tokens: {ids}")
+    where = visible(str(args.output))
+    print(f"{summary.count} tensors in {where}, {len(summary.tokens)} tokens: {ids}")
     return 0
 
 
 def _show_progress(done: int) -> None:
-    print(f"\r\x1b[Kcapturing {done}", end="", file=sys.stderr, flush=True)
+    overwrite(f"capturing {done}")
 
 
 def _give_up(message: str) -> None:
