@@ -1,6 +1,7 @@
 # make demo   the explorer on the bundled model       make test   all tests
 # make lint   linters, types, layers                  make bench  tables of figures
 # make tour   draws the pictures of the documentation
+# make zoo    the judge on planted faults
 # make engines   the tests with the real llama.cpp, which is built for it (minutes), and MLX
 #
 # Needs python3 >= 3.11 with venv, and a package index. Everything is installed into .venv.
@@ -23,7 +24,7 @@ EVERYTHING := $(VENV)/.everything-installed
 ENGINES := $(VENV)/.engines-installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test engines lint format bench tour dist clean
+.PHONY: demo test engines zoo lint format bench tour dist clean
 
 # Without a terminal the table is printed. Exit code 1 is what the demo is there to show.
 demo: $(RUNTIME)
@@ -51,6 +52,11 @@ lint: $(EVERYTHING)
 format: $(EVERYTHING)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The judge on faults that are planted for it: minutes, and a table. Part of CI.
+zoo: $(EVERYTHING)
+	@$(BIN)/python -m tests.zoo
+	@$(BIN)/python -m tests.zoo --engines
 
 bench: $(EVERYTHING)
 	@failed=0; for script in tests/benchmarks/bench_*.py; do \

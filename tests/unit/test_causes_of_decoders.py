@@ -151,7 +151,9 @@ SOUND = {
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-@pytest.mark.parametrize(("dtype", "decode", "cause"), SLIPS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("dtype", "decode", "cause"), SLIPS, ids=lambda x: x[:40] if isinstance(x, str) else ""
+)
 def test_a_slip_of_a_decoder_is_named(
     dtype: str, decode: Callable[[Blocks], Floats], cause: str, in_file: bool
 ) -> None:

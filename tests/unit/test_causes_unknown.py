@@ -161,3 +161,15 @@ def test_wrong_rows_that_come_from_nowhere_are_not_matched_with_all(path: Path) 
     noise = right + np.random.default_rng(7).standard_normal(right.shape)
     assert not any("from others" in name for name in tried(noise))
     assert any("tokens permuted" in name for name in tried(np.roll(right, 5, axis=0)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("stage", ["ffn_gate", "attn_out", "attn_norm", "attention"])
+def test_a_random_error_is_no_arithmetic(path: Path, world: World, stage: str, seed: int) -> None:
+    """It is of the size that sums in bfloat16 have, and not spread as they are."""
+    key = StageKey(LAYER, stage)
+    sound = world.tensors[key].astype(np.float64)
+    draw = np.random.default_rng(seed).standard_normal(sound.shape)
+    for error in (0.01 * sound * draw, 0.01 * float(sound.std()) * draw):
+        found = explained(path, world.tensors, key, (sound + error).astype(np.float32))
+        assert not found.named, [cause.name for cause in found.named]

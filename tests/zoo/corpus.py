@@ -9,10 +9,11 @@ rounds ("?" where it does not say so). "all" is every layer. Names are in `kerne
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from . import converters, kernels
+from .engine import HABITS
 from .trial import EVERYWHERE, Case
 
 KERNEL_FAULTS = """
@@ -208,6 +209,46 @@ local-eps-token@1          llama       F32        float32   7
 local-v-row@2              qwen2       Q4_K       bfloat16  12
 local-v-row@1              qwen2-bias  F32        float32   33 f16
 local-rope-token-early@0   longest       F32        float32   2048
+local-rope-far-head@1      llama       F32        float32   9
+local-rope-far-head@2      qwen2       Q8_0       float16   12 f16
+local-rope-far-head@1      qwen3       Q4_K       bfloat16  9
+local-rope-far-head@2      gemma       F32        none      17 f32
+local-rope-linear-head@1   llama       F32        float32   9
+local-rope-linear-head@2   qwen2       Q8_0       float16   12 f16
+local-rope-linear-head@1   mistral     Q4_K       float32   17
+local-rope-linear-head@2   window      F32        bfloat16  9
+local-alibi-head@1         llama       F32        float32   9
+local-alibi-head@2         qwen2       Q8_0       float16   12 f16
+local-alibi-head@1         qwen3       Q4_K       float32   9
+local-alibi-head@2         mistral     F32        none      17 f32
+local-cache-layer-head@1   llama       F32        float32   9
+local-cache-layer-head@2   qwen2       Q8_0       float16   12 f16
+local-cache-layer-head@1   gemma       Q4_K       float32   9
+local-cache-layer-head@2   both        F32        float32   9
+local-values-layer-head@1  llama       F32        float32   9
+local-values-layer-head@2  qwen2-bias  Q8_0       float16   12 f16
+local-values-layer-head@1  gemma       F32        float32   9
+local-values-layer-head@2  window      Q4_K       bfloat16  12
+local-plus-one-head@1      llama       F32        float32   9
+local-plus-one-head@2      qwen2       Q8_0       float16   12 f16
+local-plus-one-head@1      qwen3       F32        none      9  f32
+local-plus-one-head@2      window      Q4_K       float32   12
+local-temperature-head@1   llama       F32        float32   9
+local-temperature-head@2   qwen2       Q8_0       float16   12
+local-temperature-head@1   gemma       F32        float32   9
+local-temperature-head@2   mistral     Q4_K       bfloat16  17
+local-parallel-token@1     llama       F32        float32   7
+local-parallel-token@2     qwen2       Q8_0       float16   9  f16
+local-parallel-token@1     qwen3       Q4_K       float32   7
+local-parallel-token@2     layers      F32        bfloat16  9
+local-split-rows@1         llama       F32        float32   7
+local-split-rows@2         qwen2       Q8_0       float16   9  f16
+local-split-rows@1         gemma       Q4_K       float32   9
+local-split-rows@2         mistral     F32        none      7  f32
+local-float8-rows@1        llama       F32        float32   7
+local-float8-rows@2        qwen2       Q8_0       float16   9
+local-float8-rows@1        gemma       Q4_K       float32   9
+local-float8-rows@2        qwen3       F32        bfloat16  7
 window-ignored@1           window      F32        float32   12
 window-ignored@0           gemma       Q8_0       float16   33
 window-ignored@2           gemma-odd   F32        none      17 f16
@@ -664,8 +705,40 @@ def _table(text: str) -> tuple[Case, ...]:
 
 def single_faults() -> tuple[Case, ...]:
     """One fault each."""
-    faulty = (case for case in _table(ENGINES) if case.faults)
-    return (*_table(KERNEL_FAULTS), *_table(FILE_FAULTS), *faulty)
+    faulty = [case for case in _table(ENGINES) if case.faults]
+    every = (*_table(KERNEL_FAULTS), *_table(FILE_FAULTS), *faulty, *_local_in_engines())
+    return tuple(dict.fromkeys(every))
+
+
+# Confined to a head, a token, a row, a value; in stages that every engine of `HABITS` has.
+_LOCAL = (
+    "local-rope-head", "local-rope-last-token", "local-scores-row", "local-kv-head",
+    "local-gate-rows", "local-up-row", "local-qkv-rows", "local-down-last-token",
+    "local-norm-token", "local-norm-tail", "local-silu-tail", "local-residual-token",
+    "local-residual-tail", "local-little-head", "local-swigl-value", "local-out-row-order",
+)  # fmt: skip
+
+
+def _local_in_engines() -> Iterator[Case]:
+    """Local faults in the first layer and in all, of engines that do not say what they round."""
+    habits = ("kv-f16", "llama.cpp", "stream", "iterated", "kv-bf16", "q8_0", "f32")
+    for number, name in enumerate(_LOCAL):
+        for turn, layer in enumerate((0, EVERYWHERE)):
+            habit = habits[(2 * number + turn) % len(habits)]
+            weights = "Q8_0" if habit in ("llama.cpp", "q8_0") else "F32"
+            yield Case(((name, layer),), "llama", weights, "none", 12, f"{habit}?")
+
+
+def engine_sweep() -> tuple[Case, ...]:
+    """Every engine on small models in several types, with nothing wrong and nothing said."""
+    grounds = ("llama", "mistral", "qwen2", "qwen3", "outlier", "window", "gemma", "both-window")
+    return tuple(
+        Case((), ground, weights, "none", 9 if place % 2 else 33, f"{habit}?",
+             "fused" if place % 5 == 4 else "")
+        for place, (ground, weights, habit) in enumerate(
+            product(grounds, ("F32", "Q8_0"), sorted(HABITS))
+        )
+    )  # fmt: skip
 
 
 def sound_pairs() -> tuple[Case, ...]:

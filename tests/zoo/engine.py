@@ -50,7 +50,16 @@ class Habits:
 
 
 _STREAM = dict.fromkeys(
-    ("post_attn_residual", "post_ffn_residual", "attn_norm", "ffn_norm", "final_norm", "lm_head"),
+    (
+        "post_attn_residual",
+        "post_ffn_residual",
+        "attn_norm",
+        "ffn_norm",
+        "attn_post_norm",
+        "ffn_post_norm",
+        "final_norm",
+        "lm_head",
+    ),
     torch.float32,
 )
 HABITS: Mapping[str, Habits] = {

@@ -753,6 +753,24 @@ plant("local-v-row", "token|value|position|zero|stale", attention=at(token(LAST)
 plant("local-nan", "nan|non-finite|nonfinite", ffn_swigl=at(value(0, 3), lambda s: (
     s.sound() * torch.nan)))  # fmt: skip
 
+plant("local-rope-far-head", "off by +37", q_post_rope=at(head(2), positions(lambda p: p + 37)))
+plant("local-rope-linear-head", "divided by 4", k_post_rope=at(head(1), stretched(
+    lambda s: (s.engine.frequencies.inverse / 4, 1.0))))  # fmt: skip
+plant("local-alibi-head", "alibi", attn_scores=at(head(1), lambda s: torch.where(
+    s.sees(), s.sound() + _biased_by_distance(s), 0.0)))  # fmt: skip
+plant("local-cache-layer-head", "keys of layer", attn_scores=at(head(2), keys(_keys_before)))
+plant("local-values-layer-head", "values of layer",
+      attention=at(head(1), values(_values_before)))  # fmt: skip
+plant("local-plus-one-head", "1 added to the sum", attn_softmax=at(head(1), lambda s: (
+    _with_sinks(s, torch.zeros(s.config.num_heads)))))  # fmt: skip
+plant("local-temperature-head", "temperature of 1.3",
+      attn_softmax=at(head(2), lambda s: s.softmax(s.x / 1.3)))  # fmt: skip
+plant("local-parallel-token", "a parallel block", ffn_norm=at(token(2), lambda s: s.norm(
+    s.made[stream_of(s)], s.own_gain())))  # fmt: skip
+plant("local-split-rows", "part 1 of 4 added twice",
+      ffn_out=at(span(0, 32), summed_twice("mlp.down_proj", 4, 1)))  # fmt: skip
+plant("local-float8-rows", "float8 (a scale for each token)", ffn_gate=at(
+    span(-64, None), lambda s: s.project("mlp.gate_proj", _in_float8(s.x))))  # fmt: skip
 
 # The same of windows and of Gemma 2.
 

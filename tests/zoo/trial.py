@@ -78,7 +78,8 @@ LOCAL_FAULTS = frozenset({
     "file-rows-zero", "file-row-zero", "file-columns-zero", "file-head-zero",
     "file-kv-heads-swapped", "file-row-negated", "file-block-scaled", "file-embedding-row",
     "file-head-rows", "file-norm-tail", "file-bias-tail", "bytes-neighbour", "bytes-q8-scale",
-    "last-columns-missing", "last-columns-up", "tile-missing",
+    "last-columns-missing", "last-columns-up", "tile-missing", "block-empty", "bytes-empty",
+    "cache-stale-keys",
 })  # fmt: skip
 
 

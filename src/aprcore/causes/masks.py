@@ -193,10 +193,10 @@ def _solved_temperature(scene: Scene) -> Iterator[Trial]:
     observed = scene.observed.reshape(scores.shape)
     if not scene.is_observed:
         return
-    weight = np.where(sound & (observed > 1e-6), observed, 0.0)
+    rows = scene.wrong.reshape(scores.shape).any(axis=2, keepdims=True)
+    weight = np.where(rows & sound & (observed > 1e-6), observed, 0.0)
     total = weight.sum(axis=2, keepdims=True)
-    if not (total > 0).all():
-        return
+    total = np.where(total > 0, total, 1.0)
     logs = np.log(np.where(weight > 0, observed, 1.0))
 
     def centred(x: Float64) -> Float64:

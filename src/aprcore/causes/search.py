@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.file_evidence import find_evidence
 from aprcore.causes.precision import ADVICE, coarser_arithmetics
-from aprcore.causes.projections import Variants, parts_of, try_variant
+from aprcore.causes.projections import Part, Variants, try_variant
 from aprcore.causes.records import CauseTried
 from aprcore.causes.scene import Entry, Scene
 from aprcore.causes.span import span_outputs
@@ -30,6 +31,8 @@ class Tried:
         is_fallback: As in `Entry`.
         part: The weight's short name, for products by several.
         is_evidence: As in `CauseTried`.
+        origin: The row of the catalogue that it comes from.
+        is_span: Whether it stands for a stage inside a span.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Tried:
     is_fallback: bool = False
     part: str = ""
     is_evidence: bool = False
+    origin: Entry | Variants | None = None
+    is_span: bool = False
 
     @property
     def level(self) -> int:
@@ -53,6 +58,36 @@ class Tried:
         """The name with the region that it is confined to."""
         region = self.outcome.region
         return self.name if region is None else f"{self.name}, in {region.name} only"
+
+
+class Origins(NamedTuple):
+    """The rows of the catalogue that explained a stage.
+
+    Attributes:
+        entries, variants: The rows.
+        is_span: Whether they are of a stage inside a span.
+    """
+
+    entries: frozenset[Entry]
+    variants: frozenset[Variants]
+    is_span: bool
+
+
+def origins_of(tried: Iterable[Tried], causes: Iterable[CauseTried]) -> Origins | None:
+    """Where the named causes come from; None where one of them is no row of the catalogue."""
+    names = {cause.name for cause in causes if cause.explains}
+    found = [
+        t for t in tried
+        if t.outcome.explains and names & {t.described(), t.described().replace("{}", t.part)}
+    ]  # fmt: skip
+    if not found or any(t.origin is None for t in found):
+        return None
+    origins = [t.origin for t in found]
+    return Origins(
+        frozenset(x for x in origins if isinstance(x, Entry)),
+        frozenset(x for x in origins if x is not None and not isinstance(x, Entry)),
+        any(t.is_span for t in found),
+    )
 
 
 def try_entries(experiment: Experiment, catalogue: Iterable[Entry]) -> Iterator[Tried]:
@@ -88,16 +123,18 @@ def _try_entry(experiment: Experiment, entry: Entry, title: str) -> Iterator[Tri
     for name, value in entry.outputs(experiment.scene):
         outcome = experiment.hold(value)
         if outcome is not None:
-            yield Tried(title.format(name), advice, outcome, entry.is_fallback)
+            yield Tried(
+                title.format(name), advice, outcome, entry.is_fallback, origin=entry
+            )  # fmt: skip
 
 
-def try_projections(scene: Scene, catalogue: Iterable[Variants]) -> Iterator[Tried]:
+def try_projections(parts: Iterable[Part], catalogue: Iterable[Variants]) -> Iterator[Tried]:
     """Every variant of a product, for each weight whose share of the output is wrong."""
-    for part in parts_of(scene):
+    for part in parts:
         for variants in catalogue:
             outcomes = ((variant, try_variant(part, variant)) for variant in variants(part))
             yield from _distinct(
-                Tried(v.name, v.advice, outcome, v.is_fallback, part.short_name)
+                Tried(v.name, v.advice, outcome, v.is_fallback, part.short_name, origin=variants)
                 for v, outcome in outcomes
                 if outcome is not None
             )
@@ -123,10 +160,10 @@ def try_span(
     side: RecordedSide, experiment: Experiment, expected: Expectation, catalogue: Iterable[Entry]
 ) -> Iterator[Tried]:
     """The stages that a judgment spans besides its last, each replaced in turn."""
-    for name, advice, value in span_outputs(side, experiment, expected, catalogue):
+    for name, advice, value, entry in span_outputs(side, experiment, expected, catalogue):
         outcome = experiment.hold(value)
         if outcome is not None:
-            yield Tried(name, advice, outcome)
+            yield Tried(name, advice, outcome, origin=entry, is_span=True)
 
 
 def try_evidence(scene: Scene, experiment: Experiment) -> Iterator[Tried]:

@@ -17,8 +17,8 @@ from aprcore.network.stages import StageKey
 # Spans are run whole for every alternative; beyond so many tokens that takes too long.
 LONGEST = 256
 
-SpanTrial = tuple[str, str, Float64]
-"""A cause, what to look at, and the span's output."""
+SpanTrial = tuple[str, str, Float64, Entry]
+"""A cause, what to look at, the span's output, and the row of the catalogue."""
 
 
 def span_outputs(
@@ -40,7 +40,8 @@ def span_outputs(
             for name, value in entry.outputs(inner):
                 output = _run_on(side, scene.key, key, value)
                 if output is not None:
-                    yield f"{key.stage}: {title.format(name)}", entry.advice_for(inner), output
+                    cause = f"{key.stage}: {title.format(name)}"
+                    yield cause, entry.advice_for(inner), output, entry
 
 
 def _inner_scene(side: RecordedSide, scene: Scene, key: StageKey) -> Scene | None:

@@ -90,8 +90,12 @@ def infer_arithmetic(
     # An engine that computes in a finer type than its dump has did not compute with what it
     # recorded: sums of recorded values show it, whatever else is settled without.
     for dumped in _storages(side, sites, dtype):
-        if all(x.arithmetic is not None for x in found):
+        open_sites = {x.part: sites[x.part] for x in found if x.arithmetic is None}
+        if not open_sites:
             break
+        _, outcomes = _infer(side, open_sites, told, leeway, dumped)
+        if not _settled(outcomes):
+            continue  # what is open stays open: a fault, say
         other, outcomes = _infer(side, sites, told, leeway, dumped)
         if _settled(outcomes) > _settled(found):
             engine, found = other, outcomes
@@ -283,10 +287,10 @@ def _is_judged(side: RecordedSide, key: StageKey) -> bool:
 def _reading(side: RecordedSide, key: StageKey) -> str | None:
     """In which layout rounding explains a stage: "" for the canonical one, None for none."""
     observed, expected = side.tensor(key), side.expect(key)
-    if observed is None or expected is None or not np.isfinite(expected.estimate.value).all():
+    if observed is None or expected is None or not expected.estimate.is_finite():
         return None
     flat = observed.reshape(-1)
-    if flat.size != expected.estimate.value.size:
+    if flat.size != expected.estimate.size:
         return None
     layout = layout_of(key, side.sizes(), flat.size)
     if assess(flat, expected.estimate, layout).explained:

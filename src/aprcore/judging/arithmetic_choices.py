@@ -73,7 +73,13 @@ def choices(
     for rank, result in enumerate(results):
         match part.partition(".")[0]:
             case "linear" | "head":
-                for product in product_arithmetics():
+                # Factors are reproduced, so that what another weight's product does can come first.
+                others = [x.activations for name, x in side.engine.parts.items()
+                          if name.startswith(("linear.", "head."))]  # fmt: skip
+                products = sorted(
+                    product_arithmetics(), key=lambda x: x.activations not in others
+                )  # fmt: skip
+                for product in products:
                     yield Choice({part: with_results(product, result)}, rank)
             case "scores" | "values":
                 for choice in _attention(side, part, judged, leeway.caches):

@@ -54,7 +54,7 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
         budgets = budgets.resolved(sides.graph)
         dtype = run_dtype(sides.header)
         yield sides.header
-        judge = StageJudge(sides, request.top_k)
+        judge = StageJudge(sides, request.top_k, request.causes)
         second = second_side(request, sides)
         if second is not None:
             stack.callback(second.close)

@@ -15,6 +15,8 @@ SUFFIX = ".aprx"
 
 # How many of the largest differences a report keeps; the screen shows up to as many.
 TOP_K = 200
+# A failing stage of a large model takes about a second to search.
+SEARCHED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Request:
         strict: Whether an error beyond its budget fails even where rounding explains it.
         cumulative_only: Compare both sides and leave the model and kernel judgments out; about
             three times faster.
+        causes: For how many stages the whole catalogue of causes is tried; None: for every one.
+            What explained a stage is tried on the same stage of other layers all the same.
         top_k: How many of the largest differences to keep per stage.
         gpu: Whether `model` runs on an OpenCL device as well, held against the CPU stage by stage.
         require_gpu: Whether the run ends where the CPU would carry on without the device.
@@ -67,6 +71,7 @@ class Request:
     budgets: Budgets | None = None
     strict: bool = False
     cumulative_only: bool = False
+    causes: int | None = SEARCHED
     top_k: int = TOP_K
     saved: Path | None = None
     gpu: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.causes import Explanation, explain, explain_nonfinite
+from aprcore.causes import CauseSearch, Explanation, explain_nonfinite
 from aprcore.judging.compare import (
     Comparison,
     compare,
@@ -55,8 +55,9 @@ class StageJudge:
             could be told; None where a side lacks it.
     """
 
-    def __init__(self, sides: Sides, top_k: int) -> None:
+    def __init__(self, sides: Sides, top_k: int, most_searched: int | None = None) -> None:
         self._sides = sides
+        self._search = CauseSearch(most_searched)
         self._top_k = top_k
         self._trace, self._oracle = sides.recorded()
         # How many values of each tensor are not finite, on either side.
@@ -211,12 +212,15 @@ class StageJudge:
         verdict, reason = decide(evidence)
         if comparison is None and (verdict is None or not verdict.is_divergence):
             verdict, reason = self._lone(key, traced, oracle, verdict, reason)
+        passed_over = self._search.passed_over
         explanation = self._explain(
             key, layout, verdict, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
         )
         if explanation is not None and verdict is Verdict.FAIL:
             judgment, _, figures = reason.partition(": ")
             reason = f"{judgment}: {explanation.clause()}; {figures}"
+        elif verdict is Verdict.FAIL and self._search.passed_over > passed_over:
+            reason += "; its cause was not searched for (--causes all)"
         elif explanation is not None and explanation.named:
             reason = f"{explanation.clause()}; {reason}"
         logits = None
@@ -247,7 +251,9 @@ class StageJudge:
         ):  # fmt: skip
             if judgment is not None and not judgment.passed:
                 assert side is not None and x is not None and expected is not None
-                return explain(side, key, x, expected, layout, in_file=in_file)
+                return self._search.explain(
+                    side, key, x, expected, layout, in_file=in_file
+                )  # fmt: skip
         return None
 
     def _lone(

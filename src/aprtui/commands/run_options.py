@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,12 @@ def whole_number(what: str, least: int = 0, most: int = MOST_NUMBER) -> Callable
         return int(text)
 
     return read
+
+
+def _number_of_causes(text: str) -> float:
+    """A number of stages; infinity for all of them."""
+    words = {"all": math.inf, "none": 0}
+    return words[text] if text in words else whole_number("a number of stages, all or none")(text)
 
 
 def add_token_options(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +134,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         " on; auto: find out (default: as recorded, and the rest is found out)",
     )  # fmt: skip
     parser.add_argument(
+        "--causes", metavar="N", type=_number_of_causes,
+        help="for how many failing stages every known cause is tried, all or none (default: 16);"
+        " what explained a stage is tried on it in other layers all the same",
+    )  # fmt: skip
+    parser.add_argument(
         "--engine",
         choices=("llama.cpp", "vllm", "mlx", "transformers"),
         help="the engine behind --trace, whose arithmetic is known",
@@ -205,6 +217,9 @@ def make_request(args: argparse.Namespace) -> Request:
         device=args.device,
         against=args.against,
     )
+    if args.causes is not None:
+        most = None if args.causes == math.inf else int(args.causes)
+        request = replace(request, causes=most)
     return _saved(request) if is_saved_run(args.model or Path()) else request
 
 
