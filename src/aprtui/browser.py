@@ -28,8 +28,8 @@ from aprtui.page_tab import HEARTBEAT_S, MOST_MESSAGE_BYTES, PageTab
 
 FONT_SIZES_PX = range(6, 49)
 DEFAULT_FONT_PX = 16
-# Each is a process that holds its run.
-MOST_TABS = 32
+# Each is a process with its run, 61 MB of a small model: together they stay well within 1 GB.
+MOST_TABS = 12
 # A tab's connection never ends by itself: nothing is gained by waiting for it. What is gained is
 # time for its explorer to stop its run and leave.
 WAIT_FOR_TABS_S, WAIT_FOR_EXPLORERS_S = 0.1, 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ import aiohttp
 import pyte
 import pytest
 
+from aprtui.browser import MOST_TABS
 from aprtui.demo import demo_path, load_faults
 from aprtui.page_tab import MOST_COLUMNS, MOST_KEYS, MOST_MESSAGE_BYTES, MOST_ROWS, terminal_size
 
@@ -121,9 +123,9 @@ class Tab:
     async def press(self, keys: str) -> None:
         await self.send("stdin", keys)
 
-    async def closed(self) -> None:
+    async def closed(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until the server has closed the connection."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             while not self.socket.closed:
                 await self.socket.receive()
 
@@ -160,6 +162,22 @@ def memory_mb(process_id: int, kind: str = "VmHWM") -> float:
     found = re.search(rf"^{kind}:\s+(\d+) kB", status, re.MULTILINE)
     assert found is not None
     return int(found[1]) / 1024
+
+
+def proportional_mb(process_id: int) -> float:
+    """What a process takes, of shared memory its share."""
+    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process_id}/smaps_rollup").read_text(),
+                      re.MULTILINE)  # fmt: skip
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def wait_for_no_explorers(server: Server) -> None:
+    """Wait until those of closed tabs have ended, as they do within a bound."""
+    left_at = time.monotonic()
+    while server.explorers():
+        assert time.monotonic() - left_at < 15
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +288,7 @@ class TestLimits:
                 assert memory_mb(explorer) < 300
 
         in_loop(paste)
-        left_at = time.monotonic()
-        while server.explorers():
-            assert time.monotonic() - left_at < 15
-            time.sleep(0.05)
+        wait_for_no_explorers(server)
 
     def test_of_a_message(self, server: Server) -> None:
         async def send() -> None:
@@ -298,6 +313,31 @@ class TestLimits:
                 await tab.closed()
 
         in_loop(send)
+
+    @pytest.mark.slow  # starts as many explorers as it may
+    def test_of_what_thirty_tabs_take(self, server: Server) -> None:
+        async def open_thirty() -> None:
+            async with AsyncExitStack() as stack, asyncio.TaskGroup() as reading:
+                refused, tasks = 0, []
+                for _ in range(30):
+                    try:
+                        tab = await stack.enter_async_context(opened(server))
+                        await tab.wait_for(OVER)
+                        # Who does not read answers no ping, and is taken for gone.
+                        tasks.append(reading.create_task(tab.closed(math.inf)))
+                    except aiohttp.WSServerHandshakeError as error:
+                        assert error.status == 503
+                        refused += 1
+                assert refused == 30 - MOST_TABS
+                explorers = server.explorers()
+                assert len(explorers) == MOST_TABS
+                taken = [proportional_mb(one) for one in (server.process.pid, *explorers)]
+                assert sum(taken) < 1000, taken
+                for task in tasks:
+                    task.cancel()
+
+        wait_for_no_explorers(server)
+        in_loop(open_thirty)
 
     @pytest.mark.slow
     def test_of_tabs(self) -> None:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from aprcore.judging.verdict import Verdict
-from aprcore.records.report_json import to_json
+from aprcore.records.report_json import format_json, to_json
 from report_runs import COMMAND, NAMES, found_in, reports, written
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text("utf-8"))
@@ -75,3 +75,14 @@ def closed(schema: Any) -> Any:
     if isinstance(schema.get("properties"), dict) and "type" in schema:
         inner["additionalProperties"] = False
     return inner
+
+
+def test_a_stage_is_a_line(tmp_path: Path) -> None:
+    report = found_in("kv-tiled")
+    text = written(report, ".json", tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("  {")]
+    assert [json.loads(line.rstrip(","))["path"] for line in lines] == [
+        stage.key.path for stage in report.stages
+    ]
+    empty = {"schema": "x", "stages": [], "elapsed_s": 1.5}
+    assert json.loads(format_json(empty)) == empty

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from aprcore.records.report import (
     StageReport,
 )
 from aprcore.records.telling import GLYPHS, MEANINGS, finding_of
+from aprcore.reports import page
 from aprcore.reports.maps import (
     StageMap,
 )
@@ -135,3 +138,70 @@ def test_every_stage_can_be_told(tmp_path: Path, name: str) -> None:
     key = StageKey(None if name in ("final_norm", "lm_head") else 0, name)
     report = Report(header, (StageReport(key, None, Verdict.FAIL, "why"),), 0.0)
     assert known_stages()[name].title in Page(written(report, ".html", tmp_path)).text
+
+
+def deep(report: Report, count: int) -> Report:
+    """The run of a model with so many layers, each like the last one of this run."""
+    last = max(stage.key.layer or 0 for stage in report.stages)
+    like = [stage for stage in report.stages if stage.key.layer == last]
+    rest = [stage for stage in report.stages if stage.key.layer is None]
+    layers = [
+        replace(stage, key=stage.key._replace(layer=layer))
+        for layer in range(count)
+        for stage in like
+    ]
+    stages = (*layers, *rest)
+    keys = tuple(stage.key for stage in stages)
+    return replace(
+        report, header=replace(report.header, keys=keys, num_layers=count), stages=stages
+    )
+
+
+class TestManyLayers:
+    def test_sound_layers_have_a_line_each(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(page, "LAYERS_TOLD", 6)
+        sound = found_in("none")
+        like = deep(sound, 9).stages
+        wrong = replace(like[40], verdict=Verdict.FAIL, reason="kernel: no known cause")
+        report = replace(deep(sound, 9), stages=(*like[:40], wrong, *like[41:]))
+        text = written(report, ".html", tmp_path)
+        Page(text)
+        layer = wrong.key.layer
+        assert layer is not None and 0 < layer < 8
+        titles = re.findall(r"<summary><strong>([^<]*)</strong>", text)
+        assert titles == [
+            f"layer 0 to {layer - 1}", f"layer {layer}", f"layer {layer + 1} to 8", "whole model",
+        ]  # fmt: skip
+        assert "whose stages are in the JSON of this run" in text
+        for number in range(9):
+            rows = re.findall(rf">layer {number}</th>", text)
+            assert len(rows) == (number != layer)
+
+    def test_a_model_with_fewer_has_all_of_them(self, tmp_path: Path) -> None:
+        text = written(deep(found_in("none"), 9), ".html", tmp_path)
+        titles = re.findall(r"<summary><strong>([^<]*)</strong>", text)
+        assert titles == [*(f"layer {number}" for number in range(9)), "whole model"]
+
+    def test_where_every_layer_diverges_some_are_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(page, "LAYERS_TOLD", 3)
+        like = [replace(stage, verdict=Verdict.FAIL) for stage in deep(found_in("none"), 9).stages]
+        text = written(replace(deep(found_in("none"), 9), stages=tuple(like)), ".html", tmp_path)
+        titles = re.findall(r"<summary><strong>([^<]*)</strong>", text)
+        assert titles == ["layer 0", "layer 1", "layer 2", "layer 3 to 8", "whole model"]
+        told = set(re.findall(r'href="#(fault-[^"]*)"', text))
+        assert told == set(re.findall(r'id="(fault-[^"]*)"', text))
+
+    @pytest.mark.slow  # 34,000 stages, four times
+    def test_two_thousand_layers(self, tmp_path: Path) -> None:
+        for fault in ("none", "kv-tiled"):
+            report = deep(found_in(fault), 2000)
+            began = time.process_time()
+            for suffix, most_mb in ((".html", 4), (".md", 0.1), (".json", 150)):
+                folder = tmp_path / f"{fault}{suffix}"
+                folder.mkdir()
+                assert len(written(report, suffix, folder)) < most_mb * 1e6
+            assert time.process_time() - began < 30

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from aprcore.judging.compare import Comparison, Statistics
@@ -42,6 +44,23 @@ def to_json(report: Report, *, top_k: int = 10, strict: bool = False) -> dict[st
         data["parity"] = _parity_of_run(report, header.tested, header.trusted)
     cleaned: dict[str, Any] = json_ready(data)
     return cleaned
+
+
+def format_json(data: Mapping[str, Any]) -> str:
+    """A report as text: a line for each stage, which is what is compared and searched.
+
+    Args:
+        data: As `to_json` gives it, perhaps with more.
+    """
+    fields = []
+    for name, value in data.items():
+        if name == "stages":
+            lines = ",\n  ".join(json.dumps(stage, allow_nan=False) for stage in value)
+            text = f"[\n  {lines}\n ]" if value else "[]"
+        else:
+            text = json.dumps(value, allow_nan=False)
+        fields.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}"
 
 
 def stage_to_json(

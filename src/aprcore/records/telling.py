@@ -284,6 +284,25 @@ def layers_of(report: Report) -> list[Layer]:
     return [Layer(layer, tuple(stages)) for layer, stages in grouped.items()]
 
 
+def layers_table(layers: Sequence[Layer]) -> Table:
+    """A line for each layer: its gravest verdict, and the stages that fare worst."""
+    rows = []
+    for layer in layers:
+        row = [layer.title, verdict_text(word_of(layer.worst))]
+        lowest = layer.lowest
+        if lowest is None or lowest.comparison is None:
+            row.append("")
+        else:
+            row.append(f"{format_cosine(figures_of(lowest.comparison)[0])} {lowest.key.stage}")
+        for name in OWN_JUDGMENTS:
+            worst = layer.worst_by(name)
+            text = "" if worst is None else judgment_text(judgment_of(worst, name))
+            row.append("" if worst is None else f"{text} {worst.key.stage}")
+        rows.append(tuple(row))
+    headings = ("layer", "worst", "lowest cosine", "worst model / bound", "worst kernel / bound")
+    return Table(plural(len(layers), "layer"), headings, tuple(rows))
+
+
 def faults_of(report: Report) -> list[StageReport]:
     """Every diverging stage, in the order of computation."""
     return [stage for stage in report.stages if stage.is_divergence]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from aprcore.ground.errors import AprError
 from aprcore.ground.whole_file import check_writable, write_whole
 from aprcore.records.environment import Environment, format_command, read_environment
 from aprcore.records.report import Report
-from aprcore.records.report_json import json_ready, picked, to_json
+from aprcore.records.report_json import format_json, json_ready, picked, to_json
 from aprcore.records.sharing import shareable
 from aprcore.reports.maps import StageMap
 from aprcore.reports.markdown import render_markdown
@@ -77,4 +76,4 @@ def render_json(report: Report, command: Sequence[str], environment: Environment
         "processors": environment.processors,
         "versions": dict(environment.versions),
     }
-    return json.dumps(json_ready(data), indent=1, allow_nan=False) + "\n"
+    return format_json(json_ready(data)) + "\n"

@@ -109,7 +109,7 @@ def _fault(stage: StageReport, header: RunHeader) -> Iterator[str]:
 
 def _tables(report: Report, room: int) -> Iterator[str]:
     """One line per layer, then the stages that are not PASS, as far as there is room."""
-    tables = [_layers(report)]
+    tables = [telling.layers_table(telling.layers_of(report))]
     found = [stage for stage in report.stages if stage.verdict is not Verdict.PASS]
     if found:
         title = f"{plural(len(found), 'stage')} not PASS"
@@ -126,25 +126,6 @@ def _tables(report: Report, room: int) -> Iterator[str]:
         room -= len(fitting) + 2
         if fitting:
             yield fitting
-
-
-def _layers(report: Report) -> Table:
-    layers, rows = telling.layers_of(report), []
-    for layer in layers:
-        row = [layer.title, telling.verdict_text(telling.word_of(layer.worst))]
-        lowest = layer.lowest
-        if lowest is None or lowest.comparison is None:
-            row.append("")
-        else:
-            cosine = telling.format_cosine(telling.figures_of(lowest.comparison)[0])
-            row.append(f"{cosine} {lowest.key.stage}")
-        for name in telling.OWN_JUDGMENTS:
-            worst = layer.worst_by(name)
-            text = "" if worst is None else telling.judgment_text(telling.judgment_of(worst, name))
-            row.append("" if worst is None else f"{text} {worst.key.stage}")
-        rows.append(tuple(row))
-    headings = ("layer", "worst", "lowest cosine", "worst model / bound", "worst kernel / bound")
-    return Table(plural(len(layers), "layer"), headings, tuple(rows))
 
 
 def _back(report: Report, environment: Environment) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 
 from aprcore.causes.records import CauseTried
 from aprcore.judging.verdict import Verdict
@@ -17,7 +18,7 @@ from aprcore.network.stages import StageKey
 from aprcore.records import telling
 from aprcore.records.environment import Environment, format_command
 from aprcore.records.report import Report, StageReport
-from aprcore.records.telling import Fact, Layer, Table, plain, verdict_text, word_of
+from aprcore.records.telling import Fact, Layer, Table, plain, verdict_text, word_of, worst_of
 from aprcore.reports import maps
 from aprcore.reports.maps import StageMap
 from aprcore.reports.markup import Markup, element, join
@@ -30,6 +31,9 @@ MAP_HEIGHT_PX, LEAST_ROW_PX, MOST_ROW_PX, NAMED_ROW_PX = 400, 4, 18, 14
 # Failing stages that are told in full: the first is the one to look at. Two dumps without a model
 # differ at every stage after it.
 FAULTS_TOLD = 24
+# Layers with a table of their stages. A browser would take long over those of thousands: of a model
+# that has more, layers without a finding have a line each, in one table for each run of them.
+LAYERS_TOLD = 200
 THEMES = (("system", "as the system"), ("light", "light"), ("dark", "dark"))
 
 
@@ -114,8 +118,37 @@ def _stages(report: Report) -> Markup:
         "section",
         element("h2", "Stages"),
         element("p", element("label", only, " only what is not PASS"), class_="filter"),
-        *(_layer(layer, report, told) for layer in telling.layers_of(report)),
+        *_layers(report, told),
     )
+
+
+def _layers(report: Report, told: Collection[StageKey]) -> Iterator[Markup]:
+    layers = telling.layers_of(report)
+    found = [layer for layer in layers if layer.layer is None or not _is_sound(layer)]
+    in_full = {layer.layer for layer in (layers if len(layers) <= LAYERS_TOLD else found)}
+    if len(in_full) > LAYERS_TOLD:
+        in_full = {layer.layer for layer in found[:LAYERS_TOLD]} | {None}
+    for is_full, run in groupby(layers, lambda layer: layer.layer in in_full):
+        if is_full:
+            yield from (_layer(layer, report, told) for layer in run)
+        else:
+            yield _folded_layers(list(run))
+
+
+def _folded_layers(layers: Sequence[Layer]) -> Markup:
+    """Many layers, a line each."""
+    worst = worst_of(layer.worst for layer in layers if layer.worst is not None)
+    title = f"{layers[0].title} to {layers[-1].layer}"
+    table = telling.layers_table(layers)._replace(title=f"Stages of {title}")
+    inks = [_ink(word_of(layer.worst)) for layer in layers]
+    said = f" · {telling.plural(len(layers), 'layer')}, whose stages are in the JSON of this run"
+    summary = element("summary", element("strong", title), " ", _verdict(worst), said)
+    sound = "sound" if all(map(_is_sound, layers)) else ""
+    return element("details", summary, _table(table, inks=inks), class_=sound)
+
+
+def _is_sound(layer: Layer) -> bool:
+    return all(stage.verdict is Verdict.PASS for stage in layer.stages)
 
 
 def _layer(layer: Layer, report: Report, told: Collection[StageKey]) -> Markup:
@@ -130,8 +163,9 @@ def _layer(layer: Layer, report: Report, told: Collection[StageKey]) -> Markup:
     inks = [_ink(word_of(stage.verdict)) for stage in layer.stages]
     links = [_anchor(stage.key) if stage.key in told else "" for stage in layer.stages]
     body = _table(table, inks=inks, links=links)
-    diverges = worst is not None and worst.is_divergence
-    sound = "sound" if all(stage.verdict is Verdict.PASS for stage in layer.stages) else ""
+    # Of a run that diverges everywhere, those are open whose stages are told of.
+    diverges = any(stage.key in told for stage in layer.stages)
+    sound = "sound" if _is_sound(layer) else ""
     summary = element("summary", title, " ", mark, *said)
     return element("details", summary, body, open=diverges, class_=sound)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -64,7 +63,7 @@ def print_run(
         files: Where to write the run, too; their suffixes say as what.
     """
     from aprcore.records.report import PathRejected, Report
-    from aprcore.records.report_json import to_json
+    from aprcore.records.report_json import format_json, to_json
     from aprcore.runs.bisect import bisect
     from aprcore.runs.tensors import LayerInputs
     from aprtui.exporting import check_export_path
@@ -81,7 +80,7 @@ def print_run(
             announce(event.line_reason)
         elif isinstance(event, Report):
             if as_json:
-                print(json.dumps(to_json(event, strict=strict), indent=1, allow_nan=False))
+                print(format_json(to_json(event, strict=strict)))
             _write_files(files, event, request, kept)
             return int(event.diverges(strict=strict))
     raise AssertionError("a run ends with its report")
