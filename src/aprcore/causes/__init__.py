@@ -188,7 +188,7 @@ def _scene(
         site=site,
         inputs=tuple(factors(side.graph.operation(key), profile.arithmetic, site.config, values)),
         observed=np.asarray(observed, dtype=np.float64),
-        plain=expected.estimate,
+        plain=expected.estimate.whole(),
         layout=layout,
         in_file=in_file,
         profile=profile,

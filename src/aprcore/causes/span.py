@@ -49,7 +49,7 @@ def _inner_scene(side: RecordedSide, scene: Scene, key: StageKey) -> Scene | Non
     inputs, expected = side.inputs(key), side.expect(key)
     if inputs is None or expected is None:
         return None
-    plain, profile = expected.estimate, side.profile(key)
+    plain, profile = expected.estimate.whole(), side.profile(key)
     values = [x.estimate.value for x in inputs]
     return replace(
         scene,

@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.sidecar import read_sidecar
-from aprcore.dumps.stage_file import HEADER, SUFFIX, check_header, read_stage_file, use_file
+from aprcore.dumps.stage_file import (
+    HEADER,
+    SUFFIX,
+    check_header,
+    read_stage_file,
+    read_stage_part,
+    use_file,
+)
 from aprcore.ground.errors import TraceError
 from aprcore.network.backend import KeyValueCache
 from aprcore.network.config import ModelConfig
@@ -104,6 +111,14 @@ class TraceDirectory:
             FormatError: As `read_stage_file`.
         """
         return read_stage_file(self._files[key][0], self._place(key))[1]
+
+    def read_part(self, key: StageKey, start: int, stop: int) -> Float32:
+        """Some of the values of one tensor, flat.
+
+        Raises:
+            FormatError: As `read_stage_file`.
+        """
+        return read_stage_part(self._files[key][0], self._place(key), start, stop)
 
     def check_headers(self) -> None:
         """Look at the header of every file, so that a damaged one is found before a run begins.

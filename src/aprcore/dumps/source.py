@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,15 @@ from aprcore.network.config import ModelConfig
 from aprcore.network.stages import StageKey
 
 Float32 = NDArray[np.float32]
+
+
+@runtime_checkable
+class PartlyRead(Protocol):
+    """A dump that need not read a tensor whole."""
+
+    def read_part(self, key: StageKey, start: int, stop: int) -> Float32:
+        """Some of the values of one tensor, flat."""
+        ...
 
 
 class StageSource(Protocol):

@@ -23,13 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.engines.arithmetic import Arithmetic
-from aprcore.engines.estimate import Estimate, Float64, Profile
+from aprcore.engines.estimate import (
+    BlockedEstimate,
+    Estimate,
+    Float64,
+    Profile,
+    is_blocked,
+)
 from aprcore.engines.predicted_product import PredictedProduct
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.ground.parallel import available_threads, for_each, single_threaded_blas
@@ -102,6 +108,8 @@ class PredictionBackend:
         return replace(x, value=value, variance=variance + self._stored(value))
 
     def soft_cap(self, x: Estimate, cap: float) -> Estimate:
+        if isinstance(x, BlockedEstimate):
+            return self._by_block(x, lambda block, rows: self.soft_cap(block, cap))
         value = self._exact.soft_cap(x.value, cap)
         quotient, tanh = x.value / cap, value / cap
         slope = 1 - np.square(tanh)
@@ -233,30 +241,60 @@ class PredictionBackend:
     def attention_scores(
         self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Estimate:
-        width = q.value.shape[1] // num_heads
-        q = self._factor(q, self._roundings(lambda a: a.activation_rounding), width)
-        k = self._factor(k, self._roundings(lambda a: a.cache_rounding), width)
-        exact = self._exact.attention_scores
-        value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         head_dim = q.value.shape[1] // num_heads
+        q = self._factor(q, self._roundings(lambda a: a.activation_rounding), head_dim)
+        k = self._factor(k, self._roundings(lambda a: a.cache_rounding), head_dim)
+        # The D errors of a query are in all of its scores, those of a key in those of all tokens.
+        by_head = [x.variance.reshape(x.variance.shape[0], -1, head_dim) for x in (q, k)]
+        token_dof = None if k.is_exact else _independent(by_head[1])
+        correlation = 0.0 if q.is_exact else max(1 / _independent(by_head[0]), q.correlation)
+        shape = num_heads, q.value.shape[0], k.value.shape[0]
+        if not self._is_in_blocks(shape):
+            made = self._scores(q, k, num_heads, num_kv_heads, scale, mask)
+            return Estimate(*made, token_dof, correlation)
+        group = num_heads // num_kv_heads
+
+        def make(head: int, rows: slice) -> tuple[Float64, Float64]:
+            of_head, of_group = (
+                slice(number * head_dim, (number + 1) * head_dim)
+                for number in (head, head // group)
+            )
+            queries = Estimate(q.value[rows, of_head], q.variance[rows, of_head])
+            keys = self.columns(k, of_group.start, of_group.stop)
+            its_mask = mask.before(shape[1] - rows.stop)
+            value, variance = self._scores(queries, keys, 1, 1, scale, its_mask)
+            return value[0], variance[0]
+
+        return BlockedEstimate(shape, make, token_dof=token_dof, correlation=correlation)
+
+    def _scores(
+        self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
+    ) -> tuple[Float64, Float64]:
+        """Value and variance of scores, [H, T, S]."""
+        exact, head_dim = self._exact.attention_scores, q.value.shape[1] // num_heads
 
         def squares(a: Float64, b: Float64) -> Float64:
             return exact(a, b, num_heads, num_kv_heads, scale**2, mask)
 
+        value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         wander = squares(np.square(q.value), np.square(k.value))
         variance = self._sum_error(wander * head_dim / 2 + np.square(value) * head_dim / 3)
         variance += 2 * self._stored(value)  # the product, then its scaling
         if np.any(q.variance) or np.any(k.variance):
             variance += squares(q.variance, np.square(k.value))
             variance += squares(np.square(q.value), k.variance)
-        # The D errors of a query are in all of its scores, those of a key in those of all tokens.
-        by_head = [x.variance.reshape(x.variance.shape[0], -1, head_dim) for x in (q, k)]
-        return Estimate(
-            value, variance, None if k.is_exact else _independent(by_head[1]),
-            0.0 if q.is_exact else max(1 / _independent(by_head[0]), q.correlation),
-        )  # fmt: skip
+        return value, variance
 
     def masked_softmax(self, scores: Estimate, mask: Mask) -> Estimate:
+        if isinstance(scores, BlockedEstimate):
+            tokens = scores.shape[1]
+
+            def softmax(block: Estimate, rows: slice) -> Estimate:
+                alone = Estimate(block.value[None], block.variance[None])
+                made = self.masked_softmax(alone, mask.before(tokens - rows.stop))
+                return Estimate(made.value[0], made.variance[0])
+
+            return self._by_block(scores, softmax)
         value = self._exact.masked_softmax(scores.value, mask)
         seen = value > 0
         top = np.where(seen, scores.value, -np.inf).max(axis=2, keepdims=True)
@@ -274,24 +312,75 @@ class PredictionBackend:
         return replace(scores, value=value, variance=variance)
 
     def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
-        softmax = self._factor(softmax, self._roundings(lambda a: a.activation_rounding))
         v = self._factor(v, self._roundings(lambda a: a.cache_rounding),
                          v.value.shape[1] // num_kv_heads)  # fmt: skip
-        exact = self._exact.weighted_values
-        value = exact(softmax.value, v.value, num_kv_heads)
-        positions = softmax.value.shape[2]
-        wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
+        roundings = self._roundings(lambda a: a.activation_rounding)
+        if isinstance(softmax, BlockedEstimate):
+            softmax = self._by_block(softmax, lambda x, rows: self._factor(x, roundings))
+            heads, _, positions = softmax.shape
+            sums = self._weighted_blocks(softmax, v, num_kv_heads)
+        else:
+            softmax = self._factor(softmax, roundings)
+            heads, _, positions = softmax.value.shape
+            sums = self._weighted(softmax, v, num_kv_heads)
+        value, wander, of_softmax, of_values = sums.parts
         variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
         variance += self._stored(value) + self._turned_back(value)
         correlation = 0.0
-        if np.any(softmax.variance) or np.any(v.variance):
-            of_softmax = exact(softmax.variance, np.square(v.value), num_kv_heads)
-            of_values = exact(np.square(softmax.value), v.variance, num_kv_heads)
+        if np.any(of_softmax) or np.any(of_values):
             shares = (float(np.mean(part / np.maximum(variance + of_softmax + of_values, _TINY)))
                       for part in (of_softmax, of_values))  # fmt: skip
             variance += of_softmax + of_values
-            correlation = self._shared_in_attention(softmax, v, num_kv_heads, *shares)
+            correlation = self._shared_in_attention(
+                heads, sums.independent, softmax.correlation, v, num_kv_heads, *shares
+            )
         return Estimate(value, variance, softmax.token_dof, correlation)
+
+    def _weighted(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> _WeightedSums:
+        """The sums over positions that the values of attention and their errors are made of."""
+        exact = self._exact.weighted_values
+        parts = [
+            exact(softmax.value, v.value, num_kv_heads),
+            exact(np.square(softmax.value), np.square(v.value), num_kv_heads),
+        ]
+        if softmax.is_exact and v.is_exact:
+            return _WeightedSums((*parts, *[np.zeros_like(parts[0])] * 2), 1.0)
+        parts.append(exact(softmax.variance, np.square(v.value), num_kv_heads))
+        parts.append(exact(np.square(softmax.value), v.variance, num_kv_heads))
+        return _WeightedSums(tuple(parts), _independent(softmax.variance))
+
+    def _weighted_blocks(
+        self, softmax: BlockedEstimate, v: Estimate, num_kv_heads: int
+    ) -> _WeightedSums:
+        """As `_weighted`, from one block after the other."""
+        heads, tokens, _ = softmax.shape
+        dim = v.value.shape[1] // num_kv_heads
+        parts = tuple(np.zeros((tokens, heads * dim)) for _ in range(4))
+        of_rows = _Independent()
+        for head, rows, block in softmax.blocks():
+            first = head // (heads // num_kv_heads) * dim
+            values = self.columns(v, first, first + dim)
+            alone = Estimate(block.value[None], block.variance[None])
+            found = self._weighted(alone, values, 1)
+            for part, made in zip(parts, found.parts):
+                part[rows, head * dim : (head + 1) * dim] = made
+            of_rows.add(block.variance)
+        return _WeightedSums(parts, of_rows.count)
+
+    def _is_in_blocks(self, shape: Sequence[int]) -> bool:
+        return len(self._profiles) == 1 and is_blocked(shape)
+
+    @staticmethod
+    def _by_block(
+        x: BlockedEstimate, function: Callable[[Estimate, slice], Estimate]
+    ) -> BlockedEstimate:
+        """What a function makes of every block; it is also given the block's rows."""
+
+        def make(head: int, rows: slice) -> tuple[Float64, Float64]:
+            made = function(x.block(head, rows), rows)
+            return made.value, made.variance
+
+        return BlockedEstimate(x.shape, make, token_dof=x.token_dof, correlation=x.correlation)
 
     def activation(self, x: Estimate, kind: str) -> Estimate:
         value = self._exact.activation(x.value, kind)
@@ -348,19 +437,26 @@ class PredictionBackend:
 
     @staticmethod
     def _shared_in_attention(
-        softmax: Estimate, v: Estimate, num_kv_heads: int, of_softmax: float, of_values: float
-    ) -> float:
+        heads: int, positions: float, correlation: float, v: Estimate, num_kv_heads: int,
+        of_softmax: float, of_values: float,
+    ) -> float:  # fmt: skip
         """Mean squared correlation of the errors of attention's output.
 
         The errors of a token's attention weights are in every dimension of the head, and those of a
         value in every head of its group.
+
+        Args:
+            heads: Their number.
+            positions: How many errors of its weights a token's value has.
+            correlation: Of the weights.
+            v: The values.
+            num_kv_heads: How many heads share them.
+            of_softmax, of_values: What part of the errors' energy comes from each.
         """
-        heads = softmax.value.shape[0]
         group, features = heads // num_kv_heads, v.value.shape[1] * heads // num_kv_heads
-        positions = _independent(softmax.variance)
         by_group = (group - 1) / max(1, features - 1)
         return float(
-            of_softmax**2 * max(1 / positions, softmax.correlation)
+            of_softmax**2 * max(1 / positions, correlation)
             + of_values**2 * max(by_group, v.correlation)
         )
 
@@ -477,14 +573,44 @@ def _steps(weight: Weight, start: int, stop: int) -> Float64:
     return np.repeat(steps.astype(np.float64), group, axis=1)[:, :columns]
 
 
-def _independent(variance: Float64) -> float:
+class _WeightedSums(NamedTuple):
+    """What attention's output is made of, each [T, H·D], summed over positions.
+
+    Attributes:
+        parts: Weights times values; squares times squares; the variance of the weights times
+            squared values; squared weights times the variance of the values.
+        independent: How many errors a row of the weights has.
+    """
+
+    parts: tuple[Float64, ...]
+    independent: float
+
+
+class _Independent:
     """How many errors a row of the last axis has, of those rows that have most of the error.
 
     (sum v)^2 / sum v^2: a few numbers near a tie may be all that is uncertain.
     """
-    total = variance.sum(axis=-1)
-    squares = np.square(variance).sum(axis=-1)
-    return max(1.0, float(np.square(total).sum() / max(squares.sum(), _TINY)))
+
+    def __init__(self) -> None:
+        self._totals = self._squares = 0.0
+
+    def add(self, variance: Float64) -> None:
+        """Take more rows into account."""
+        self._totals += float(np.square(variance.sum(axis=-1)).sum())
+        self._squares += float(np.square(variance).sum())
+
+    @property
+    def count(self) -> float:
+        """How many, at least 1."""
+        return max(1.0, self._totals / max(self._squares, _TINY))
+
+
+def _independent(variance: Float64) -> float:
+    """As `_Independent`, of rows that are at hand."""
+    rows = _Independent()
+    rows.add(variance)
+    return rows.count
 
 
 def _independent_rows(x: Float64) -> float:

@@ -287,10 +287,10 @@ def _is_judged(side: RecordedSide, key: StageKey) -> bool:
 def _reading(side: RecordedSide, key: StageKey) -> str | None:
     """In which layout rounding explains a stage: "" for the canonical one, None for none."""
     observed, expected = side.tensor(key), side.expect(key)
-    if observed is None or expected is None or not np.isfinite(expected.estimate.value).all():
+    if observed is None or expected is None or not expected.estimate.is_finite():
         return None
     flat = observed.reshape(-1)
-    if flat.size != expected.estimate.value.size:
+    if flat.size != expected.estimate.size:
         return None
     layout = layout_of(key, side.sizes(), flat.size)
     if assess(flat, expected.estimate, layout).explained:

@@ -148,7 +148,7 @@ def is_masked(operation: Operation | None) -> bool:
 def zero_masked(operation: Operation | None, x: Floats, layout: Layout) -> Floats:
     """`x` with what no judgment may look at set to zero.
 
-    Returns `x` itself for stages without such values.
+    Returns `x` itself for stages without such values, and where they are zero already.
 
     Args:
         operation: What makes the tensor: its mask says what nobody reads.
@@ -157,8 +157,24 @@ def zero_masked(operation: Operation | None, x: Floats, layout: Layout) -> Float
     """
     if not isinstance(operation, Scores) or len(layout.factors) != 3:
         return x
-    allowed = operation.mask.allowed(*layout.factors[1:])
-    return np.where(allowed, x.reshape(layout.factors), np.zeros(1, dtype=x.dtype)).reshape(-1)
+    hidden = ~operation.mask.allowed(*layout.factors[1:])
+    by_head = x.reshape(layout.factors)
+    if not any(np.any(of_head[hidden]) for of_head in by_head):
+        return x
+    zeroed = by_head.copy()
+    for of_head in zeroed:
+        of_head[hidden] = 0
+    return zeroed.reshape(-1)
+
+
+def hidden_rows(
+    operation: Operation | None, rows: slice, tokens: int, positions: int
+) -> NDArray[np.bool_] | None:
+    """What `zero_masked` sets to zero in rows of a head, [rows, S]; None for nothing."""
+    if not isinstance(operation, Scores):
+        return None
+    mask = operation.mask.before(tokens - rows.stop)
+    return ~mask.allowed(rows.stop - rows.start, positions)
 
 
 # How an engine that rotates dimension 2i with 2i + 1 keeps q and k, before and after.

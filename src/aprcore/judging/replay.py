@@ -11,17 +11,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.engines.arithmetic import EngineArithmetic
-from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.estimate import BlockedEstimate, Estimate, Profile, is_blocked
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.judging.compare import compare
+from aprcore.judging.compare import compare, compare_pieces, count_finite
 from aprcore.judging.layouts import Layout, alternatives, layout_of
-from aprcore.judging.noise import allowed_ratio, assess
+from aprcore.judging.noise import AssessedBlocks, allowed_ratio, assess
 from aprcore.judging.verdict import Judgment
 from aprcore.network.backend import KeyValueCache, Site
 from aprcore.network.graph import Graph
@@ -31,6 +31,18 @@ from aprcore.network.weights import Weight
 Floats = NDArray[np.floating[Any]]
 Int64 = NDArray[np.int64]
 Read = Callable[[StageKey], "Floats | None"]
+
+
+class Rows(NamedTuple):
+    """A tensor of [H, T, S] values that is too large to be kept.
+
+    Attributes:
+        shape: H, T and S.
+        read: Rows of a head, [rows, S].
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, slice], Floats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,7 @@ class RecordedSide:
         weights_rounded: bool = False,
         read: Read | None = None,
         read_unmasked: Read | None = None,
+        read_rows: Callable[[StageKey], Rows | None] | None = None,
         past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
@@ -82,6 +95,7 @@ class RecordedSide:
             weights_rounded: As in `Profile`.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
             read_unmasked: The same with what a mask hides as it was dumped.
+            read_rows: Fetches rows of one that is too large to be kept; None of any other.
             past: Keys and values before a decoding step, on the host; None for a full pass.
         """
         self.engine = engine
@@ -94,14 +108,25 @@ class RecordedSide:
         self._positions = np.arange(self._num_past, self._num_past + num_tokens)
         self._read = read
         self._read_unmasked = read_unmasked
+        self._read_rows = read_rows
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
         self._layer: int | None = -1
         self.layouts: dict[str, str] = {}
 
-    def record(self, key: StageKey, tensor: Floats) -> None:
-        """Add a tensor in canonical layout; later stages may read it."""
-        self._recorded[key] = tensor
+    def record(self, key: StageKey, tensor: Floats, *, is_as_dumped: bool = False) -> None:
+        """Add a tensor in canonical layout; later stages may read it.
+
+        Args:
+            key: Which.
+            tensor: Its values.
+            is_as_dumped: Whether its dump holds the same: a large one is then read there again.
+        """
+        if not (is_as_dumped and self._rows(key) is not None):
+            self._recorded[key] = tensor
+
+    def _rows(self, key: StageKey) -> Rows | None:
+        return None if self._read_rows is None else self._read_rows(key)
 
     def enter(self, key: StageKey) -> None:
         """Forget what neither this stage nor a later one reads: earlier layers but their output."""
@@ -209,7 +234,13 @@ class RecordedSide:
         return found
 
     def _input(self, key: StageKey, layer: int | None) -> Expectation | None:
-        recorded = self.tensor(key)
+        rows = None if key in self._recorded else self._rows(key)
+        recorded = self.tensor(key) if rows is None else None
+        if recorded is not None and is_blocked(recorded.shape):
+            rows = Rows(recorded.shape, lambda head, rows: recorded[head, rows])
+        if rows is not None:
+            blocks = self._in_blocks(key, rows)
+            return Expectation(blocks, (key,)) if blocks.is_finite() else None
         if recorded is not None:
             if not np.isfinite(recorded).all():
                 return None
@@ -218,6 +249,17 @@ class RecordedSide:
         if key not in self._replayed:
             self._replayed[key] = self._recompute(key, layer)
         return self._replayed[key]
+
+    def _in_blocks(self, key: StageKey, recorded: Rows) -> BlockedEstimate:
+        """A large recorded tensor, in float64 a block at a time."""
+
+        def make(head: int, rows: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            value = np.asarray(recorded.read(head, rows), dtype=np.float64)
+            return value, self._lost_on_dump(key, value)
+
+        heads, tokens, positions = recorded.shape
+        is_exact = not self.profile(key).arithmetic.rounds_on_dump
+        return BlockedEstimate((heads, tokens, positions), make, is_exact=is_exact)
 
     def _lost_on_dump(self, key: StageKey, value: Floats) -> NDArray[np.float64]:
         """The variance of a recorded tensor about what the engine computed with."""
@@ -238,7 +280,7 @@ class RecordedSide:
             return None
         backend = PredictionBackend([(None, self.profile(key))])
         estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
-        if estimate is None or not np.isfinite(estimate.value).all():
+        if estimate is None or not estimate.is_finite():
             return None
         return Expectation(estimate, _starts(inputs), (*_recomputed(inputs), key))
 
@@ -345,10 +387,19 @@ def _stack(a: Estimate, b: Estimate, last_token: bool) -> Estimate:
 def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:
     """A tensor against what its side's own inputs say it should be; None if that is not finite."""
     estimate = expected.estimate
-    if not np.isfinite(estimate.value).all() or not np.isfinite(x).all():
+    if count_finite(x) < x.size:
         return None
-    found = compare(x, estimate.value)
-    assessment = assess(x, estimate, layout)
+    if isinstance(estimate, BlockedEstimate) and len(layout.factors) == 3:
+        blocks = AssessedBlocks(x, estimate, layout)
+        if not blocks.is_finite:
+            return None
+        found = compare_pieces(blocks.pieces())
+        assessment = blocks.assessment()
+    else:
+        if not estimate.is_finite():
+            return None
+        found = compare(x, estimate.value)
+        assessment = assess(x, estimate, layout)
     bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
     return Judgment(
         found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed

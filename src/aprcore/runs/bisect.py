@@ -83,6 +83,7 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
                 unasked_s += made_s + time.perf_counter() - judged_at
             if second is not None:
                 yield from second.follow(FirstSide(key, *pair, result, budget, made_s))
+            del tensor, pair  # large ones would stay while the next are made
         if second is not None:
             second.finish()
     report = Report(sides.header, tuple(results), time.perf_counter() - started)

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.dumps.source import StageSource
+from aprcore.dumps.source import PartlyRead, StageSource
 from aprcore.engines.arithmetic import EngineArithmetic
+from aprcore.engines.estimate import is_blocked, is_large
 from aprcore.ground.errors import AprError
-from aprcore.judging.layouts import is_readable, last_rows, layout_of, zero_masked
-from aprcore.judging.replay import RecordedSide
+from aprcore.judging.layouts import (
+    hidden_rows,
+    is_readable,
+    last_rows,
+    layout_of,
+    zero_masked,
+)
+from aprcore.judging.replay import RecordedSide, Rows
 from aprcore.network.graph import Graph, computation_order
 from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader
@@ -75,6 +82,7 @@ class Sides:
             self.arithmetic,
             read=None if self.trace is None else self.reader(self.trace), past=self.past,
             read_unmasked=None if self.trace is None else self.reader(self.trace, unmasked=True),
+            read_rows=None if self.trace is None else self._row_reader(self.trace),
         )  # fmt: skip
         if self.oracle is None:
             return trace, None
@@ -82,6 +90,7 @@ class Sides:
             self._graph_of(self.oracle), model.weights,
             self.header.tokens, num_tokens,
             self.oracle_arithmetic, weights_rounded=True, read=self.reader(self.oracle),
+            read_rows=self._row_reader(self.oracle),
         )  # fmt: skip
         return trace, oracle
 
@@ -116,6 +125,35 @@ class Sides:
             return x.reshape(layout.shape)
 
         return read
+
+    def _row_reader(self, dump: StageSource) -> Callable[[StageKey], Rows | None]:
+        """As `reader`, of tensors that are too large to be kept: rows of a head, from the file."""
+        if not isinstance(dump, PartlyRead):
+            return lambda key: None
+        graph, parts = self._graph_of(dump), dump
+
+        def find(key: StageKey) -> Rows | None:
+            # Of a dump's many tensors few are so large.
+            if not is_large(dump.counts.get(key, 0)) or not dump.is_exact(key):
+                return None
+            layout = layout_of(key, self.sizes, dump.counts[key])
+            if not is_blocked(layout.shape) or not is_readable(graph, key, layout, self.sizes):
+                return None
+            _, tokens, positions = layout.shape
+
+            def read(head: int, rows: slice) -> Floats:
+                first = head * tokens
+                x = parts.read_part(
+                    key, (first + rows.start) * positions, (first + rows.stop) * positions
+                ).reshape(-1, positions)
+                hidden = hidden_rows(self.graph.operation(key), rows, tokens, positions)
+                if hidden is not None:
+                    x[hidden] = 0
+                return x
+
+            return Rows(layout.shape, read)
+
+        return find
 
     def tensors(
         self, backend: Backend | None = None, ahead: int = 0
@@ -152,6 +190,7 @@ class Sides:
             made, tensor = next(stream)
             assert made == key, f"{made} was computed where {key} was expected"
             yield (key, tensor) if key not in self.not_computed else (key, None)
+            del tensor  # it may be large, and the next one is made before it is replaced
 
     def token_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """Text of token ids, as far as a tokenizer is at hand."""

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes import CauseSearch, Explanation, explain_nonfinite
-from aprcore.judging.compare import Comparison, compare, describe, may_be_permuted
+from aprcore.judging.compare import (
+    Comparison,
+    compare,
+    count_finite,
+    describe,
+    may_be_permuted,
+)
 from aprcore.judging.layouts import (
     PAIRS,
     PAIRS_OF_JOINED,
@@ -83,6 +89,7 @@ class StageJudge:
             traced: The tensor under test, or None where that side lacks it.
         """
         sides = self._sides
+        self.tensors = None, None
         oracle = None
         if sides.oracle is not None and key in sides.oracle:
             oracle = sides.oracle.read(key)
@@ -171,7 +178,7 @@ class StageJudge:
                 side.graph, key, layout, self._sides.sizes
             )  # fmt: skip
             expected = side.expect(key) if side is not None and is_usable else None
-            found.append(None if expected is None or expected.estimate.value.size != x.size
+            found.append(None if expected is None or expected.estimate.size != x.size
                          else make_judgment(x, expected, layout))  # fmt: skip
         self._keep(key, traced, None, self._layout(key, traced.size))
         self._keep(key, None, oracle, self._layout(key, oracle.size))
@@ -190,8 +197,8 @@ class StageJudge:
         oracle, model, moved = self._canonical(
             key, oracle, expected_oracle, layout, "the oracle", True
         )
+        self._keep(key, traced, oracle, layout, moved=(permuted is not None, moved is not None))
         permuted = permuted or moved
-        self._keep(key, traced, oracle, layout)
         comparison = None
         if traced is not None and oracle is not None:
             if permuted is None and kernel is None and model is None:
@@ -320,7 +327,7 @@ class StageJudge:
         if x is None:
             return None, None, None
         dumped, x = x, self._unmasked(key, x, layout)
-        if expected is None or expected.estimate.value.size != x.size:
+        if expected is None or expected.estimate.size != x.size:
             return x, None, None
         judgment = make_judgment(x, expected, layout)
         if judgment is None or judgment.passed or not may_permute:
@@ -431,17 +438,26 @@ class StageJudge:
                 yield "; ".join(f"{name} in {side}" for name, side in parts if name) or None, x, y
 
     def _keep(
-        self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
-    ) -> None:
-        """Remember canonical tensors for the stages that read them."""
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout,
+        moved: tuple[bool, bool] = (False, False),
+    ) -> None:  # fmt: skip
+        """Remember canonical tensors for the stages that read them.
+
+        Args:
+            key: Which stage.
+            traced, oracle: Its tensors.
+            layout: Their layout.
+            moved: Whether each is in another order than in its dump.
+        """
         sides = self._sides
-        for side, dump, x in (
-            (self._trace, sides.trace, traced), (self._oracle, sides.oracle, oracle),
-        ):  # fmt: skip
+        for side, dump, x, is_moved in (
+            (self._trace, sides.trace, traced, moved[0]),
+            (self._oracle, sides.oracle, oracle, moved[1]),
+        ):
             if side is None or x is None or (dump is not None and not dump.is_exact(key)):
                 continue
             if is_readable(side.graph, key, layout, sides.sizes):
-                side.record(key, x.reshape(layout.shape))
+                side.record(key, x.reshape(layout.shape), is_as_dumped=not is_moved)
 
     def _evidence(
         self, key: StageKey, comparison: Comparison | None, *, layout: str | None,
@@ -481,7 +497,7 @@ class StageJudge:
     def _count_nonfinite(self, key: StageKey, x: Floats) -> int:
         """NaN and infinities of a tensor where they count: scores may be -inf over the diagonal."""
         layout = self._layout(key, x.size)
-        return x.size - int(np.count_nonzero(np.isfinite(self._unmasked(key, x, layout))))
+        return x.size - count_finite(self._unmasked(key, x, layout))
 
     def _ancestors_finite(self, key: StageKey, lost: dict[StageKey, int]) -> bool:
         """Whether the nearest recorded ancestors of a stage were finite."""
