@@ -142,11 +142,11 @@ class CauseSearch:
                 *try_span(side, experiment, expected, CATALOGUE),
             ]
             causes = tuple(settle(experiment, tried))
+            named = any(cause.explains for cause in causes)
+            symptom = None if named else describe_symptom(experiment)
         origins = origins_of(tried, causes)
         if origins is not None:
             self._known[key.stage, in_file] = origins
-        named = any(cause.explains for cause in causes)
-        symptom = None if named else describe_symptom(experiment)
         if symptom is not None and expected.recomputed:
             missing = ", ".join(source.stage for source in expected.recomputed)
             symptom += f"; the judgment spans {missing} too: dump them to narrow it"
