@@ -113,6 +113,8 @@ def _others(others: telling.Table, quiet: Style) -> Table:
 def _failure(report: StageReport, state: RunState) -> Iterator[Part]:
     assert state.header is not None
     yield from telling.fault_parts(report, state.header)
+    if state.is_sought(report.key):
+        yield ("Its cause is being looked for ...",)
     yield telling.others_table(report.explanation)
     if telling.is_alone(report) and report.comparison is not None:
         yield from _origin(trace_upstream(state, report.key), state)

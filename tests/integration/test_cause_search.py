@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from aprcore.engines.forward import trace
 from aprcore.engines.numpy import NumpyBackend
+from aprcore.judging.verdict import Verdict
 from aprcore.models.model import Model
 from aprcore.network.stages import StageKey
-from aprcore.records.report import Report
-from aprcore.runs.bisect import run
+from aprcore.records.report import CauseSought, Report, StageReport
+from aprcore.runs.bisect import bisect, run
 from aprcore.runs.request import SEARCHED, Request
 from aprtui.cli import main
 from aprtui.commands.run_options import _number_of_causes
+from aprtui.drawing import VisibleConsole
 from tiny import Tensors, opened, write_model, write_stages
 
 TOKENS = (5, 0, 39, 7, 7, 12, 31, 2, 17, 3, 28, 9)
@@ -92,3 +95,49 @@ def test_the_option_takes_a_number_all_or_none(
     assert main([*arguments, "--causes", "some"]) == 2
     assert "'some' is not a number of stages, all or none" in capsys.readouterr().err
     assert SEARCHED == Request().causes == 16 and _number_of_causes("3") == 3
+
+
+def test_a_verdict_does_not_wait_for_its_cause(
+    model: Model, sound: Tensors, tmp_path: Path
+) -> None:
+    dump = write_stages(
+        tmp_path / "dump", doubled(sound, "attn_out"), tokens=TOKENS, dtype="float32"
+    )
+    events = list(bisect(Request(model=model.path, trace=dump, causes=3)))
+    found = [(a, b) for a, b in pairwise(events) if isinstance(a, CauseSought)]
+    failed = [e for e in events if isinstance(e, StageReport) and e.verdict is Verdict.FAIL]
+    # What is doubled, and what it is added to.
+    assert [b for _, b in found] == failed and len(failed) == 2 * model.config.num_layers
+    for sought, report in found:
+        assert isinstance(report, StageReport) and report.explanation is not None
+        assert sought.stage.key == report.key and sought.stage.explanation is None
+        assert sought.stage.verdict is Verdict.FAIL and sought.stage.kernel == report.kernel
+        assert report.explanation.clause() in report.reason
+        assert report.explanation.clause() not in sought.stage.reason
+    assert found[0][0].progress() == "search 1 of at most 3"
+    # From the second layer on what is known explains it, and nothing is searched.
+    assert {sought.progress() for sought, _ in found[2:]} == {"search 3 of at most 3"}
+
+
+def test_a_sound_run_looks_for_nothing(model: Model, sound: Tensors, tmp_path: Path) -> None:
+    dump = write_stages(tmp_path / "dump", sound, tokens=TOKENS, dtype="float32")
+    events = list(bisect(Request(model=model.path, trace=dump)))
+    assert not any(isinstance(event, CauseSought) for event in events)
+
+
+def test_a_terminal_is_told_what_is_looked_for(
+    model: Model, sound: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    dump = write_stages(
+        tmp_path / "dump", doubled(sound, "attn_out"), tokens=TOKENS, dtype="float32"
+    )
+    arguments = ["bisect", str(model.path), "--trace", str(dump), "--causes", "all"]
+    main(arguments)
+    plain = capsys.readouterr()
+    assert "looking for its cause" not in plain.err
+    monkeypatch.setattr(VisibleConsole, "is_terminal", True)
+    main(arguments)
+    shown = capsys.readouterr()
+    assert "layer 0 · attn_out fails; looking for its cause: search 1" in shown.err
+    assert len(shown.out.splitlines()) == len(plain.out.splitlines())

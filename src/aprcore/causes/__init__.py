@@ -142,11 +142,11 @@ class CauseSearch:
                 *try_span(side, experiment, expected, CATALOGUE),
             ]
             causes = tuple(settle(experiment, tried))
+            named = any(cause.explains for cause in causes)
+            symptom = None if named else describe_symptom(experiment)
         origins = origins_of(tried, causes)
         if origins is not None:
             self._known[key.stage, in_file] = origins
-        named = any(cause.explains for cause in causes)
-        symptom = None if named else describe_symptom(experiment)
         if symptom is not None and expected.recomputed:
             missing = ", ".join(source.stage for source in expected.recomputed)
             symptom += f"; the judgment spans {missing} too: dump them to narrow it"
@@ -158,10 +158,12 @@ class CauseSearch:
         known: Origins,
     ) -> Explanation | None:  # fmt: skip
         """What explained a stage of this name before, if it explains all that is wrong in this."""
+        entries = [entry for entry in CATALOGUE if entry in known.entries]
         tried = [
-            *try_entries(experiment, known.entries),
-            *try_projections(parts, known.variants),
-            *try_span(side, experiment, expected, known.entries if known.is_span else ()),
+            *try_entries(experiment, entries),
+            *try_projections(parts, [v for v in PRODUCTS if v in known.variants]),
+            *(try_arithmetics(experiment) if known.is_arithmetic else ()),
+            *try_span(side, experiment, expected, entries if known.is_span else ()),
         ]
         causes = tuple(settle(experiment, tried))
         if origins_of(tried, causes) != known:

@@ -58,8 +58,9 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[tuple[str, Outcome]]
         coarse = _estimate(experiment, arithmetic)
         if coarse is None:
             continue
-        if stored is FLOAT32 and not _follows(observed[mask] - plain[mask], coarse.variance[mask],
-                                              plain[mask]):  # fmt: skip
+        made = mask & (coarse.variance > 0)  # what a mask hides is no sum
+        if stored is FLOAT32 and not _follows(observed[made] - plain[made], coarse.variance[made],
+                                              plain[made]):  # fmt: skip
             continue
         variance = np.where(mask, coarse.variance, scene.plain.variance)
         estimate = Estimate(plain, variance, scene.plain.token_dof)

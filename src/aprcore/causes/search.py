@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.file_evidence import find_evidence
@@ -19,6 +19,7 @@ from aprcore.judging.replay import Expectation, RecordedSide
 LISTED = 8
 # Tokens from which on the start of a text is tried before the whole.
 LONG_TEXT = 256
+ARITHMETIC: Final = "arithmetic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Tried:
         is_fallback: As in `Entry`.
         part: The weight's short name, for products by several.
         is_evidence: As in `CauseTried`.
-        origin: The row of the catalogue that it comes from.
+        origin: The row of the catalogue that it comes from, or that it is a coarser arithmetic;
+            None for what is read off the file.
         is_span: Whether it stands for a stage inside a span.
     """
 
@@ -41,12 +43,12 @@ class Tried:
     is_fallback: bool = False
     part: str = ""
     is_evidence: bool = False
-    origin: Entry | Variants | None = None
+    origin: Entry | Variants | Literal["arithmetic"] | None = None
     is_span: bool = False
 
     @property
     def level(self) -> int:
-        """Lower is preferred where several explain: plain ones, solved ones, then mere evidence."""
+        """Lower is preferred where several explain: plain ones, solved ones, then mere signs."""
         return 2 if self.is_evidence else int(self.is_fallback)
 
     @property
@@ -66,11 +68,13 @@ class Origins(NamedTuple):
     Attributes:
         entries, variants: The rows.
         is_span: Whether they are of a stage inside a span.
+        is_arithmetic: Whether a coarser arithmetic did, too.
     """
 
     entries: frozenset[Entry]
     variants: frozenset[Variants]
     is_span: bool
+    is_arithmetic: bool
 
 
 def origins_of(tried: Iterable[Tried], causes: Iterable[CauseTried]) -> Origins | None:
@@ -85,8 +89,9 @@ def origins_of(tried: Iterable[Tried], causes: Iterable[CauseTried]) -> Origins 
     origins = [t.origin for t in found]
     return Origins(
         frozenset(x for x in origins if isinstance(x, Entry)),
-        frozenset(x for x in origins if x is not None and not isinstance(x, Entry)),
+        frozenset(x for x in origins if callable(x)),
         any(t.is_span for t in found),
+        ARITHMETIC in origins,
     )
 
 
@@ -153,7 +158,9 @@ def _distinct(tried: Iterable[Tried]) -> Iterator[Tried]:
 def try_arithmetics(experiment: Experiment) -> Iterator[Tried]:
     """Coarser arithmetic, which explains the size of an error and not its values."""
     for name, outcome in coarser_arithmetics(experiment):
-        yield Tried(name, ADVICE, outcome, is_fallback=True)
+        yield Tried(
+            name, ADVICE, outcome, is_fallback=True, is_evidence=True, origin=ARITHMETIC
+        )  # fmt: skip
 
 
 def try_span(

@@ -173,6 +173,31 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CauseSought:
+    """A stage fails, and its cause is being looked for; its `StageReport` follows.
+
+    Attributes:
+        stage: What is known of it already: all but its explanation.
+        searched: For how many stages the whole catalogue has been tried before.
+        most: For how many it will be; None: for every one that needs it.
+    """
+
+    stage: StageReport
+    searched: int
+    most: int | None
+
+    def progress(self) -> str:
+        """Which search this is in a clause."""
+        of = "" if self.most is None else f" of at most {self.most}"
+        return f"search {self.searched + 1}{of}" if self.may_search else "among the known ones"
+
+    @property
+    def may_search(self) -> bool:
+        """Whether the whole catalogue may be tried for it."""
+        return self.most is None or self.searched < self.most
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A finished run.
 
@@ -283,5 +308,7 @@ class Report:
         return f"no divergence in {len(self.stages)} stages ({counts})"
 
 
-RunEvent = RunHeader | DeviceOpened | StageReport | StageParity | PathRejected | Report
+RunEvent = (
+    RunHeader | DeviceOpened | CauseSought | StageReport | StageParity | PathRejected | Report
+)
 """What a run streams, in that order: see `aprcore.runs.bisect.bisect`."""

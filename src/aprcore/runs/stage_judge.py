@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.causes import CauseSearch, Explanation, explain_nonfinite
+from aprcore.causes import CauseSearch, explain_nonfinite
 from aprcore.judging.compare import (
     Comparison,
     compare,
@@ -32,19 +32,32 @@ from aprcore.judging.layouts import (
 )
 from aprcore.judging.logits import compare_logits
 from aprcore.judging.quantisation import measure_quantisation
-from aprcore.judging.replay import Expectation, expect_both, make_judgment
+from aprcore.judging.replay import Expectation, RecordedSide, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
 from aprcore.network.operations import Rotate
 from aprcore.network.stages import StageKey
-from aprcore.records.report import LogitsReport, StageReport
+from aprcore.records.report import CauseSought, LogitsReport, StageReport
 from aprcore.runs.sides import Sides
 
 Floats = NDArray[np.floating[Any]]
 
 LOGITS_TOP_K = 5
+# A tensor nearer to what it should be than this, relatively, is in the order that it should have.
+LEAST_PERMUTED = 0.1
 
 # A tensor in canonical layout, its judgment and what was expected of it, as far as there are any.
 _Judged = tuple[Floats | None, Judgment | None, Expectation | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What an explanation of a stage starts from."""
+
+    side: RecordedSide
+    observed: Floats
+    expected: Expectation
+    layout: Layout
+    in_file: bool
 
 
 class StageJudge:
@@ -59,6 +72,9 @@ class StageJudge:
         self._sides = sides
         self._search = CauseSearch(most_searched)
         self._top_k = top_k
+        self._most_searched = most_searched
+        # Of the stage judged last, if it fails and its cause has not been looked for.
+        self._failure: _Failure | None = None
         self._trace, self._oracle = sides.recorded()
         # How many values of each tensor are not finite, on either side.
         self._lost: dict[StageKey, int] = {}
@@ -80,7 +96,7 @@ class StageJudge:
             self._trace.record(key, traced)
 
     def judge(self, key: StageKey, traced: Floats | None) -> StageReport:
-        """The report of one stage.
+        """The report of one stage; `explain` adds why it fails, which may take longer.
 
         Args:
             key: Which stage.
@@ -88,6 +104,7 @@ class StageJudge:
         """
         sides = self._sides
         self.tensors = None, None
+        self._failure = None
         oracle = None
         if sides.oracle is not None and key in sides.oracle:
             oracle = sides.oracle.read(key)
@@ -104,6 +121,32 @@ class StageJudge:
         result = self._with_quantisation(self._judge(key, traced, oracle))
         self._verdicts[key] = result.verdict
         return result
+
+    def sought(self, result: StageReport) -> CauseSought | None:
+        """What to say before the cause of the stage judged last is looked for; None: it is not."""
+        if self._failure is None:
+            return None
+        return CauseSought(result, self._search.searched, self._most_searched)
+
+    def explain(self, result: StageReport) -> StageReport:
+        """The report of the stage judged last, with why it fails.
+
+        Args:
+            result: What `judge` said of it.
+        """
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return result
+        explanation = self._search.explain(
+            failure.side, result.key, failure.observed, failure.expected, failure.layout,
+            in_file=failure.in_file,
+        )  # fmt: skip
+        if explanation is None:
+            reason = f"{result.reason}; its cause was not searched for (--causes all)"
+            return replace(result, reason=reason)
+        judgment, _, figures = result.reason.partition(": ")
+        reason = f"{judgment}: {explanation.clause()}; {figures}"
+        return replace(result, reason=reason, explanation=explanation)
 
     def _is_compared_alone(self, traced: Floats | None, oracle: Floats | None) -> bool:
         """Whether there is one comparison and no judgment: it counts what is not finite itself."""
@@ -212,17 +255,15 @@ class StageJudge:
         verdict, reason = decide(evidence)
         if comparison is None and (verdict is None or not verdict.is_divergence):
             verdict, reason = self._lone(key, traced, oracle, verdict, reason)
-        passed_over = self._search.passed_over
-        explanation = self._explain(
-            key, layout, verdict, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
-        )
-        if explanation is not None and verdict is Verdict.FAIL:
-            judgment, _, figures = reason.partition(": ")
-            reason = f"{judgment}: {explanation.clause()}; {figures}"
-        elif verdict is Verdict.FAIL and self._search.passed_over > passed_over:
-            reason += "; its cause was not searched for (--causes all)"
-        elif explanation is not None and explanation.named:
-            reason = f"{explanation.clause()}; {reason}"
+        explanation = None
+        if verdict is Verdict.FAIL:
+            self._failure = self._failure_of(
+                layout, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
+            )
+        elif verdict is Verdict.NONFINITE and self._trace is not None and traced is not None:
+            explanation = explain_nonfinite(self._trace, key, traced)
+            if explanation is not None and explanation.named:
+                reason = f"{explanation.clause()}; {reason}"
         logits = None
         if key == self._graph.logits and traced is not None and oracle is not None and traced.size:
             found = compare_logits(traced, oracle, k=LOGITS_TOP_K)
@@ -237,23 +278,14 @@ class StageJudge:
             permuted="; ".join(dict.fromkeys(filter(None, (permuted, moved)))),
         )  # fmt: skip
 
-    def _explain(
-        self, key: StageKey, layout: Layout, verdict: Verdict | None, traced: _Judged,
-        oracle: _Judged,
-    ) -> Explanation | None:  # fmt: skip
-        """Why a stage fails, by experiments on the inputs of the side that shows it."""
-        if verdict is Verdict.NONFINITE and self._trace is not None and traced[0] is not None:
-            return explain_nonfinite(self._trace, key, traced[0])
-        if verdict is not Verdict.FAIL:
-            return None
+    def _failure_of(self, layout: Layout, traced: _Judged, oracle: _Judged) -> _Failure | None:
+        """What experiments start from: the output and the inputs of the side that shows a fault."""
         for side, (x, judgment, expected), in_file in (
             (self._trace, traced, False), (self._oracle, oracle, True),
         ):  # fmt: skip
             if judgment is not None and not judgment.passed:
                 assert side is not None and x is not None and expected is not None
-                return self._search.explain(
-                    side, key, x, expected, layout, in_file=in_file
-                )  # fmt: skip
+                return _Failure(side, x, expected, layout, in_file)
         return None
 
     def _lone(
@@ -329,6 +361,8 @@ class StageJudge:
             return x, None, None
         judgment = make_judgment(x, expected, layout)
         if judgment is None or judgment.passed or not may_permute:
+            return x, judgment, None
+        if judgment.relative_l2 < LEAST_PERMUTED:
             return x, judgment, None
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
@@ -497,5 +531,7 @@ class StageJudge:
 
     def _ancestors_finite(self, key: StageKey, lost: dict[StageKey, int]) -> bool:
         """Whether the nearest recorded ancestors of a stage were finite."""
+        if not any(lost.values()):
+            return True
         nearest = self._graph.ancestors(key, goes_on=lambda source: source not in lost)
         return not any(lost.get(source) for source, _ in nearest)

@@ -99,7 +99,9 @@ class VerdictBar(Widget):
         filled = BAR_CELLS * done // total
         latest = state.latest
         text = Text()
-        if latest is not None and latest.layer is not None:
+        if state.sought is not None:
+            text.append(f"cause of {latest}, {state.sought.progress()} … ", paint("ink-quiet"))
+        elif latest is not None and latest.layer is not None:
             text.append(f"layer {latest.layer}/{state.header.num_layers} … ", paint("ink-quiet"))
         text.append(f"{done} of {total} stages ")
         text.append("▓" * filled, paint("ink-oracle"))
