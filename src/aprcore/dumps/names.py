@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from aprcore.network.graph import Graph, known_stages, parse_path
-from aprcore.network.stages import Reading, Row, Scope, StageKey
+from aprcore.network.stages import MOST_LAYERS, Reading, Row, Scope, StageKey
 
 Place = tuple[int | None, str]  # the layer, and the name within it
 
@@ -87,7 +87,7 @@ def _key(layer: int | None, stage: str) -> StageKey | None:
         case Scope.FIRST_LAYER:
             return StageKey(0, stage) if not layer else None
         case Scope.LAYER:
-            return None if layer is None else StageKey(layer, stage)
+            return None if layer is None or layer >= MOST_LAYERS else StageKey(layer, stage)
 
 
 def known_dialects(names: Iterable[str], graph: Graph) -> tuple[Dialect, ...]:

@@ -1,15 +1,13 @@
 """Files of named tensors that other engines dump: .safetensors, .npz and .pt.
 
-Headers are read on opening, values when they are asked for; only a .pt file, which has no header,
-is read whole. Nothing in a file is ever run: no pickled objects but tensors in dicts and lists.
+Headers are read on opening, values when they are asked for. Nothing in a file is ever run: of what
+is pickled, tensors in dicts and lists are understood, and nothing else.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-import warnings
-import zipfile
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +18,12 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.plan import parse_tokens
 from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.torch_file import MOST_OBJECTS, TorchTensor, open_torch_file
 from aprcore.formats.huggingface import METADATA_NAME, read_entry, read_safetensors_header
 from aprcore.formats.storage import StoredTensor
+from aprcore.ground.archive import EXPANSION_LIMIT, HARMLESS_BYTES, Archive
 from aprcore.ground.data_file import DataFile
-from aprcore.ground.errors import AprError, FormatError, TraceError, UnsupportedError
+from aprcore.ground.errors import AprError, FormatError, UnsupportedError
 from aprcore.ground.precision import BFLOAT16
 
 Float32 = NDArray[np.float32]
@@ -32,12 +32,14 @@ Float32 = NDArray[np.float32]
 TOKEN_NAMES = ("tokens", "input_ids", "token_ids")
 TEXT_NAMES = ("prompt", "dtype", "arithmetic", "backend")
 
-# Nothing that an engine computes is a hundred times smaller compressed; a file made to fill the
-# memory is. Below the size nothing can be filled.
-EXPANSION_LIMIT = 100
-HARMLESS_BYTES = 256 * 1024 * 1024
-# Ids of tokens: more than any context.
-TOKENS_LIMIT = 1 << 24
+# Ids of tokens: more than any context that is dumped.
+TOKENS_LIMIT = 1 << 22
+
+# How deeply dicts and lists may lie in each other, and how long the joined names may become.
+DEEPEST, LONGEST_NAME = 64, 512
+
+# numpy's own limit of the header of an array.
+NPY_HEADER_BYTES = 10_000
 
 # What a type is called in sidecars. Values are held as float32, so float64 counts as that.
 DTYPE_NAMES = {
@@ -162,71 +164,158 @@ def read_npz_dump(path: Path) -> TensorFile:
     Two-byte values of no type are bfloat16: that is what numpy makes of them.
 
     Raises:
-        FormatError: The file is malformed, or a member expands beyond reason.
+        FormatError: The file is malformed, or expands beyond reason.
     """
-    DataFile(path).close()  # says what is wrong with the path in our words
-    try:
-        archive = zipfile.ZipFile(path)
-        entries = [(info, _read_npy_header(archive, info)) for info in archive.infolist()
-                   if info.filename.endswith(".npy")]  # fmt: skip
-    except _NPZ_ERRORS as error:
-        raise _npz_error(path, error) from error
+    archive = Archive(path, ".npz file")
     arrays, ignored = {}, []
     texts: dict[str, Any] = {}
     tokens = None
-    for info, (shape, dtype) in entries:
-        name = info.filename.removesuffix(".npy")
-        _check_member(path, info, math.prod(shape) * dtype.itemsize)
-        is_small = math.prod(shape) <= TOKENS_LIMIT
-        if name in TOKEN_NAMES and dtype.kind in "iu" and is_small:
-            tokens = _read_member(archive, path, info.filename)
-        elif name in (*TOKEN_NAMES, *TEXT_NAMES) and dtype.kind in "US" and shape == ():
-            text = _read_member(archive, path, info.filename).item()
-            texts[name] = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        elif (kind := _float_name(dtype)) is not None:
-            load = _member_loader(archive, path, info.filename)
-            arrays[name] = StoredArray(drop_batch(shape), kind, load)
+    for member in archive.members:
+        if not member.endswith(".npy"):
+            continue
+        name = member.removesuffix(".npy")
+        array = _NpyMember.find(archive, member)
+        kind = None if array is None else _float_name(array.dtype)
+        if array is None:
+            ignored.append(name)
+        elif name in TOKEN_NAMES and array.dtype.kind in "iu" and array.count <= TOKENS_LIMIT:
+            tokens = array.read()
+        elif name in (*TOKEN_NAMES, *TEXT_NAMES) and array.dtype.kind in "US" and array.shape == ():
+            texts[name] = array.read_text()
+        elif kind is not None:
+            arrays[name] = StoredArray(drop_batch(array.shape), kind, array.load)
         else:
             ignored.append(name)
     return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
 
 
-_NPZ_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError, RuntimeError)
+@dataclass(frozen=True, slots=True)
+class _NpyMember:
+    """An array in an .npz file, whose size is what its shape and type take.
+
+    Attributes:
+        shape: As stored, a batch axis included.
+        begin: Where in the member the values begin, in bytes.
+        fortran: Whether the first axis is the innermost one.
+    """
+
+    archive: Archive
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    begin: int
+    fortran: bool
+
+    @classmethod
+    def find(cls, archive: Archive, name: str) -> _NpyMember | None:
+        """A member by its header; None if its values are no numbers and no text.
+
+        Raises:
+            FormatError: The header is malformed or the member has another size.
+        """
+        text, begin = _read_npy_header(archive, name)
+        shape, dtype, fortran = _parse_npy_header(archive, name, text)
+        if dtype is None:
+            return None
+        found, expected = (
+            archive.members[name].size_bytes,
+            begin + math.prod(shape) * dtype.itemsize,
+        )
+        if found != expected:
+            raise archive.broken(f"{name} has {found} bytes where {expected} are due")
+        return cls(archive, name, shape, dtype, begin, fortran)
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def read(self) -> NDArray[Any]:
+        """The values, in their shape and stored type."""
+        data = self.archive.read(self.name)
+        flat = np.frombuffer(data, self.dtype, self.count, self.begin)
+        return flat.reshape(self.shape, order="F" if self.fortran else "C")
+
+    def read_text(self) -> str:
+        """The text of an array of one.
+
+        Raises:
+            FormatError: It is no Unicode.
+        """
+        try:
+            text = self.read().item()
+            whole = text.decode() if isinstance(text, bytes) else str(text)
+            whole.encode()  # half a character is no text that could be passed on
+        except ValueError as error:
+            raise self.archive.broken(f"{self.name} holds no Unicode") from error
+        return whole
+
+    def load(self, start: int, stop: int) -> Float32:
+        """Rows of the first axis after a batch axis, as float32."""
+        array = self.read()
+        if array.dtype.kind == "V":
+            array = array.view(BFLOAT16.dtype)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+            array = np.ascontiguousarray(array, dtype=np.float32)
+        return array.reshape(drop_batch(self.shape) or (1,))[start:stop]
 
 
-def _npz_error(path: Path, error: Exception) -> FormatError:
-    return FormatError(f"is no readable .npz file: {error}", where=path, hint="dump it again")
+def _read_npy_header(archive: Archive, name: str) -> tuple[str, int]:
+    """The header of a member and where the values begin.
 
-
-def _read_npy_header(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a member; its size must be what they take.
+    Source: numpy.lib.format.
 
     Raises:
-        ValueError: The header is malformed or the member has another size.
+        FormatError: It has none.
     """
-    with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"{info.filename} is of version {version}")
-        shape, _, dtype = readers[version](stream)
-        expected = stream.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and info.file_size != expected:
-        raise ValueError(f"{info.filename} has {info.file_size} bytes where {expected} are due")
-    return tuple(int(size) for size in shape), dtype
+    start = archive.read_start(name, NPY_HEADER_BYTES)
+    length_bytes = {b"\1\0": 2, b"\2\0": 4}.get(start[6:8])
+    if start[:6] != b"\x93NUMPY" or length_bytes is None:
+        raise archive.broken(f"{name} is no array of version 1 or 2")
+    begin = 8 + length_bytes
+    end = begin + int.from_bytes(start[8:begin], "little")
+    if end > len(start):
+        raise archive.broken(f"the header of {name} claims {end} bytes")
+    return start[begin:end].decode("latin-1"), end
 
 
-def _check_member(path: Path, info: zipfile.ZipInfo, size_bytes: int) -> None:
-    if size_bytes > HARMLESS_BYTES and size_bytes > EXPANSION_LIMIT * max(1, info.compress_size):
-        raise FormatError(
-            f"{info.filename} expands from {info.compress_size} to {size_bytes} bytes", where=path,
-            hint="if that is meant, save it with numpy.savez, which does not compress",
-        )  # fmt: skip
+_NPY_ITEM = re.compile(
+    r"""\s*['"](descr|fortran_order|shape)['"]\s*:\s*"""
+    r"""(?:['"]([^'"\s]{1,40})['"]|(True|False)|\(([\d,L ]{0,1300})\)|\[.*\])\s*(?:,|(?=\}))"""
+)
+# Text, numbers, and bytes of no type. An object would be a pickle.
+_NPY_TYPE = re.compile(r"[<>|=]?[biufcSUV]\d{1,9}")
+
+
+def _parse_npy_header(
+    archive: Archive, name: str, text: str
+) -> tuple[tuple[int, ...], np.dtype[Any] | None, bool]:
+    """Shape, type (None: of another kind) and order.
+
+    Not by numpy, which hands the text to Python's own parser.
+
+    Raises:
+        FormatError: It is not what `numpy.save` writes.
+    """
+    values: dict[str, re.Match[str]] = {}
+    at = text.find("{") + 1
+    while at and (item := _NPY_ITEM.match(text, at)):
+        values[item[1]] = item
+        at = item.end()
+    shape, order, kind = (values.get(key) for key in ("shape", "fortran_order", "descr"))
+    is_whole = text[at:].strip() == "}"
+    if not is_whole or shape is None or shape[4] is None or order is None or order[3] is None:
+        raise archive.broken(f"the header of {name} is not what numpy.save writes")
+    sizes = [size.strip().removesuffix("L") for size in shape[4].split(",") if size.strip()]
+    if len(sizes) > 64 or not all(size.isdigit() and len(size) <= 18 for size in sizes):
+        raise archive.broken(f"{name} has no shape but ({shape[4]})")
+    dtype = None
+    if kind is not None and kind[2] is not None and _NPY_TYPE.fullmatch(kind[2]):
+        try:
+            dtype = np.dtype(kind[2])
+        except (TypeError, ValueError):
+            raise archive.broken(f"{name} has no type but {kind[2]!r}") from None
+    return tuple(map(int, sizes)), dtype, order[3] == "True"
 
 
 def _float_name(dtype: np.dtype[Any]) -> str | None:
@@ -235,96 +324,104 @@ def _float_name(dtype: np.dtype[Any]) -> str | None:
     return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 and not dtype.names else None
 
 
-def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> NDArray[Any]:
-    try:
-        with archive.open(member) as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except _NPZ_ERRORS as error:
-        raise _npz_error(path, error) from error
-
-
-def _member_loader(
-    archive: zipfile.ZipFile, path: Path, member: str
-) -> Callable[[int, int], Float32]:
-    def load(start: int, stop: int) -> Float32:
-        array = _read_member(archive, path, member)
-        if array.dtype.kind == "V":
-            array = array.view(BFLOAT16.dtype)
-        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
-            array = np.ascontiguousarray(array, dtype=np.float32)
-        return array.reshape(drop_batch(array.shape) or (1,))[start:stop]
-
-    return load
-
-
 def read_torch_dump(path: Path) -> TensorFile:
     """A .pt file: a dict or list of tensors, nested as it likes; names are joined with dots.
 
     Raises:
-        TraceError: torch is not installed.
         FormatError: The file holds anything but tensors and plain values, or is damaged.
     """
-    DataFile(path).close()
-    try:
-        import torch
-    except ImportError as error:
-        raise TraceError(
-            "needs torch to be read", where=path,
-            hint="pip install 'aprtui[oracle]', or save it as .safetensors or .npz",
-        ) from error  # fmt: skip
-    try:
-        with warnings.catch_warnings():  # about damage that is reported below
-            warnings.simplefilter("ignore")
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        items = list(_flatten(held, ""))
-    except pickle.UnpicklingError as error:
-        raise FormatError("holds more than tensors in dicts and lists", where=path,
-                          hint="save a plain dict of tensors") from error  # fmt: skip
-    except Exception as error:  # a damaged pickle fails in any way at all
-        raise FormatError("is no readable .pt file", where=path, hint="dump it again") from error
+    if _is_old_torch_file(path):
+        raise UnsupportedError(
+            "was written by torch before 1.6, or without its zip format", where=path,
+            hint="torch.load it, and torch.save it again",
+        )  # fmt: skip
+    archive, held = open_torch_file(path)
     arrays, ignored = {}, []
     texts: dict[str, Any] = {}
-    tokens = None
-    for name, value in items:
-        is_tensor = isinstance(value, torch.Tensor)
-        if name in TOKEN_NAMES and is_tensor:
-            tokens = value.numpy()
+    tokens: NDArray[Any] | None = None
+    listed: list[int] = []
+    size_bytes = 0
+    for name, value in _flatten(held, path):
+        if name in TOKEN_NAMES and not isinstance(value, str | int | float):
+            tokens = _torch_tokens(archive, name, value)
         elif name in (*TOKEN_NAMES, *TEXT_NAMES) and isinstance(value, str):
             texts[name] = value
-        elif is_tensor and value.layout == torch.strided and str(value.dtype) in DTYPE_NAMES:
-            arrays[name] = _torch_array(path, name, value)
+        elif isinstance(value, TorchTensor) and value.dtype in DTYPE_NAMES:
+            arrays[name] = _torch_array(archive, value)
+            size_bytes += 4 * math.prod(value.shape)
+            if size_bytes > max(HARMLESS_BYTES, EXPANSION_LIMIT * archive.size_bytes):
+                raise FormatError(
+                    f"{name!r} repeats {value.storage_bytes} stored bytes as"
+                    f" {list(value.shape)}", where=path, hint="save contiguous copies",
+                )  # fmt: skip
+        elif type(value) is int and name.rpartition(".")[0] in TOKEN_NAMES:
+            listed.append(value)
         else:
             ignored.append(name)
-    listed = [value for name, value in items if name.rpartition(".")[0] in TOKEN_NAMES]
-    if tokens is None and listed and all(type(value) is int for value in listed):
+    if tokens is None and listed:
         tokens = np.asarray(listed)
-        ignored = [name for name in ignored if name.rpartition(".")[0] not in TOKEN_NAMES]
     return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
 
 
-def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        yield name, value
-        return
-    for key, item in items:
-        yield from _flatten(item, f"{name}.{key}" if name else str(key))
+def _is_old_torch_file(path: Path) -> bool:
+    """Whether a file is a bare pickle or a tar archive, as torch wrote before its zip format."""
+    with DataFile(path) as file:
+        start = file.read_bytes(0, min(262, file.size_bytes))
+    return start[:1] == b"\x80" or start[257:] == b"ustar"
 
 
-def _torch_array(path: Path, name: str, tensor: Any) -> StoredArray:
-    size_bytes = tensor.numel() * tensor.element_size()
-    stored_bytes = tensor.untyped_storage().nbytes()
-    if size_bytes > HARMLESS_BYTES and size_bytes > EXPANSION_LIMIT * max(1, stored_bytes):
-        raise FormatError(f"{name!r} repeats {stored_bytes} stored bytes to {size_bytes}",
-                          where=path, hint="save a contiguous copy")  # fmt: skip
-    shape = drop_batch(tuple(tensor.shape))
-    rows = tensor.detach().reshape(shape or (1,))
+def _flatten(held: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """What dicts and lists hold, under their keys joined with dots.
+
+    Raises:
+        FormatError: There is no end to it: one that lies in itself, or in many others.
+    """
+    seen = 0
+    # An iterator for each dict and list that is open: names of what is in them are made one by one.
+    opened: list[tuple[str, Iterator[tuple[Any, Any]]]] = [("", iter([("", held)]))]
+    while opened:
+        within, items = opened[-1]
+        for key, value in items:
+            seen += 1
+            name = f"{within}.{key}" if within else str(key)
+            if seen > MOST_OBJECTS or len(opened) > DEEPEST or len(name) > LONGEST_NAME:
+                raise FormatError("its dicts and lists have no end", where=path,
+                                  hint="save a plain dict of tensors")  # fmt: skip
+            if isinstance(value, Mapping):
+                opened.append((name, iter(value.items())))
+                break
+            if isinstance(value, list | tuple):
+                opened.append((name, iter(enumerate(value))))
+                break
+            yield name, value
+        else:
+            opened.pop()
+
+
+def _torch_tokens(archive: Archive, name: str, value: Any) -> NDArray[Any]:
+    """The ids that a tensor holds.
+
+    Raises:
+        FormatError: It is none, or holds something else.
+    """
+    if not isinstance(value, TorchTensor) or math.prod(value.shape) > TOKENS_LIMIT:
+        raise FormatError(f"{name!r} holds no token ids", where=archive.path,
+                          hint="save them as a dense tensor of int64")  # fmt: skip
+    shape = value.shape or (1,)
+    dense = replace(value, shape=shape, strides=value.strides or (1,))
+    return dense.read(archive, 0, shape[0])
+
+
+def _torch_array(archive: Archive, tensor: TorchTensor) -> StoredArray:
+    shape = drop_batch(tensor.shape)
+    strides = tensor.strides[len(tensor.shape) - len(shape) :]
+    rows = replace(tensor, shape=shape or (1,), strides=strides or (1,))
 
     def load(start: int, stop: int) -> Float32:
-        values: Float32 = rows[start:stop].float().contiguous().numpy()
-        return values
+        values = rows.read(archive, start, stop)
+        if values.dtype.kind == "V":
+            values = np.ascontiguousarray(values).view(BFLOAT16.dtype)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+            return np.ascontiguousarray(values, dtype=np.float32)
 
-    return StoredArray(shape, DTYPE_NAMES[str(tensor.dtype)], load)
+    return StoredArray(shape, DTYPE_NAMES[tensor.dtype], load)
