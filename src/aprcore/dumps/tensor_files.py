@@ -7,7 +7,6 @@ is pickled, tensors in dicts and lists are understood, and nothing else.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from aprcore.formats.storage import StoredTensor
 from aprcore.ground.archive import EXPANSION_LIMIT, HARMLESS_BYTES, Archive
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import AprError, FormatError, UnsupportedError
+from aprcore.ground.npy import NpyMember
 from aprcore.ground.precision import BFLOAT16
 
 Float32 = NDArray[np.float32]
@@ -37,9 +37,6 @@ TOKENS_LIMIT = 1 << 22
 
 # How deeply dicts and lists may lie in each other, and how long the joined names may become.
 DEEPEST, LONGEST_NAME = 64, 512
-
-# numpy's own limit of the header of an array.
-NPY_HEADER_BYTES = 10_000
 
 # What a type is called in sidecars. Values are held as float32, so float64 counts as that.
 DTYPE_NAMES = {
@@ -166,7 +163,7 @@ def read_npz_dump(path: Path) -> TensorFile:
     Raises:
         FormatError: The file is malformed, or expands beyond reason.
     """
-    archive = Archive(path, ".npz file")
+    archive = Archive(path, "is no readable .npz file", "dump it again")
     arrays, ignored = {}, []
     texts: dict[str, Any] = {}
     tokens = None
@@ -174,7 +171,7 @@ def read_npz_dump(path: Path) -> TensorFile:
         if not member.endswith(".npy"):
             continue
         name = member.removesuffix(".npy")
-        array = _NpyMember.find(archive, member)
+        array = NpyMember.find(archive, member)
         kind = None if array is None else _float_name(array.dtype)
         if array is None:
             ignored.append(name)
@@ -183,139 +180,22 @@ def read_npz_dump(path: Path) -> TensorFile:
         elif name in (*TOKEN_NAMES, *TEXT_NAMES) and array.dtype.kind in "US" and array.shape == ():
             texts[name] = array.read_text()
         elif kind is not None:
-            arrays[name] = StoredArray(drop_batch(array.shape), kind, array.load)
+            arrays[name] = StoredArray(drop_batch(array.shape), kind, _npy_loader(array))
         else:
             ignored.append(name)
     return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
 
 
-@dataclass(frozen=True, slots=True)
-class _NpyMember:
-    """An array in an .npz file, whose size is what its shape and type take.
-
-    Attributes:
-        shape: As stored, a batch axis included.
-        begin: Where in the member the values begin, in bytes.
-        fortran: Whether the first axis is the innermost one.
-    """
-
-    archive: Archive
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    begin: int
-    fortran: bool
-
-    @classmethod
-    def find(cls, archive: Archive, name: str) -> _NpyMember | None:
-        """A member by its header; None if its values are no numbers and no text.
-
-        Raises:
-            FormatError: The header is malformed or the member has another size.
-        """
-        text, begin = _read_npy_header(archive, name)
-        shape, dtype, fortran = _parse_npy_header(archive, name, text)
-        if dtype is None:
-            return None
-        found, expected = (
-            archive.members[name].size_bytes,
-            begin + math.prod(shape) * dtype.itemsize,
-        )
-        if found != expected:
-            raise archive.broken(f"{name} has {found} bytes where {expected} are due")
-        return cls(archive, name, shape, dtype, begin, fortran)
-
-    @property
-    def count(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    def read(self) -> NDArray[Any]:
-        """The values, in their shape and stored type."""
-        data = self.archive.read(self.name)
-        flat = np.frombuffer(data, self.dtype, self.count, self.begin)
-        return flat.reshape(self.shape, order="F" if self.fortran else "C")
-
-    def read_text(self) -> str:
-        """The text of an array of one.
-
-        Raises:
-            FormatError: It is no Unicode.
-        """
-        try:
-            text = self.read().item()
-            whole = text.decode() if isinstance(text, bytes) else str(text)
-            whole.encode()  # half a character is no text that could be passed on
-        except ValueError as error:
-            raise self.archive.broken(f"{self.name} holds no Unicode") from error
-        return whole
-
-    def load(self, start: int, stop: int) -> Float32:
-        """Rows of the first axis after a batch axis, as float32."""
-        array = self.read()
-        if array.dtype.kind == "V":
-            array = array.view(BFLOAT16.dtype)
+def _npy_loader(array: NpyMember) -> Callable[[int, int], Float32]:
+    def load(start: int, stop: int) -> Float32:
+        values = array.read()
+        if values.dtype.kind == "V":
+            values = values.view(BFLOAT16.dtype)
         with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
-            array = np.ascontiguousarray(array, dtype=np.float32)
-        return array.reshape(drop_batch(self.shape) or (1,))[start:stop]
+            values = np.ascontiguousarray(values, dtype=np.float32)
+        return values.reshape(drop_batch(array.shape) or (1,))[start:stop]
 
-
-def _read_npy_header(archive: Archive, name: str) -> tuple[str, int]:
-    """The header of a member and where the values begin.
-
-    Source: numpy.lib.format.
-
-    Raises:
-        FormatError: It has none.
-    """
-    start = archive.read_start(name, NPY_HEADER_BYTES)
-    length_bytes = {b"\1\0": 2, b"\2\0": 4}.get(start[6:8])
-    if start[:6] != b"\x93NUMPY" or length_bytes is None:
-        raise archive.broken(f"{name} is no array of version 1 or 2")
-    begin = 8 + length_bytes
-    end = begin + int.from_bytes(start[8:begin], "little")
-    if end > len(start):
-        raise archive.broken(f"the header of {name} claims {end} bytes")
-    return start[begin:end].decode("latin-1"), end
-
-
-_NPY_ITEM = re.compile(
-    r"""\s*['"](descr|fortran_order|shape)['"]\s*:\s*"""
-    r"""(?:['"]([^'"\s]{1,40})['"]|(True|False)|\(([\d,L ]{0,1300})\)|\[.*\])\s*(?:,|(?=\}))"""
-)
-# Text, numbers, and bytes of no type. An object would be a pickle.
-_NPY_TYPE = re.compile(r"[<>|=]?[biufcSUV]\d{1,9}")
-
-
-def _parse_npy_header(
-    archive: Archive, name: str, text: str
-) -> tuple[tuple[int, ...], np.dtype[Any] | None, bool]:
-    """Shape, type (None: of another kind) and order.
-
-    Not by numpy, which hands the text to Python's own parser.
-
-    Raises:
-        FormatError: It is not what `numpy.save` writes.
-    """
-    values: dict[str, re.Match[str]] = {}
-    at = text.find("{") + 1
-    while at and (item := _NPY_ITEM.match(text, at)):
-        values[item[1]] = item
-        at = item.end()
-    shape, order, kind = (values.get(key) for key in ("shape", "fortran_order", "descr"))
-    is_whole = text[at:].strip() == "}"
-    if not is_whole or shape is None or shape[4] is None or order is None or order[3] is None:
-        raise archive.broken(f"the header of {name} is not what numpy.save writes")
-    sizes = [size.strip().removesuffix("L") for size in shape[4].split(",") if size.strip()]
-    if len(sizes) > 64 or not all(size.isdigit() and len(size) <= 18 for size in sizes):
-        raise archive.broken(f"{name} has no shape but ({shape[4]})")
-    dtype = None
-    if kind is not None and kind[2] is not None and _NPY_TYPE.fullmatch(kind[2]):
-        try:
-            dtype = np.dtype(kind[2])
-        except (TypeError, ValueError):
-            raise archive.broken(f"{name} has no type but {kind[2]!r}") from None
-    return tuple(map(int, sizes)), dtype, order[3] == "True"
+    return load
 
 
 def _float_name(dtype: np.dtype[Any]) -> str | None:

@@ -117,7 +117,7 @@ def open_torch_file(path: Path) -> tuple[Archive, Any]:
     Raises:
         FormatError: The file is damaged, or holds anything else.
     """
-    archive = Archive(path, ".pt file")
+    archive = Archive(path, "is no readable .pt file", "dump it again")
     try:
         return archive, _load(archive)
     except BaseException:

@@ -56,19 +56,20 @@ class Archive:
         size_bytes: Of the archive.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path, fault: str, hint: str) -> None:
         """Read the archive's directory.
 
         Args:
             path: The file.
-            what: What it is called in errors: ".npz file".
+            fault: How errors begin: "is no readable .npz file".
+            hint: What the user can do about a damaged one.
 
         Raises:
             FormatError: The file is missing or damaged, is no regular file, holds a name twice or
                 a member that is packed in another way, or expands beyond reason.
         """
         self.path = path
-        self._what = what
+        self._fault, self._hint = fault, hint
         self._file = DataFile(path)
         self.size_bytes = self._file.size_bytes
         try:
@@ -137,8 +138,7 @@ class Archive:
 
     def broken(self, fault: str) -> FormatError:
         """The error for what is wrong with the archive."""
-        return FormatError(f"is no readable {self._what}: {fault}", where=self.path,
-                           hint="write it again")  # fmt: skip
+        return FormatError(f"{self._fault}: {fault}", where=self.path, hint=self._hint)
 
     def _find(self, name: str) -> zipfile.ZipInfo:
         info = self._infos.get(name)

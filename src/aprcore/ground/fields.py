@@ -233,7 +233,7 @@ def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) 
         unique: Whether a key that is there twice is an error; otherwise the last counts.
 
     Raises:
-        FormatError: The bytes are no JSON object, or nest too deeply.
+        FormatError: The bytes are no JSON object, nest too deeply, or hold what is no Unicode.
     """
     # Not by msgspec, which refuses the NaN and Infinity that Python itself writes.
     hook = _unique if unique else None
@@ -242,7 +242,22 @@ def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) 
     )
     if not isinstance(value, dict):
         raise FormatError(f"{what} is not a JSON object", where=where)
+    if _HALF_CHARACTER.search(data) and not _is_unicode(value):
+        raise FormatError(f"{what} has half of a character in a text (a lone surrogate)",
+                          where=where)  # fmt: skip
     return value
+
+
+# What may be half of a character beyond U+FFFF: JSON can write one that no encoding can.
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
