@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SCHEMA = "aprtui-run-v1"
-ABOUT, REPORT = "aprx.json", "report.msgpack"
+ABOUT, REPORT, TENSORS = "aprx.json", "report.msgpack", "tensors/"
 
 # Both sides of this many values in all, of the first divergences; a report of 28 x 20 stages with
 # their largest differences takes 1 to 2 MB beside them.
@@ -119,7 +119,7 @@ def _count(plane: Plane) -> int:
 
 
 def _member(key: StageKey, side: str) -> str:
-    return f"tensors/{key.path}.{side}.npy"
+    return f"{TENSORS}{key.path}.{side}.npy"
 
 
 class SavedRun:
@@ -145,6 +145,9 @@ class SavedRun:
             self.about = self._read_about()
             self.command, self.environment = self._read_origin()
             self.report = self._read_report()
+            for name in self._archive.members:
+                if name.startswith(TENSORS):
+                    self._find_tensor(name)
         except BaseException:
             self._archive.close()
             raise
@@ -188,16 +191,21 @@ class SavedRun:
         self._archive.close()
 
     def _plane(self, name: str, report: StageReport) -> MemoryPlane:
-        array = NpyMember.find(self._archive, name)
-        if array is None or array.dtype != np.float32 or not array.shape:
-            raise self._archive.broken(f"{name} is no array of float32")
-        if array.count > MOST_SAVED_VALUES:
-            raise self._archive.broken(f"{name} is larger than what is saved")
+        array = self._find_tensor(name)
         values = np.ascontiguousarray(array.read(), dtype=np.float32)
         layout = report.layout
         if layout is None or layout.shape != values.shape:
             layout = Layout((values.size,), (values.size,), ("index",))
         return MemoryPlane(values.reshape(-1), layout)
+
+    def _find_tensor(self, name: str) -> NpyMember:
+        """A tensor by its header."""
+        array = NpyMember.find(self._archive, name)
+        if array is None or array.dtype != np.float32 or not array.shape:
+            raise self._archive.broken(f"{name} is no array of float32")
+        if array.count > MOST_SAVED_VALUES:
+            raise self._archive.broken(f"{name} is larger than what is saved")
+        return array
 
     def _read_about(self) -> dict[str, Any]:
         try:
