@@ -1,6 +1,8 @@
 # make demo   the explorer on the bundled model       make test   all tests
 # make lint   linters, types, layers                  make bench  tables of figures
 # make tour   draws the pictures of the documentation
+# make zoo    the judge on planted faults
+# make engines   the tests with the real llama.cpp, which is built for it (minutes), and MLX
 #
 # Needs python3 >= 3.11 with venv, and a package index. Everything is installed into .venv.
 
@@ -15,12 +17,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
 	--no-compile --constraint constraints.txt
+WORKERS := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # Stamps: what is installed, as of which pyproject.toml and constraints.txt.
 RUNTIME := $(VENV)/.runtime-installed
 EVERYTHING := $(VENV)/.everything-installed
+ENGINES := $(VENV)/.engines-installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format bench tour dist clean
+.PHONY: demo test engines zoo lint format bench tour dist clean
 
 # Without a terminal the table is printed. Exit code 1 is what the demo is there to show.
 demo: $(RUNTIME)
@@ -28,7 +32,16 @@ demo: $(RUNTIME)
 		|| [ $$? -eq 1 ]
 
 test: $(EVERYTHING)
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/engines $(WORKERS) $(ARGS)
+
+# Without a compiler there is nothing to test, and nothing wrong.
+engines: $(EVERYTHING)
+	@if command -v $(CXX) >/dev/null; then \
+		$(MAKE) --no-print-directory $(ENGINES) \
+			&& $(BIN)/python -m pytest $(WORKERS) tests/engines $(ARGS); \
+	else \
+		echo "skipped: there is no C++ compiler ($(CXX)) to build llama-cpp-python with"; \
+	fi
 
 lint: $(EVERYTHING)
 	$(BIN)/ruff check .
@@ -39,6 +52,11 @@ lint: $(EVERYTHING)
 format: $(EVERYTHING)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The judge on faults that are planted for it: minutes, and a table. Part of CI.
+zoo: $(EVERYTHING)
+	@$(BIN)/python -m tests.zoo
+	@$(BIN)/python -m tests.zoo --engines
 
 bench: $(EVERYTHING)
 	@failed=0; for script in tests/benchmarks/bench_*.py; do \
@@ -77,3 +95,10 @@ $(EVERYTHING): pyproject.toml constraints.txt | $(BIN)/python
 		"(minutes, the first time) ..."
 	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
 	@touch $(RUNTIME) $@
+
+# Only what the tests use of it is built. MLX has no wheels for older systems: its tests are skipped.
+$(ENGINES): pyproject.toml constraints.txt | $(EVERYTHING)
+	@echo "building llama-cpp-python into $(VENV) (minutes, the first time) ..."
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(INSTALL) --editable '.[engines]'
+	@$(INSTALL) 'mlx[cpu]' mlx-lm || echo "there is no MLX here"
+	@touch $@

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes import Explanation, explain
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS
+from aprcore.engines.arithmetic import engine_arithmetic
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -61,10 +60,10 @@ def explained(
 ) -> Explanation:  # fmt: skip
     """What `explain` says of an output in a side that recorded `tensors`."""
     with opened(path) as model:
-        profile = Profile(ARITHMETICS[arithmetic], weights_rounded=in_file)
         side = RecordedSide(
-            model.graph, model.weights, tokens, len(tokens), profile, read=tensors.get
-        )
+            model.graph, model.weights, tokens, len(tokens),
+            engine_arithmetic({"all": arithmetic}), weights_rounded=in_file, read=tensors.get,
+        )  # fmt: skip
         expected = side.expect(key)
         assert expected is not None
         flat = np.asarray(observed, dtype=np.float32).reshape(-1)

@@ -297,8 +297,11 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(model: Any, path: Path) -> Path:
-    """Write a model as llama.cpp's converter would, in float32 and without a tokenizer."""
+def write_gguf(model: Any, path: Path, *, says_no_vocabulary: bool = False) -> Path:
+    """Write a model as llama.cpp's converter would, in float32 and without a tokenizer.
+
+    llama.cpp itself opens such a file only if it says so.
+    """
     import gguf
 
     config = model.config
@@ -315,6 +318,8 @@ def write_gguf(model: Any, path: Path) -> Path:
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if says_no_vocabulary:
+        writer.add_tokenizer_model("no_vocab")
     _add_gguf_rope(writer, model)
     windows = window_metadata(config)
     if windows["sliding_window"]:

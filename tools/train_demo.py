@@ -21,7 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from aprcore.dumps.oracle import OracleRequest, quiet_transformers, write_oracle
+from aprcore.capture.oracle import OracleRequest, quiet_transformers, write_oracle
 from aprcore.models.convert import import_model
 from aprcore.tokenization.vocabulary import PATTERNS
 from demo_faults import plant_faults

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.command import Provider
+from textual.filter import LineFilter
 from textual.widgets import Footer, Static
 
 from aprtui.bindings import shown_key
 from aprtui.keymap import check_keys
+from aprtui.screen_gate import ScreenGate
 from aprtui.screens.explorer import ExplorerScreen
 from aprtui.served import end_with_server
 from aprtui.settings import Settings, is_first_use, remember_use
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 # A first user is told these, by the keys that they have; long enough to be read twice.
 HINTED = {"explorer.help": "help", "explorer.next": "next divergence", "explorer.why": "why"}
 HINT_S = 12
+SCREEN_GATE = ScreenGate()
 
 
 class ExplorerApp(App[None]):
@@ -93,6 +96,10 @@ class ExplorerApp(App[None]):
             super().refresh_css(animate)
         else:
             self.stylesheet.set_variables(self.get_css_variables())
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """What every line passes before it is drawn."""
+        return [*super().get_line_filters(), SCREEN_GATE]
 
     def get_default_screen(self) -> ExplorerScreen:
         """The explorer, made for the size that there is: it would be laid out again for it."""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 import warnings
@@ -16,6 +15,7 @@ from typing import NoReturn
 from aprtui import __version__
 from aprtui.commands import (
     bisect,
+    capture,
     demo,
     devices,
     diff,
@@ -41,6 +41,7 @@ COMMANDS = {
     "trace": trace,
     "diff": diff,
     "oracle": oracle,
+    "capture": capture,
     "import": import_model,
     "inspect": inspect,
     "demo": demo,
@@ -92,14 +93,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit code."""
+    from aprtui.outgoing import gated
+
+    with gated():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     from aprcore.ground.errors import AprError
     from aprtui.text import ERROR_LIMIT, visible
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # where the terminal has no ✓, say "\\u2713"
-        sys.stdout.reconfigure(errors="backslashreplace")
     # A NaN or an overflow in a tensor is a finding and is reported as one.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="aprcore")
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] not in (*COMMANDS, "-h", "--help", "--version"):
         arguments.insert(0, "explore")
     try:

@@ -43,6 +43,30 @@ def check_export_path(path: Path, *, has_screen: bool = False) -> None:
         check_report_path(path)
 
 
+def place_export(path: Path, folder: Path | None) -> Path:
+    """Where a file is written that a user has named.
+
+    Args:
+        path: The name.
+        folder: Below which it has to be, and where a relative name begins; None: anywhere.
+
+    Raises:
+        AprError: It would be elsewhere, be it by a link.
+    """
+    from aprcore.ground.errors import AprError
+
+    if folder is None:
+        return path
+    try:
+        root, place = folder.resolve(), (folder / path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
+        raise AprError("is no place for a file", where=path) from error
+    if root not in place.parents:
+        raise AprError("lies elsewhere than this page may write", where=path,
+                       hint=f"name a file in {root}")  # fmt: skip
+    return place
+
+
 def export(
     path: Path, report: Report, tensors: TensorSource | None, command: Sequence[str],
     picture: str | None,

@@ -10,7 +10,7 @@ from rich.text import Text
 from aprcore.records import telling
 from aprcore.records.telling import format_ratio
 from aprtui.formatting import format_compact
-from aprtui.theme import MARKS, UNJUDGED, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
+from aprtui.theme import ALONE, MARKS, Mark, Paint, judgment_mark, mark_of, mark_of_verdict
 
 if TYPE_CHECKING:
     from aprcore.judging.compare import Comparison
@@ -105,7 +105,7 @@ def _cumulative(report: StageReport, header: RunHeader, paint: Paint, is_wide: b
     """The line of the cumulative comparison; beyond its bound it need not be a fault."""
     found = report.comparison
     if found is None:
-        line = _label("cumulative", UNJUDGED, report, paint)
+        line = _label("cumulative", ALONE, report, paint)
         return line.append(f" {telling.absence(report, 'cumulative', header)}", paint("ink-quiet"))
     # Where neither other judgment was made, the bound allows for the weights and is in the reason.
     has_none = header.judged and telling.is_alone(report)

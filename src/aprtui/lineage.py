@@ -12,7 +12,7 @@ from aprtui.run_state import RunState
 
 # Verdicts by word: the engine need not be imported to paint the first screen. What has one of these
 # carries an error on, or is absent and an error may pass through it unseen.
-CARRIES_ON = ("INHERITED", "NOISE", "FAIL", "NONFINITE", "SHAPE", "MISSING")
+CARRIES_ON = ("INHERITED", "NOISE", "FAIL", "NONFINITE", "SHAPE", "MISSING", "UNJUDGED")
 
 
 @dataclass(frozen=True, slots=True)

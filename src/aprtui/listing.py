@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from aprtui.drawing import VisibleConsole
 from aprtui.text import visible
 
 if TYPE_CHECKING:
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 def print_parts(*parts: RenderableType) -> None:
     """Print renderables, one below the other."""
-    console = Console(highlight=False)
+    console = VisibleConsole()
     if console.is_terminal:
         console.print(Group(*parts))
         return
     # A pipe has no width: lines are neither folded nor padded, for grep and diff.
-    wide = Console(highlight=False, width=10_000)
+    wide = VisibleConsole(width=10_000)
     with wide.capture() as captured:
         wide.print(Group(*parts))
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aprcore.judging.verdict import Verdict
     from aprcore.records.parity import StageParity
     from aprcore.records.report import (
+        CauseSought,
         DeviceOpened,
         LogitsReport,
         PathRejected,
@@ -40,6 +41,7 @@ class RunState:
             another.
         parity_faults: Those of them that diverge, in the order of computation.
         views: The same in the form of `reports`, per measure of a second side.
+        sought: The stage whose cause is being looked for; its report so far is among `reports`.
         device: What the second side runs on, once it is open.
         rejected: Why the device's path was given up, if it was.
     """
@@ -55,6 +57,7 @@ class RunState:
     parity: dict[StageKey, StageParity] = field(default_factory=dict)
     parity_faults: list[StageKey] = field(default_factory=list)
     views: dict[Measure, dict[StageKey, StageReport]] = field(default_factory=dict)
+    sought: CauseSought | None = None
     device: DeviceOpened | None = None
     rejected: PathRejected | None = None
 
@@ -66,7 +69,11 @@ class RunState:
         match event:
             case records.RunHeader():
                 self.open(event)
+            case records.CauseSought():
+                self.sought = event
+                self.add(event.stage)
             case records.StageReport():
+                self.sought = None
                 self.add(event)
             case records.DeviceOpened():
                 self.device = event
@@ -88,16 +95,16 @@ class RunState:
         self.parity.clear()
         self.parity_faults.clear()
         self.views = {measure: {} for measure in BASIS}
-        self.device = self.rejected = None
+        self.device = self.rejected = self.sought = None
         grouped: dict[int | None, list[StageKey]] = {}
         for key in header.keys:
             grouped.setdefault(key.layer, []).append(key)
         self.keys_by_layer = {layer: tuple(keys) for layer, keys in grouped.items()}
 
     def add(self, report: StageReport) -> None:
-        """A stage has been judged."""
+        """A stage has been judged; one that fails once more when its cause is found."""
         self.reports[report.key] = report
-        if report.is_divergence:
+        if report.is_divergence and report.key not in self.divergences[-1:]:
             self.divergences.append(report.key)
 
     def add_parity(self, parity: StageParity) -> None:
@@ -122,6 +129,10 @@ class RunState:
         if measure is Measure.PARITY:
             return f"{trusted} vs {tested}"
         return f"{tested} kernel" if measure is Measure.TESTED else f"{measure.value} judgment"
+
+    def is_sought(self, key: StageKey) -> bool:
+        """Whether the cause of a stage is being looked for."""
+        return self.is_running and self.sought is not None and self.sought.stage.key == key
 
     @property
     def has_second_side(self) -> bool:

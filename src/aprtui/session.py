@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from aprcore.records.parity import StageParity
     from aprcore.records.report import (
+        CauseSought,
         DeviceOpened,
         PathRejected,
         Report,
@@ -47,9 +48,9 @@ class RunOpened(Message):
 
 @dataclass
 class StageJudged(Message):
-    """A stage has its figures, or one of the second side has."""
+    """A stage has its figures, or its cause is being looked for, or the second side has some."""
 
-    stage: StageReport | StageParity
+    stage: StageReport | StageParity | CauseSought
 
 
 @dataclass

@@ -12,6 +12,7 @@ from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.records import telling
 from aprcore.records.parity import StageParity
 from aprcore.records.report import Report, RunEvent, RunHeader, StageReport
+from aprtui.drawing import VisibleConsole
 from aprtui.text import visible
 from aprtui.theme import VARIABLES, mark_of_verdict
 
@@ -22,18 +23,11 @@ FIGURE_WIDTH = 12
 JUDGMENT_WIDTH = 16  # "✗2.4e-04/3.3e-04"
 
 
-class _Stdout(Console):
-    """A console whose broken pipe reaches the command line, which knows the exit code."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 class StageTable:
     """Prints a run to stdout. Whole runs of rows that one side lacks become one line."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or _Stdout(highlight=False, markup=False, emoji=False)
+        self._console = console or VisibleConsole()
         self._missing: list[StageReport] = []
         self._judged = self._replayed = True
         self._has_second = self._on_device = False
@@ -128,7 +122,7 @@ class StageTable:
         made = [stage.model, stage.kernel] if self._judged else [stage.kernel]
         judgments = [_judgment(judgment) for judgment in made] if self._replayed else []
         second = self._second(parity) if self._has_second else []
-        line = Text(_row(stage.key.path, shape, figures, judgments, "", second))
+        line = Text(_row(visible(stage.key.path), shape, figures, judgments, "", second))
         if stage.verdict is None:
             if lone is not None and lone.nonfinite:
                 line.append(f"{lone.nonfinite} non-finite")
@@ -159,9 +153,10 @@ class StageTable:
                 self._print_row(row)
             return
         first, last = rows[0].key, rows[-1].key
-        line = Text(f"{f'{first.path} … {last.path}':<{PATH_WIDTH}} {len(rows)} stages  ")
+        span = f"{visible(first.path)} … {visible(last.path)}"
+        line = Text(f"{span:<{PATH_WIDTH}} {len(rows)} stages  ")
         line.append_text(_verdict(Verdict.MISSING))
-        line.append(f"  {rows[0].reason}")
+        line.append(f"  {visible(rows[0].reason)}")
         self._console.print(line, soft_wrap=True)
 
     def _line(self, text: str) -> None:

@@ -6,17 +6,12 @@ direction mark that makes the line read otherwise.
 
 from __future__ import annotations
 
-from aprcore.ground.visible import visible
+from aprcore.ground.visible import visible, visible_lines
 
 # Characters of an error. Two lists of some thousand token ids must fit: a user compares them.
 ERROR_LIMIT = 20_000
 
 __all__ = ("ERROR_LIMIT", "byte_count", "visible", "visible_lines")
-
-
-def visible_lines(text: str) -> str:
-    """As `visible`, for text that may break lines and has no limit: what a model writes."""
-    return "".join(c if c in "\n\t" else visible(c) for c in text)
 
 
 def byte_count(size: int) -> str:

@@ -52,13 +52,14 @@ MARKS: Mapping[str, Mark] = {
         ("INHERITED", "its own operation is right, its input is not"),
         ("LAYOUT", "equal after a named permutation"),
         ("MISSING", "one side lacks it"),
+        ("UNJUDGED", "it is there, and cannot be judged"),
         ("FAIL", "beyond its bound"),
         ("NONFINITE", "NaN or infinity appears here first"),
         ("SHAPE", "the sides have different sizes"),
     )
 }
 PENDING = Mark("·", "pending", "verdict-pending", "not judged yet")
-UNJUDGED = Mark(UNJUDGED_GLYPH, "", "verdict-pending", "nothing to judge it against")
+ALONE = Mark(UNJUDGED_GLYPH, "", "verdict-pending", "nothing to judge it against")
 
 
 class Palette(NamedTuple):
@@ -87,6 +88,7 @@ class Palette(NamedTuple):
             "verdict-inherited": self.orange,
             "verdict-layout": self.sky_blue,
             "verdict-missing": self.yellow,
+            "verdict-unjudged": self.yellow,
             "verdict-fail": self.vermilion,
             "verdict-nonfinite": self.purple,
             "verdict-shape": self.vermilion,
@@ -127,6 +129,7 @@ _MONOCHROME_VARIABLES = {
             "verdict-inherited": "underline",
             "verdict-layout": "underline",
             "verdict-missing": "underline",
+            "verdict-unjudged": "underline",
             "verdict-fail": "bold reverse",
             "verdict-nonfinite": "bold reverse",
             "verdict-shape": "bold reverse",
@@ -215,7 +218,7 @@ def mark_of(report: StageReport | None) -> Mark:
     """The mark of a stage; `None` is one that is not judged yet."""
     if report is None:
         return PENDING
-    return UNJUDGED if report.verdict is None else mark_of_verdict(report.verdict)
+    return ALONE if report.verdict is None else mark_of_verdict(report.verdict)
 
 
 def mark_of_verdict(verdict: Verdict) -> Mark:
@@ -234,7 +237,7 @@ def cosine_ink(cosine: float, thresholds: Sequence[float] = COSINE_THRESHOLDS) -
 def judgment_mark(judgment: Judgment | None) -> Mark:
     """The mark of a model or kernel judgment."""
     if judgment is None:
-        return UNJUDGED
+        return ALONE
     return MARKS["PASS"] if judgment.passed else MARKS["FAIL"]
 
 

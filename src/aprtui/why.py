@@ -113,6 +113,8 @@ def _others(others: telling.Table, quiet: Style) -> Table:
 def _failure(report: StageReport, state: RunState) -> Iterator[Part]:
     assert state.header is not None
     yield from telling.fault_parts(report, state.header)
+    if state.is_sought(report.key):
+        yield ("Its cause is being looked for ...",)
     yield telling.others_table(report.explanation)
     if telling.is_alone(report) and report.comparison is not None:
         yield from _origin(trace_upstream(state, report.key), state)
@@ -197,6 +199,9 @@ def _finding(report: StageReport) -> Iterator[Line]:
             yield (f"Not judged: {report.reason}.",)
             yield ("Nothing is held against it, and it does not count as wrong. Dump"
                    f" {report.key.stage} on that side to have it judged.",)  # fmt: skip
+        case "UNJUDGED":
+            yield (f"It could not be judged: {visible(report.reason, telling.REASON_LIMIT)}.",)
+            yield ("That it is wrong is not said, nor that it is right.",)
         case "SHAPE":
             yield (f"The sizes differ: {report.reason}.",)
             expected = known_stages()[report.key.stage].shape

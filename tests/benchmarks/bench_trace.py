@@ -229,8 +229,8 @@ def bisection(**options: Any) -> Callable[[], float]:
 
 
 def transformers_captured() -> Callable[[], float]:
-    """transformers with the hooks of `aprcore.dumps.capture`, kept until the next pass."""
-    from aprcore.dumps.capture import capture
+    """transformers with the hooks of `aprtui oracle`, kept until the next pass."""
+    from aprcore.capture.transformers_pass import capture
 
     model = load()
 
@@ -261,7 +261,7 @@ def transformers_plain() -> Callable[[], float]:
 
 def load() -> Any:
     """The transformers model in float32."""
-    from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers
+    from aprcore.capture.oracle import OracleRequest, load_model, quiet_transformers
 
     request = OracleRequest(source=folder() / "hf", tokens=TOKENS)
     with quiet_transformers():
@@ -272,7 +272,7 @@ def maker() -> Callable[[], float]:
     """Makes everything; takes a minute."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import models
-    from aprcore.dumps.oracle import OracleRequest, write_oracle
+    from aprcore.capture.oracle import OracleRequest, write_oracle
     from aprcore.models.convert import import_model
 
     def run() -> float:

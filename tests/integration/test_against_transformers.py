@@ -18,8 +18,8 @@ from models import FIRST_GEMMA, build, gguf_can_hold, random_config, save, write
 pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
 pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
 
-from aprcore.dumps.capture import capture, run_model
-from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers
+from aprcore.capture.oracle import OracleRequest, load_model, quiet_transformers
+from aprcore.capture.transformers_pass import capture, run_model
 
 # Float32 on both sides, only the order of additions differs; the worst seen is 2.8e-6.
 RELATIVE_L2_BOUND = 1e-5

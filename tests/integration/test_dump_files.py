@@ -193,7 +193,7 @@ class TestCommandLine:
         [
             (["--budget", "layer99.ffn_out=1"], "a budget is for layer 99"),
             (["--budget", "ffn_out"], "cannot read the budget"),
-            (["--names", "map.toml"], "--names is for dumps in one file"),
+            (["--names", "map.toml"], "--names is for dumps of named tensors"),
             (["--tolerances", "none.toml"], "none.toml: no such file"),
             (["--reference-weights", "none", "--cumulative-only"], "needs a model, --oracle"),
         ],

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aprcore.capture.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
 from aprcore.ground.errors import (
     AprError,
     FormatError,
@@ -29,7 +29,7 @@ from models import ARCHITECTURES, build, save, save_tokenizer, small_model
 torch = pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
 pytest.importorskip("transformers", reason="transformers is not installed (the `oracle` extra)")
 
-from aprcore.dumps.capture import capture  # noqa: E402
+from aprcore.capture.transformers_pass import capture  # noqa: E402
 
 
 def capture_all(model, tokens, **options) -> dict[StageKey, np.ndarray]:

@@ -43,7 +43,7 @@ def test_an_oracle_of_it_is_what_the_model_computes(
 ) -> None:
     pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from aprcore.dumps.oracle import OracleRequest, write_oracle
+    from aprcore.capture.oracle import OracleRequest, write_oracle
 
     model, oracle = cases / "models" / name, tmp_path / "oracle"
     written = write_oracle(OracleRequest(model, tokens=TOKENS, dtype=dtype), oracle)

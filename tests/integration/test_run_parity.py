@@ -228,12 +228,24 @@ class TestTwoSteps:
             with pytest.raises(OracleError, match="same step of the same text"):
                 bisect_run(Request(**pair))
 
-    def test_a_model_cannot_judge_it(self, steps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_model_judges_all_but_what_reads_the_cache(
+        self, steps: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, out, errors = called(capsys, "bisect", DEMO, "--trace", steps / "2")
+        assert (code, errors) == (0, [])
+        unjudged = {line.split()[0] for line in out.splitlines() if "UNJUDGED" in line}
+        read = {f"layer-{n}/{stage}" for n in range(4) for stage in ("attn_scores", "attention")}
+        assert read <= unjudged and "layer-0/attn_softmax" not in unjudged
+        assert "layer-3/k_post_rope" not in unjudged
+
+    def test_an_oracle_cannot_judge_it(
+        self, steps: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         code, out, errors = called(
-            capsys, "bisect", DEMO, "--trace", steps / "2", "--against", steps / "2"
+            capsys, "bisect", DEMO, "--trace", steps / "2", "--oracle", steps / "2"
         )
         assert (code, out, len(errors)) == (2, "", 1)
-        assert "--trace and --against alone" in errors[0]
+        assert "leave the oracle out" in errors[0]
 
 
 class TestParity:

@@ -86,10 +86,3 @@ def test_windows_and_gemma(judged: Callable[[Iterable[Case]], list[Outcome]]):
     found = judged([every[name] for name in FAST_GEMMA])
     check(found, OF_ANY_PART)
     assert all(o.cause_hit for o in found if o.case.faults)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_whole_zoo(judged: Callable[[Iterable[Case]], list[Outcome]]):
-    cases = [*corpus.single_faults(), *corpus.several_faults(), *corpus.sound_pairs()]
-    check(judged(cases))

@@ -26,6 +26,7 @@ class OddBackend(ReferenceBackend):
     """Computes one activation in a way that no catalogue of mistakes has."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._calls = 0
 
     def activation(self, x: Any, kind: str) -> Any:

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import shutil
+import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Static
 
 from aprcore.network.stages import StageKey
+from aprcore.records.report import CauseSought, RunEvent
 from aprcore.records.saved_run import SavedRun, save_run
-from aprcore.runs.bisect import run
+from aprcore.runs.bisect import bisect, run
 from aprcore.runs.request import Request
 from aprtui.app import ExplorerApp
 from aprtui.rows import Row
@@ -369,3 +372,50 @@ class TestSaving:
 
         drive(ExplorerApp(Request(saved=Path("run.aprx"))), look)
         assert run(Request(saved=Path("run.aprx"))).diverges()
+
+
+def shown(pilot: Pilot[Any]) -> str:
+    """The words of the whole screen, in the order in which its lines have them."""
+    lines = pilot.app.screen._compositor.render_strips()
+    return "\n".join("".join(segment.text for segment in line) for line in lines)
+
+
+class TestCauses:
+    def test_a_stage_fails_on_screen_before_its_cause_is_found(self) -> None:
+        looked = threading.Event()
+
+        def held_up(request: Request) -> Iterator[RunEvent]:
+            for event in bisect(request):
+                yield event
+                if isinstance(event, CauseSought):
+                    looked.wait(timeout=60)
+
+        async def look(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            try:
+                await until(pilot, lambda: explorer.state.sought is not None)
+                assert explorer.state.sought is not None
+                stage = explorer.state.sought.stage
+                await come_to_rest(pilot)
+                assert explorer.state.is_running and explorer.state.divergences == [stage.key]
+                explorer.navigation.go_to(stage.key)
+                await come_to_rest(pilot)
+                bar = explorer.verdict_bar.render().plain
+                assert "FAIL" in bar and f"cause of {stage.key}, search 1" in bar
+                await press(pilot, "w")
+                assert "Its cause is being looked for" in shown(pilot)
+            finally:
+                looked.set()
+            await settle(pilot)
+
+        async def steps(pilot: Pilot[Any]) -> None:
+            explorer = explorer_of(pilot)
+            assert explorer.state.sought is None
+            assert explorer.state.divergences == list(dict.fromkeys(explorer.state.divergences))
+            first = explorer.state.first_divergence
+            assert first is not None and first.explanation is not None
+            assert first.explanation.named and "kv heads" in shown(pilot)
+            assert "looked for" not in shown(pilot)
+            assert "cos " in shown(pilot)
+
+        drive(ExplorerApp(kernel_run("kv-tiled"), held_up), steps, wait=look)

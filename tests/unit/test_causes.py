@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from aprcore.causes import explain_nonfinite
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.judging.replay import RecordedSide
 from aprcore.network.stages import StageKey
 from cause_worlds import (
@@ -230,8 +229,8 @@ def test_an_overflow_is_named(path: Path, world: World) -> None:
         powers = np.exp(np.where(np.tri(T, dtype=bool), scaled, -np.inf))  # in float32
         observed = powers / powers.sum(axis=2, keepdims=True)
     with opened(path) as model:
-        profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
-        side = RecordedSide(model.graph, model.weights, TOKENS, T, profile, read=tensors.get)
+        engine = arithmetic_of_dtype("float32")
+        side = RecordedSide(model.graph, model.weights, TOKENS, T, engine, read=tensors.get)
         found = explain_nonfinite(side, StageKey(LAYER, "attn_softmax"), observed)
     assert found is not None
     assert {c.name for c in found.named} == {

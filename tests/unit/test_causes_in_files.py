@@ -11,10 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from aprcore.causes import explain
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.formats.storage import StoredTensor
 from aprcore.ground.data_file import DataFile
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -108,8 +107,8 @@ def test_a_wrong_decoder_is_named(tmp_path: Path) -> None:
         config = ModelConfig("llama", out, 2, 2, 1, 12, width, 5, 1e-6, Rope(1e4, 12))
         x = generator.standard_normal((T, width)).astype(np.float32)
         read = {StageKey(LAYER, "ffn_swigl"): x}.get
-        profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
-        side = RecordedSide(Graph(config), {weight.name: weight}, None, T, profile, read=read)
+        engine = arithmetic_of_dtype("float32")
+        side = RecordedSide(Graph(config), {weight.name: weight}, None, T, engine, read=read)
         key = StageKey(LAYER, "ffn_out")
         expected = side.expect(key)
         assert expected is not None

@@ -11,9 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from aprcore.causes import Explanation, explain
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.engines.numpy import NumpyBackend
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.layouts import layout_of, zero_masked
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -99,9 +98,9 @@ def named(
     world: World, stage: str, layer: int | None, observed: Floats, *, in_file: bool = False
 ) -> Explanation:
     key = StageKey(layer, stage)
-    profile = Profile(ARITHMETICS["f32"], weights_rounded=False)
+    engine = arithmetic_of_dtype("float32")
     side = RecordedSide(
-        world.graph, world.weights, TOKENS.tolist(), T, profile, read=world.tensors.get
+        world.graph, world.weights, TOKENS.tolist(), T, engine, read=world.tensors.get
     )
     expected = side.expect(key)
     assert expected is not None

@@ -161,3 +161,54 @@ def test_wrong_rows_that_come_from_nowhere_are_not_matched_with_all(path: Path) 
     noise = right + np.random.default_rng(7).standard_normal(right.shape)
     assert not any("from others" in name for name in tried(noise))
     assert any("tokens permuted" in name for name in tried(np.roll(right, 5, axis=0)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("stage", ["ffn_gate", "attn_out", "attn_norm", "attention"])
+def test_a_random_error_is_no_arithmetic(path: Path, world: World, stage: str, seed: int) -> None:
+    """It is of the size that sums in bfloat16 have, and not spread as they are."""
+    key = StageKey(LAYER, stage)
+    sound = world.tensors[key].astype(np.float64)
+    draw = np.random.default_rng(seed).standard_normal(sound.shape)
+    for error in (0.01 * sound * draw, 0.01 * float(sound.std()) * draw):
+        found = explained(path, world.tensors, key, (sound + error).astype(np.float32))
+        assert not found.named, [cause.name for cause in found.named]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("change", [np.negative, np.zeros_like, lambda x: 2 * x, lambda x: x + 1])
+def test_a_fit_to_a_value_or_two_is_no_cause(
+    path: Path, world: World, change: Callable[[Floats], Floats], count: int
+) -> None:
+    """It says what is wrong and not why: any of many alternatives may give one value."""
+    for stage in ("q_post_rope", "attn_out", "ffn_norm"):
+        key = StageKey(LAYER, stage)
+        observed = world.at(stage).copy()
+        observed[3, 4 : 4 + count] = change(observed[3, 4 : 4 + count])
+        found = explained(path, world.tensors, key, observed)
+        assert not found.named, (stage, found.named)
+        assert found.symptom is not None and "token 3" in found.symptom
+
+
+def test_a_few_values_are_enough_where_all_of_them_agree(path: Path, world: World) -> None:
+    observed = world.at("attn_out").copy()
+    observed[3, 4:9] *= -1
+    found = explained(path, world.tensors, StageKey(LAYER, "attn_out"), observed)
+    assert "negated" in found.clause() and "dims 4 to 8" in found.clause()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("stage", ["attn_scores", "attention", "ffn_up"])
+def test_values_near_their_places_are_not_in_another_order(
+    path: Path, world: World, stage: str, size: float
+) -> None:
+    """Of many values sorted ones agree, however small errors are spread."""
+    sound = world.at(stage)
+    noise = np.random.default_rng(5).standard_normal(sound.shape)
+    observed = sound + size * float(sound.std()) * noise
+    if stage == "attn_scores":
+        observed *= np.tri(T)
+    found = explained(path, world.tensors, StageKey(LAYER, stage), observed)
+    assert not found.named, found.named
+    assert found.symptom is not None
+    assert not any(word in found.symptom for word in ("order", "permuted")), found.symptom

@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import (
+    RESULTS,
+    Arithmetic,
+    EngineArithmetic,
+    engine_arithmetic,
+    same_everywhere,
+)
 from aprcore.engines.forward import trace
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.engines.reference import ReferenceBackend
-from aprcore.ground.precision import ARITHMETICS, BFLOAT16, Arithmetic
-from aprcore.judging.arithmetic import detect_arithmetic
+from aprcore.ground.precision import BFLOAT16
+from aprcore.judging.arithmetic import Inferred, infer_arithmetic
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide
@@ -26,7 +32,7 @@ from aprcore.runs.request import Request
 from tiny import Tensors, opened, write_model, write_stages
 
 TOKENS = (5, 0, 39, 7, 7, 12, 31, 2, 17, 3, 28, 9)
-F32, F64 = ARITHMETICS["f32"], ARITHMETICS["f64"]
+F32, F64 = RESULTS["f32"], RESULTS["f64"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def blamed(model: Model, tensors: Tensors, arithmetic: Arithmetic) -> set[str]:
     """Stages whose output rounding does not explain."""
     side = RecordedSide(
         model.graph, model.weights, TOKENS, len(TOKENS),
-        Profile(arithmetic, weights_rounded=False), read=tensors.get,
+        same_everywhere(arithmetic), read=tensors.get,
     )  # fmt: skip
     found = set()
     for key in sorted(tensors, key=computation_order):
@@ -65,10 +71,13 @@ def blamed(model: Model, tensors: Tensors, arithmetic: Arithmetic) -> set[str]:
     return found
 
 
-def detect(model: Model, tensors: Tensors, dtype: str | None = None) -> tuple[Arithmetic, int, int]:
-    return detect_arithmetic(
-        model.graph, model.weights, TOKENS, len(TOKENS), tensors, tensors.get, dtype,
-    )  # fmt: skip
+def detect(
+    model: Model, tensors: Tensors, dtype: str | None = None, **stated: str
+) -> tuple[EngineArithmetic, list[Inferred]]:
+    side = RecordedSide(
+        model.graph, model.weights, TOKENS, len(TOKENS), engine_arithmetic({}), read=tensors.get
+    )
+    return infer_arithmetic(side, tensors, stated, dtype)
 
 
 def test_what_is_lost_on_dump_is_blamed_as_float32_and_not_as_float64(
@@ -86,10 +95,13 @@ def test_a_fault_in_float64_is_still_one(model: Model, in_float64: Tensors) -> N
 
 
 def test_the_two_are_told_apart(model: Model, in_float64: Tensors, in_float32: Tensors) -> None:
-    found, explained, judged = detect(model, in_float64)
-    assert (found.name, explained) == ("f64", judged)
-    found, explained, judged = detect(model, in_float32)
-    assert (found.name, explained) == ("f32", judged)
+    engine, found = detect(model, in_float64)
+    # Only a sum shows what each of its terms lost on dump; float32 explains all else as well.
+    assert engine.parts["residual"] == F64
+    assert all(x.explained == x.judged > 0 for x in found)
+    engine, found = detect(model, in_float32)
+    assert set(engine.parts.values()) == {F32} == {engine.common}
+    assert all(x.explained == x.judged > 0 for x in found)
 
 
 def test_a_dump_in_a_half_type_loses_more(model: Model, in_float64: Tensors) -> None:
@@ -102,9 +114,10 @@ def test_a_dump_in_a_half_type_loses_more(model: Model, in_float64: Tensors) -> 
     half = F64.dumped_as("bfloat16")
     assert half.stored is BFLOAT16
     assert blamed(model, dump, half) == set()
-    assert "post_attn_residual" in blamed(model, dump, ARITHMETICS["bf16"])
+    assert "post_attn_residual" in blamed(model, dump, RESULTS["bf16"])
     # What float32 and float64 would have made of it is below what was lost.
-    assert detect(model, dump, "bfloat16")[0] in (half, F32.dumped_as("bfloat16"))
+    engine, _ = detect(model, dump, "bfloat16")
+    assert engine.common in (half, F32.dumped_as("bfloat16"))
 
 
 @pytest.mark.parametrize("stated", ["f64", None])
@@ -133,15 +146,15 @@ def test_a_float32_engine_may_dump_halves(model: Model, in_float32: Tensors) -> 
     assert blamed(model, dumped, F32.dumped_as("float16")) == set()
     # Held to float32, or to an engine that computes with the halves, it is wrong.
     assert "ffn_out" in blamed(model, dumped, F32)
-    assert "post_attn_residual" in blamed(model, dumped, ARITHMETICS["f16"])
-    found, explained, replayed = detect(model, dumped, "float16")
-    assert (found.name, found.rounds_on_dump) == ("f32", True)
-    assert explained == replayed > 0
+    assert "post_attn_residual" in blamed(model, dumped, RESULTS["f16"])
+    engine, found = detect(model, dumped, "float16")
+    assert engine.common == F32.dumped_as("float16")
+    assert all(x.explained == x.judged > 0 for x in found)
 
 
 def test_a_dump_as_fine_as_the_engine_loses_nothing() -> None:
     assert F32.dumped_as("float32") is F32
     assert F32.dumped_as(None) is F32
-    half = ARITHMETICS["f16"]
+    half = RESULTS["f16"]
     assert half.dumped_as("float16") is half
     assert half.dumped_as("float32") is half

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.name_map import read_name_map
-from aprcore.dumps.names import Reading, known_dialects, mapped_dialect, resolve
-from aprcore.dumps.open import TensorDump, is_tensor_file, open_dump
+from aprcore.dumps.names import SUM, Reading, known_dialects, mapped_dialect, resolve
+from aprcore.dumps.open import ReadingOptions, TensorDump, is_tensor_file, open_dump
 from aprcore.ground.errors import AprError, FormatError, PlanError, TraceError
 from aprcore.network.graph import Graph, known_stages, outline
 from aprcore.network.stages import Scope, StageKey
@@ -103,7 +103,7 @@ class TestNames:
         [
             "x", "attn_norm", "attn_norm-", "attn_norm-x", "layer-3/lm_head", "Vcur-3",
             "model.layers.3.mlp.down_proj.weight", "model.layers.x", "attn_norm-3 (view)",
-            "model.layers.3.self_attn.q_proj", "vision.layers.3.mlp", "model.layers.3.input",
+            "model.layers.3.self_attn.q_proj", "vision.layers.3.mlp", "model.layers.0.1",
             "model.layers.9999999999", "attn_norm-٣",
         ],
     )  # fmt: skip
@@ -132,7 +132,8 @@ class TestNames:
         assert resolved("kq-3") == {}
         names = ("kq-3", "Qcur-3")
         recipes, _ = resolve(names, known_dialects(names, graph()))
-        assert recipes[StageKey(3, "attn_scores")] == (names, Reading.SCORES)
+        found = recipes[StageKey(3, "attn_scores")]
+        assert (found.names, found.reading) == (names, Reading.SCORES)
 
     @given(st.lists(st.text("abc.-/{}[]()*+0123456789layer", min_size=1), max_size=6))
     def test_any_name_at_all(self, names: list[str]) -> None:
@@ -141,7 +142,10 @@ class TestNames:
         used = {name for recipe in recipes.values() for name in recipe.names}
         assert used | set(ignored) <= set(names)
 
-    @given(st.text(min_size=1).filter(lambda x: "{layer}" not in x), st.integers(0, 999))
+    @given(
+        st.text(min_size=1).filter(lambda x: "{layer" not in x and SUM not in x),
+        st.integers(0, 999),
+    )
     def test_a_pattern_is_taken_literally(self, text: str, layer: int) -> None:
         dialect = mapped_dialect({"ffn_out": [(text + "{layer}!",)]})
         assert dialect.parse(f"{text}{layer}!") == (layer, text + "{layer}!")
@@ -159,11 +163,35 @@ class TestNameMap:
         }  # fmt: skip
         assert ignored == ("c",)
 
+    def test_parts_sums_and_another_layer(self, tmp_path: Path) -> None:
+        path = tmp_path / "map.toml"
+        path.write_text(
+            """ignore = ["*.cos"]
+            [names]
+            ffn_gate = ["L{layer}.both[0/2]"]
+            ffn_up = ["L{layer}.both[3:]"]
+            post_ffn_residual = ["L{layer}.mlp + L{layer}.stream"]
+            "L{layer+1}.in" = "ffn_out"
+            """
+        )
+        draw = np.random.default_rng(0)
+        both, mlp, stream, after = (draw.random((2, n), np.float32) for n in (6, 3, 3, 3))
+        np.savez(tmp_path / "a.npz", **{"L0.both": both, "L0.mlp": mlp, "L0.stream": stream,
+                                        "L1.in": after, "L0.in": after, "L0.cos": mlp})  # fmt: skip
+        dump = open_dump(tmp_path / "a.npz", ReadingOptions(read_name_map(path)))
+        expected = {"ffn_gate": both[:, :3], "ffn_up": both[:, 3:], "ffn_out": after,
+                    "post_ffn_residual": mlp + stream}  # fmt: skip
+        assert set(dump.keys()) == {StageKey(0, name) for name in expected}
+        for name, x in expected.items():
+            assert np.array_equal(dump.read(StageKey(0, name)), x.reshape(-1)), name
+            assert dump.shape(StageKey(0, name)) == (2, 3)
+        assert dump.ignored == ("L0.in",)
+
     def test_it_comes_before_what_is_known(self, tmp_path: Path) -> None:
         path = tmp_path / "map.toml"
         path.write_text('[names]\n"attn_norm-{layer}" = "ffn_norm"')
         np.savez(tmp_path / "a.npz", **{"attn_norm-3": ONES, "ffn_norm-3": 2 * ONES})
-        dump = open_dump(tmp_path / "a.npz", read_name_map(path))
+        dump = open_dump(tmp_path / "a.npz", ReadingOptions(read_name_map(path)))
         assert dump.keys() == (StageKey(3, "ffn_norm"),)
         assert dump.read(StageKey(3, "ffn_norm")).tolist() == [1.0] * 6
 
@@ -178,6 +206,7 @@ class TestNameMap:
             ("[names]\n'a' = 'ffn_out'", r"'a' has no {layer}, and ffn_out is of every layer"),
             ("[names]\n'a{layer}' = 'lm_head'", r"has a {layer}, but lm_head is of the whole"),
             ("[names]\n'{layer}{layer}' = 'ffn_out'", "twice"),
+            ("[names]\nffn_out = ['a{layer}[0/2] + b']", r"'b' has no {layer}"),
             ("[names]\n[other]", r"expected one table, \[names\]"),
             ("names = 3", r"expected one table, \[names\]"),
             ("[names", r"is not TOML"),
@@ -265,7 +294,7 @@ class TestValues:
             self.write(tmp_path / f"a.{kind}", {**arrays, NORM.path: ONES, "l_out-0": ONES[:0]})
         )
         assert dump.keys() == (NORM,)
-        assert len(dump.ignored) == 2
+        assert len(dump.ignored) == 4
 
     @pytest.mark.parametrize("keep", [0, 1, 20, 100, -1])
     def test_a_cut_file(self, kind: str, keep: int, tmp_path: Path) -> None:

@@ -118,8 +118,6 @@ def test_a_key_of_many_parts_is_refused_before_it_is_parsed(tmp_path: Path, text
     assert len(read_toml(path)["a"]["b"]["c"]) == 500
 
 
-def test_values_beyond_all_limits(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="beyond all limits"):
-        convert(["\ud83d"], list[str | list[str]], "f")
+def test_a_value_of_thousands_of_digits() -> None:
     with pytest.raises(FormatError, match="too much to show"):
-        convert({"table": {"k": "v"}, "flag": 16**9999}, Outer, "f")
+        convert({"flag": 16**9999}, Outer, "f")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aprcore.dumps.oracle import OracleRequest, _Check
+from aprcore.capture.oracle import OracleRequest, _Check
 from aprcore.engines.forward import trace
 from aprcore.engines.numpy import NumpyBackend
 from aprcore.formats.huggingface import read_huggingface

@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aprcore.ground.precision import (
-    ARITHMETICS,
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    ActivationBlocks,
-    arithmetic_of_dtype,
-)
+from aprcore.engines.arithmetic import RESULTS, arithmetic_of_dtype
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 
 @pytest.mark.parametrize(
@@ -58,26 +51,7 @@ def test_rounding_variance_is_that_of_real_rounding() -> None:
     assert np.mean(error**2) == pytest.approx(np.mean(FLOAT16.rounding_variance(x)), rel=0.02)
 
 
-def test_rounding_of_activations_to_blocks() -> None:
-    blocks = ActivationBlocks(32, 127)
-    x = np.random.default_rng(1).standard_normal((200, 96))
-    steps = np.abs(x.reshape(200, 3, 32)).max(axis=2) / 127
-    rounded = (np.round(x.reshape(200, 3, 32) / steps[..., None]) * steps[..., None]).reshape(
-        x.shape
-    )
-    predicted = blocks.rounding_variance(x)
-    assert predicted.shape == (200, 3)
-    # The largest value of a block is exact, the other 31 are not: 31/32 of the prediction.
-    assert np.mean((rounded - x) ** 2) == pytest.approx(predicted.mean() * 31 / 32, rel=0.05)
-
-
-def test_a_short_last_block() -> None:
-    x = np.array([[1.0, 2.0, 4.0]])
-    steps = np.array([[2 / 127, 4 / 127]])
-    assert ActivationBlocks(2, 127).rounding_variance(x) == pytest.approx(steps**2 / 12)
-
-
 def test_dtypes_name_their_arithmetic() -> None:
-    assert arithmetic_of_dtype("bfloat16") is ARITHMETICS["bf16"]
-    assert arithmetic_of_dtype(None) is ARITHMETICS["f32"]
-    assert arithmetic_of_dtype("something new") is ARITHMETICS["f32"]
+    assert arithmetic_of_dtype("bfloat16").common is RESULTS["bf16"]
+    assert arithmetic_of_dtype(None).common is RESULTS["f32"]
+    assert arithmetic_of_dtype("something new").common is RESULTS["f32"]

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aprcore.engines.arithmetic import RESULTS, engine_arithmetic
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.engines.reference import ReferenceBackend
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from closeness import assert_close
 from tiny import ArrayWeight
 
 EXACT = ReferenceBackend()
-F32, F16 = ARITHMETICS["f32"], ARITHMETICS["f16"]
+F32, F16 = RESULTS["f32"], RESULTS["f16"]
 POSITIONS = np.arange(9)
 ROPE = Rope(theta=10000.0, head_dim=8)
 
@@ -156,16 +156,26 @@ def test_float32_products_stay_within_the_prediction() -> None:
     assert 0.2 < error.sum() / found.variance.sum() < 1
 
 
-def test_activations_rounded_to_eight_bits() -> None:
+@pytest.mark.parametrize(
+    ("word", "dtype", "block", "half"), [("q8_0", "F32", 32, True), ("ggml", "Q8_0", 32, True),
+                                         ("ggml", "Q6_K", 256, False), ("int8", "F32", 256, False)]
+)  # fmt: skip
+def test_activations_rounded_to_eight_bits(word: str, dtype: str, block: int, half: bool) -> None:
     x, w = array(9, 12, 256), weight(10, 400, 256)
-    op = backend(ARITHMETICS["q8_0"])
+    object.__setattr__(w, "dtype", dtype)
+    op = backend(engine_arithmetic({"linear": word}).parts["linear"])
     found = op.linear(op.from_host(x), [w])
-    blocks = x.reshape(12, 8, 32)
-    step = np.abs(blocks).max(axis=2, keepdims=True) / 127
-    rounded = (np.round(blocks / step) * step).reshape(x.shape)
-    error = np.square((rounded - x) @ w.values.astype(np.float64).T)
-    # 96 blocks of 31 rounded values; errors repeat along the 400 rows.
-    assert 0.8 < error.sum() / found.variance.sum() < 1.1
+    blocks = x.reshape(12, -1, block).astype(np.float32)
+    step = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
+    codes = np.round(blocks / step).astype(np.float64)
+    scale = step.astype(np.float16) if half else step
+    rounded = (codes * scale.astype(np.float64)).reshape(x.shape)
+    # What is rounded is known: its product is reproduced, and no noise is allowed for it.
+    exact = rounded @ w.values.astype(np.float64).T
+    assert_close(found.value, exact, 1e-6)
+    plain = backend(F32).linear(op.from_host(x), [w])
+    assert found.variance.sum() < 1.1 * plain.variance.sum()
+    assert np.square(found.value - plain.value).sum() > 1000 * plain.variance.sum()
 
 
 def test_sides_that_are_stacked_are_judged_as_on_their_own() -> None:

@@ -13,17 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aprcore.engines.arithmetic import EXACT, RESULTS, Arithmetic
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.engines.reference import ReferenceBackend
-from aprcore.ground.precision import (
-    ARITHMETICS,
-    EXACT,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    Arithmetic,
-)
+from aprcore.ground.precision import FLOAT16, FLOAT32, FLOAT64
 from aprcore.judging.noise import allowed_ratio
 from aprcore.network.mask import CAUSAL, Mask
 from aprcore.network.rope import Rope
@@ -350,7 +344,7 @@ class TestScale:
     @pytest.mark.parametrize("size", [1033, 1152, 3584, 4608, None])
     @pytest.mark.parametrize("name", ["f16", "bf16"])
     def test_of_a_real_engine(self, size: int | None, name: str) -> None:
-        arithmetic = ARITHMETICS[name]
+        arithmetic = RESULTS[name]
         narrow = arithmetic.stored.round
         # Without a size the worst that there is: half a unit off, just above a power of two.
         worst = 16 * (1 + 1.01 * arithmetic.stored.roundoff)
@@ -373,7 +367,7 @@ class TestScale:
         assert not np.any(exact > 1e-28)
 
     def test_each_stacked_side_rounds_it_to_its_own_type(self) -> None:
-        profiles = [Profile(ARITHMETICS[name], False) for name in ("f32", "bf16")]
+        profiles = [Profile(RESULTS[name], False) for name in ("f32", "bf16")]
         x = normal(3, 4, 5)
         both = PredictionBackend([(4, profile) for profile in profiles])
         found = both.scale(both.from_host(np.concatenate([x, x])), 67.88)
@@ -412,7 +406,7 @@ class TestSoftCap:
     def test_quotients_that_are_subnormal_where_the_score_is_not(self, cap: float) -> None:
         # What comes to a few of float16's smallest steps after the division: no single value is
         # beyond what a uniform error reaches.
-        op, x = predict(ARITHMETICS["f16"]), half(np.geomspace(1e-5, 1e-2, 20_000)[None])
+        op, x = predict(RESULTS["f16"]), half(np.geomspace(1e-5, 1e-2, 20_000)[None])
         found = op.soft_cap(op.from_host(x), cap)
         error = np.square(self.engine(x, cap) - found.value)
         assert 0.5 < (error / found.variance).max() <= 3
@@ -424,7 +418,7 @@ class TestSoftCap:
 
     @pytest.mark.parametrize("cap", CAPS)
     def test_of_real_float32_engines(self, cap: float) -> None:
-        op = predict(ARITHMETICS["f32"])
+        op = predict(RESULTS["f32"])
         narrow = np.float32(cap)
         for size in (1e-3, 1.0, 30.0):
             x = (size * normal(4, 100, 100)).astype(np.float32)

@@ -144,7 +144,7 @@ def _parse_toy(name: str) -> Place | None:
 
 
 ''')  # fmt: skip
-    sources.edit(file, before="        Dialect(_huggingface_parser",
+    sources.edit(file, before="        Dialect(modules",
                  text="        Dialect(_parse_toy, _TOY_RULES),\n")  # fmt: skip
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.engines.forward import trace
 from aprcore.engines.numpy import NumpyBackend
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import RecordedSide, expect_both
@@ -20,7 +19,7 @@ from aprcore.network.graph import computation_order
 from aprcore.network.stages import StageKey
 from tiny import TOKENS, Tensors, opened, trace_model, write_model
 
-SOUND = Profile(ARITHMETICS["f32"], weights_rounded=False)
+SOUND = arithmetic_of_dtype("float32")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aprcore.engines.estimate import Estimate
 from aprcore.judging.compare import compare, describe
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.logits import compare_logits
-from aprcore.judging.verdict import Verdict
+from aprcore.judging.noise import assess
+from aprcore.judging.verdict import Judgment, Verdict
 from aprcore.network.stages import StageKey
+from aprcore.records import telling
 from aprcore.records.report import LogitsReport, Report, RunHeader, Side, StageReport
 from aprcore.records.report_json import json_ready, stage_to_json, to_json
 
@@ -26,6 +29,9 @@ HEADER = RunHeader(
     model="a.apr", architecture="qwen2", num_layers=3, prompt="[b]\x1b", tokens=(1, 2),
     token_texts=("a", "b"), keys=(NORM,), bound=1e-4, backend="numpy", notes=("note",),
 )  # fmt: skip
+
+
+SIZES = {"T": 2, "E": 3}
 
 
 def refuse(constant: str) -> NoReturn:
@@ -130,7 +136,29 @@ def test_exit_codes(verdict: Verdict) -> None:
     found = report(stage(), stage(verdict))
     bad = verdict in (Verdict.FAIL, Verdict.NONFINITE, Verdict.SHAPE)
     assert found.diverges() == bad
-    assert found.diverges(strict=True) == (bad or verdict is Verdict.MISSING)
+    is_open = verdict in (Verdict.MISSING, Verdict.UNJUDGED)
+    assert found.diverges(strict=True) == (bad or is_open)
+
+
+def test_a_run_that_could_judge_little_never_ends_well() -> None:
+    header = replace(HEADER, oracle=None, judged=True)
+    x = np.ones((2, 3))
+    estimate = Estimate(x, np.full(x.shape, 1e-14))
+    kernel = Judgment(0.0, 1.0, 1e-6, assess(x.reshape(-1), estimate, layout_of(NORM, SIZES, 6)))
+    known = [replace(stage(), kernel=kernel)] * 2
+    lost = [replace(stage(Verdict.UNJUDGED), reason="it has 3 values where 6 are due")] * 3
+    few = report(*known, lost[0], header=header)
+    assert not few.diverges()
+    assert "1 of 3 stages could not be judged" in few.summary()
+    assert "1 of 3 stages could not be judged" in telling.headline(few)[1]
+    most = report(*known, *lost, header=header)
+    assert most.diverges()
+    for said in (most.summary(), *telling.headline(most)):
+        assert "nothing wrong" not in said
+        assert "PASS:" not in said
+    told = "3 of 5 stages could not be judged (layer 2 · attn_norm: it has 3 values"
+    assert most.summary().startswith(told)
+    assert telling.headline(most)[0] == "UNJUDGED"
 
 
 def test_without_an_oracle_nothing_diverges_and_nothing_is_claimed() -> None:

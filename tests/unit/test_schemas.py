@@ -15,7 +15,7 @@ from aprcore.dumps.plan import Plan
 from aprcore.dumps.sidecar import SIDECAR_NAME, SIDECAR_SCHEMA, Sidecar
 from aprcore.dumps.trace import record_trace
 from aprcore.dumps.writer import TraceWriter
-from aprcore.ground.precision import ARITHMETICS
+from aprcore.engines.arithmetic import ANGLES, PARTS, PRODUCTS, RESULTS, words_for
 from aprcore.models.model import open_model
 from aprcore.network.graph import known_stages
 from aprcore.network.stages import StageKey
@@ -47,7 +47,10 @@ def test_every_field_is_described() -> None:
     assert SCHEMA["properties"]["schema"]["const"] == SIDECAR_SCHEMA
     named = {word for option in SCHEMA["properties"]["arithmetic"]["oneOf"] if "enum" in option
              for word in option["enum"]}  # fmt: skip
-    assert named == set(ARITHMETICS)
+    assert named == {*RESULTS, *PRODUCTS} == set(words_for("all"))
+    parts = SCHEMA["properties"]["arithmetic"]["oneOf"][1]["propertyNames"]["enum"]
+    assert set(parts) == {"all", "kv_cache", "angles", *PARTS}
+    assert all(words_for(part) for part in parts) and words_for("angles") == ANGLES
 
 
 def test_a_trace_of_ours_is_valid(recorded: dict[str, Any]) -> None:

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from gguf.quants import quantize
 
+from aprcore.engines.arithmetic import EXACT
+from aprcore.engines.estimate import Profile
+from aprcore.engines.prediction import PredictionBackend
+from aprcore.judging.layouts import Layout
+from aprcore.judging.noise import assess
 from aprcore.quant.quantise import quantise
-from aprcore.quant.steps import join_rows, step_squares
+from aprcore.quant.steps import SHRINKAGE, join_rows, step_squares
 from aprcore.quant.types import FORMATS, dequantize
 
 # The smallest subnormal number of float16, which all of them are multiples of.
@@ -290,3 +295,55 @@ class TestGroups:
             put(block, 0, half)
             found, _ = step_squares("AprQ4", block.reshape(-1), 32, row_length=32)
             assert (found == square).all()
+
+
+class TestShrinkage:
+    """MXFP4 cuts off the ends of its range, and so makes a whole tensor smaller."""
+
+    @staticmethod
+    def quantised(rows: np.ndarray) -> np.ndarray:
+        raw = quantize(rows.astype(np.float32), gguf.GGMLQuantizationType.MXFP4)
+        return expand("MXFP4", raw).reshape(rows.shape)
+
+    def test_it_is_as_large_as_is_said_and_of_no_other_type(self) -> None:
+        for seed, rows in enumerate((normal(1, 200, 1024), normal(2, 200, 1024) ** 3)):
+            shrunk = 1 - float((self.quantised(rows) * rows).sum() / np.square(rows).sum())
+            assert 0.015 < shrunk < (1.2, 2.0)[seed] * SHRINKAGE["MXFP4"]
+        assert set(SHRINKAGE) == {"MXFP4"}
+
+    def test_outputs_that_all_of_a_row_adds_up_to_are_not_accused(self) -> None:
+        """Every product x · w is of one sign, so that the outputs shrink as the weights do."""
+        out, size, tokens = 96, 1024, 6
+        direction = normal(3, size)
+        weights = normal(4, out, 1) * direction + 0.3 * normal(5, out, size)
+        x = normal(6, tokens, 1) * direction + 0.1 * normal(7, tokens, size)
+        weight = QuantisedWeight(weights.astype(np.float32))
+        reference = x @ weights.T
+        op = PredictionBackend([(None, Profile(EXACT, weights_rounded=True))], threads=1)
+        found = op.linear(op.from_host(x), [weight])
+        layout = Layout((tokens, out), (tokens, out), ("token", "dim"))
+        assert assess(reference, found, layout).explained
+        # A factor of 1.5, which no quantiser makes, is.
+        assert not assess(1.5 * reference, found, layout).explained
+
+
+class QuantisedWeight:
+    """A weight in MXFP4 blocks."""
+
+    name, dtype = "w", "MXFP4"
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.shape = rows.shape
+        self._raw = quantize(rows, gguf.GGMLQuantizationType.MXFP4)
+
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        values = expand("MXFP4", self._raw[start:stop]).astype(np.float32)
+        values = values.reshape(stop - start, -1)
+        if out is None:
+            return values
+        out[: values.size] = values.reshape(-1)
+        return out[: values.size].reshape(values.shape)
+
+    def step_squares(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        raw = np.ascontiguousarray(self._raw[start:stop]).reshape(-1)
+        return step_squares("MXFP4", raw, (stop - start) * self.shape[1], row_length=self.shape[1])

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import EXACT
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.ground.precision import EXACT
 from aprcore.judging.layouts import Layout
 from aprcore.judging.noise import Assessment, allowed_ratio, assess
 from aprcore.quant.encode import ENCODERS, encode

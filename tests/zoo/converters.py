@@ -429,6 +429,61 @@ def _one_code(blocks: Blocks) -> None:
     blocks.reshape(-1, 34)[40, 7] ^= 64
 
 
+def _negate_minimum(blocks: Blocks) -> None:
+    blocks.reshape(-1, 144)[:, 3] ^= 0x80
+
+
+def _as_q4_0_spans(blocks: Blocks) -> None:
+    """Nibbles of every 32 values in 16 bytes of their own."""
+    codes = blocks.reshape(-1, 144)[:, 16:]
+    values = np.stack([codes.reshape(-1, 4, 32) & 15, codes.reshape(-1, 4, 32) >> 4], axis=2)
+    halves = values.reshape(-1, 8, 2, 16)
+    codes[...] = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 128)
+
+
+def _in_turn(blocks: Blocks) -> None:
+    """Q4_0's values in the order of its bytes: low, high, low, high."""
+    codes = blocks.reshape(-1, 18)[:, 2:]
+    values = np.concatenate([codes & 15, codes >> 4], axis=1)
+    codes[...] = values[:, 0::2] | values[:, 1::2] << 4
+
+
+def _reverse_fields(blocks: Blocks) -> None:
+    """Q6_K's two-bit fields from the highest down."""
+    high = blocks.reshape(-1, 210)[:, 128:192]
+    high[...] = (high & 3) << 6 | (high >> 2 & 3) << 4 | (high >> 4 & 3) << 2 | high >> 6
+
+
+def _late_scales(blocks: Blocks) -> None:
+    scales = blocks.reshape(-1, 210)[:, 192:208]
+    scales[...] = np.roll(scales, -1, axis=1)
+
+
+def _empty_block(blocks: Blocks) -> None:
+    blocks.reshape(-1, 34)[3] = 0
+
+
+def _rows_as_of_queries(d: Draft, n: int) -> None:
+    """k through permute() with the number of query heads, read back with its own."""
+    heads, kv_heads, _ = d.sizes
+    w = _pair_rows(d.get(n, K), heads)
+    back = w.reshape(kv_heads, len(w) // kv_heads // 2, 2, -1).swapaxes(1, 2)
+    d.put(n, K, back.reshape(w.shape))
+
+
+def _drop_head(d: Draft, n: int) -> None:
+    del d.weights[HEAD]
+    d.metadata["tie_word_embeddings"] = True
+
+
+plant("file-k-as-q", "qkv_matmul", "h in place of k", _rows_as_of_queries)
+plant("file-head-dropped", "lm_head", "the original's was dropped", _drop_head)
+plant("bytes-minimum-sign", "ffn_gate", "minimum's sign", bytes_of(GATE, _negate_minimum))
+plant("bytes-nibble-spans", "ffn_up", "spans of 16 bytes", bytes_of(UP, _as_q4_0_spans))
+plant("bytes-nibbles-in-turn", "ffn_up", "even and odd", bytes_of(UP, _in_turn))
+plant("bytes-q6-fields", "ffn_out", "high bits in reverse", bytes_of(DOWN, _reverse_fields))
+plant("bytes-q6-scales", "ffn_gate", "sub-block scales one late", bytes_of(GATE, _late_scales))
+plant("bytes-empty", "ffn_gate", "block of zeros|zero", bytes_of(GATE, _empty_block))
 plant("small-scale-bit", "ffn_up", "~dim", bytes_of(UP, _one_scale))
 plant("small-code-bit", "ffn_out", "wrong value", bytes_of(DOWN, _one_code))
 plant("bytes-nibbles", "ffn_up", "nibble", bytes_of(UP, _swap_nibbles))

@@ -1,18 +1,20 @@
 """The corpus: which faults on which models, and which sound pairs.
 
 A line is the fault and its layer, the model, the stored type of its weights, the oracle's type
-("none" for no oracle) and the number of tokens; then, for dumps of the zoo's engine, its
-arithmetic. Names are in `kernels.FAULTS`, `converters.FAULTS` and `grounds.GROUNDS`.
+("none" for no oracle) and the number of tokens; then, for dumps of the zoo's engine, what it
+rounds ("?" where it does not say so). "all" is every layer. Names are in `kernels.FAULTS`,
+`converters.FAULTS`, `grounds.GROUNDS` and `engine.HABITS`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from . import converters, kernels
-from .trial import Case
+from .engine import HABITS
+from .trial import EVERYWHERE, Case
 
 KERNEL_FAULTS = """
 rope-pairs@1               llama       F32        float32   7
@@ -29,6 +31,18 @@ rope-sine-negated@1        outlier     Q4_K       float32   7
 rope-scaling-lost@1        llama3      F32        float32   33
 rope-scaling-lost@2        yarn        Q8_0       float16   17
 rope-scaling-lost@0        linear      F16        bfloat16  9
+rope-position-far@1        llama       F32        float32   9
+rope-position-far@2        qwen2       Q4_K       float16   12 f16
+rope-table-ends@0          llama       F32        float32   17
+rope-table-ends@1          qwen3       Q8_0       bfloat16  33
+rope-linear-unasked@1      llama       F32        float32   9
+rope-linear-unasked@2      qwen2-bias  Q8_0       float16   17 bf16
+rope-yarn-unasked@1        llama       F32        float32   17
+rope-yarn-unasked@0        qwen3       Q4_K       none      33 f16
+rope-yarn-beta@1           yarn        F32        float32   17
+rope-yarn-beta@2           yarn        Q8_0       float16   33 f16
+rope-yarn-factor@0         yarn        F32        float32   9
+rope-yarn-length@2         yarn        Q4_K       float16   17
 rope-on-v@1                llama       F32        float32   6
 scale-hidden@2             qwen2       F32        float32   7
 scale-none@0               llama       Q8_0       bfloat16  11
@@ -101,6 +115,57 @@ norm-layer@1               llama       F32        float32   7  bf16
 bias-missing@2             qwen2-bias  F32        float32   9  bf16
 transposed-out@1           llama       Q8_0       float32   7  q8_0
 rope-position-late@0       longest       F32        float32   2048
+cache-layer-keys@1         llama       F32        float32   9
+cache-layer-keys@2         qwen2       Q8_0       float16   12 f16
+cache-layer-values@1       qwen2-bias  F32        float32   9
+cache-layer-values@2       llama       Q4_K       bfloat16  9  f32 fused
+cache-layer@1              llama       F32        float32   9  f32 fused
+cache-layer@2              gemma       Q8_0       float16   12 f16 fused
+cache-late@1               qwen2       F32        float32   9
+cache-late@0               llama       F32        none      12 f32 fused
+cache-stale-keys@1         llama       F32        float32   33
+cache-stale-keys@2         llama       Q8_0       float16   33 f16
+cache-stale-values@1       llama       F32        float32   17
+cache-stale-values@0       mistral     Q4_K       float16   33 bf16
+chunk-blind@1              llama       F32        float32   9
+chunk-blind@2              qwen2       Q4_K       float16   12 f32 fused
+flash-unrescaled@1         llama       F32        float32   12 f32 fused
+flash-unrescaled@0         qwen2       Q8_0       float16   33 f32 fused
+flash-values-unrescaled@2  llama       F32        none      17 f32 fused
+dot-tail@1                 tail        F32        float32   9
+dot-tail@0                 tail        Q8_0       float16   12 f16
+heads-strided@1            llama       F32        float32   9
+alibi@1                    llama       F32        float32   9
+alibi@2                    qwen2       Q8_0       float16   17 f32 fused
+alibi-softmax@0            llama       Q4_K       float32   9
+softmax-plus-one@1         llama       F32        float32   9
+softmax-plus-one@2         qwen2       Q8_0       float16   12 f32 fused
+softmax-sinks@1            llama       F32        float32   9
+softmax-sinks@0            gemma       Q8_0       bfloat16  12 f16
+softmax-sinks@2            llama       F32        float32   17 f32 fused
+softmax-temperature@1      qwen2-bias  F32        float32   9
+softmax-temperature@2      llama       Q4_K       float16   12 bf16
+mask-finite@1              llama       F32        float32   9
+mask-finite@2              mistral     Q8_0       float16   17
+kv-tiled@1                 llama       F32        float32   9  f32 fused
+kv-tiled@2                 gemma       Q8_0       float16   12 f16 fused
+split-k-twice@1            llama       F32        float32   7
+split-k-twice@2            qwen2       Q4_K       float16   12 f16
+split-k-out-twice@0        mistral     Q8_0       float32   9
+k-permuted-as-q@1          llama       F32        float32   1
+k-permuted-as-q@2          gemma       Q8_0       float16   9
+activations-4-bits@1       llama       F32        float32   7
+activations-8-bits-tensor@2 qwen2      Q8_0       float32   7
+activations-float8@0       llama       F32        float32   7
+block-empty@1              llama       Q8_0       float32   7
+parallel-norm@1            llama       F32        float32   7
+parallel-norm@0            qwen2       Q8_0       float16   9  f16
+parallel-gate@1            llama       Q4_K       float32   7
+layer-skipped@2            llama       F32        float32   7
+rope-head-size@1           qwen3       F32        float32   9
+rope-head-size@2           llama       Q8_0       float16   12 f16
+layers-by-name@2           deep        F32        float32   7
+layers-by-name@2           deep        Q8_0       float16   9  f16
 local-rope-head@1          llama       F32        float32   7
 local-rope-pairs-head@2    qwen2       Q4_K       float16   9
 local-rope-last-token@1    mistral     F32        float32   9
@@ -144,6 +209,46 @@ local-eps-token@1          llama       F32        float32   7
 local-v-row@2              qwen2       Q4_K       bfloat16  12
 local-v-row@1              qwen2-bias  F32        float32   33 f16
 local-rope-token-early@0   longest       F32        float32   2048
+local-rope-far-head@1      llama       F32        float32   9
+local-rope-far-head@2      qwen2       Q8_0       float16   12 f16
+local-rope-far-head@1      qwen3       Q4_K       bfloat16  9
+local-rope-far-head@2      gemma       F32        none      17 f32
+local-rope-linear-head@1   llama       F32        float32   9
+local-rope-linear-head@2   qwen2       Q8_0       float16   12 f16
+local-rope-linear-head@1   mistral     Q4_K       float32   17
+local-rope-linear-head@2   window      F32        bfloat16  9
+local-alibi-head@1         llama       F32        float32   9
+local-alibi-head@2         qwen2       Q8_0       float16   12 f16
+local-alibi-head@1         qwen3       Q4_K       float32   9
+local-alibi-head@2         mistral     F32        none      17 f32
+local-cache-layer-head@1   llama       F32        float32   9
+local-cache-layer-head@2   qwen2       Q8_0       float16   12 f16
+local-cache-layer-head@1   gemma       Q4_K       float32   9
+local-cache-layer-head@2   both        F32        float32   9
+local-values-layer-head@1  llama       F32        float32   9
+local-values-layer-head@2  qwen2-bias  Q8_0       float16   12 f16
+local-values-layer-head@1  gemma       F32        float32   9
+local-values-layer-head@2  window      Q4_K       bfloat16  12
+local-plus-one-head@1      llama       F32        float32   9
+local-plus-one-head@2      qwen2       Q8_0       float16   12 f16
+local-plus-one-head@1      qwen3       F32        none      9  f32
+local-plus-one-head@2      window      Q4_K       float32   12
+local-temperature-head@1   llama       F32        float32   9
+local-temperature-head@2   qwen2       Q8_0       float16   12
+local-temperature-head@1   gemma       F32        float32   9
+local-temperature-head@2   mistral     Q4_K       bfloat16  17
+local-parallel-token@1     llama       F32        float32   7
+local-parallel-token@2     qwen2       Q8_0       float16   9  f16
+local-parallel-token@1     qwen3       Q4_K       float32   7
+local-parallel-token@2     layers      F32        bfloat16  9
+local-split-rows@1         llama       F32        float32   7
+local-split-rows@2         qwen2       Q8_0       float16   9  f16
+local-split-rows@1         gemma       Q4_K       float32   9
+local-split-rows@2         mistral     F32        none      7  f32
+local-float8-rows@1        llama       F32        float32   7
+local-float8-rows@2        qwen2       Q8_0       float16   9
+local-float8-rows@1        gemma       Q4_K       float32   9
+local-float8-rows@2        qwen3       F32        bfloat16  7
 window-ignored@1           window      F32        float32   12
 window-ignored@0           gemma       Q8_0       float16   33
 window-ignored@2           gemma-odd   F32        none      17 f16
@@ -304,6 +409,8 @@ file-head-tied@0           llama       Q8_0       float16   7
 file-theta@0               llama       F32        float32   33
 file-theta@0               qwen2       Q4_K       float16   17
 file-scaling-lost@0        llama3      Q8_0       float32   33
+file-scaling-lost@0        yarn        F32        float16   17
+file-scaling-lost@0        linear      F32        float32   9
 file-eps@0                 llama       F32        float32   7
 file-act@0                 qwen2       F32        float32   7
 file-act@0                 llama       Q8_0       float16   33
@@ -317,6 +424,16 @@ file-pairs@2               stories260k Q8_0       float32   9
 file-layer-down@3          stories260k F16        float32   9
 file-gate-up-swapped@1     demo        Q4_K       float32   11
 file-theta@0               long        F16        float32   512
+file-k-as-q@1              llama       F32        float32   7
+file-k-as-q@2              qwen2       Q4_K       float16   9
+file-head-dropped@0        llama       F32        float32   7
+file-head-dropped@0        qwen2       Q8_0       float16   9
+bytes-minimum-sign@1       llama       Q4_K       float32   7
+bytes-nibble-spans@2       qwen2       Q4_K       float16   9
+bytes-nibbles-in-turn@1    llama       Q4_0       float32   7
+bytes-q6-fields@1          llama       Q6_K       float32   7
+bytes-q6-scales@2          qwen2       Q6_K       bfloat16  9
+bytes-empty@1              llama       Q8_0       float32   7
 file-rows-zero@1           llama       Q4_K       float32   7
 file-rows-zero@2           qwen2       Q8_0       bfloat16  1
 file-row-zero@1            llama       Q8_0       float16   7
@@ -491,6 +608,76 @@ sound                      gemma-uncapped F32     float32   12
 sound                      gemma-uncapped Q8_0    bfloat16  12
 """
 
+# Engines that round each operation in their own way, as they say and without a word.
+ENGINES = """
+sound                      llama       F32        none      9  kv-f16?
+sound                      qwen2       Q8_0       float32   9  kv-f16
+sound                      llama       F32        none      33 kv-f16-only?
+sound                      mistral     F32        none      9  kv-bf16?
+sound                      qwen3       F16        float16   9  kv-bf16
+sound                      llama       F32        none      17 kv-e4m3?
+sound                      llama       F32        none      17 kv-e4m3
+sound                      qwen2       F32        none      17 kv-e5m2?
+sound                      llama       Q8_0       none      33 llama.cpp?
+sound                      mistral     Q8_0       float16   9  llama.cpp
+sound                      gemma       Q8_0       none      12 llama.cpp?
+sound                      llama       F32        none      65 iterated?
+sound                      qwen2       Q4_K       bfloat16  65 iterated
+sound                      llama3      F32        none      33 iterated?
+sound                      yarn        Q8_0       none      65 iterated?
+sound                      llama       F32        none      9  stream?
+sound                      qwen2       Q8_0       bfloat16  9  stream
+sound                      llama       F32        none      9  half-softmax?
+sound                      llama       Q8_0       none      9  q8_0?
+sound                      outlier     Q8_0       none      9  ggml-q8_0?
+sound                      qwen2       F32        none      9  int8?
+sound                      llama       F32        none      9  f16?
+sound                      qwen2       F32        none      9  bf16?
+sound                      llama       F32        none      9  f32? fused
+sound                      llama       F32        none      33 kv-f16? fused
+sound                      qwen2       Q8_0       none      33 kv-f16 fused
+sound                      mistral     F32        none      17 bf16? fused
+sound                      llama       Q8_0       none      17 llama.cpp? fused
+rope-theta-500k@all        llama       F32        none      9  f32?
+rope-theta-500k@0          qwen2       F32        none      9  f32?
+rope-theta-10k@all         qwen2       Q8_0       none      17 llama.cpp?
+rope-pairs@all             mistral     F32        none      9  f32?
+rope-position-late@all     llama       F32        none      9  iterated?
+scale-hidden@all           llama       F32        none      9  f32?
+scale-none@0               llama       F32        none      9  kv-f16?
+scale-hidden@all           qwen2       F32        none      9  kv-f16?
+mask-none@all              llama       F32        none      9  kv-f16?
+mask-late@0                llama       F32        none      9  llama.cpp?
+kv-tiled-scores@all        qwen2       F32        none      9  f32?
+kv-tiled-values@1          qwen2       F32        none      9  kv-f16?
+transposed-out@0           llama       F32        none      9  f32?
+transposed-out@all         llama       Q8_0       none      9  q8_0?
+bias-missing@all           qwen2       F32        none      9  f32?
+norm-no-weight@0           llama       F32        none      9  f32?
+gelu@all                   llama       F32        none      9  f32?
+residual-twice@0           llama       F32        none      9  f32?
+residual-twice@all         llama       F32        none      9  bf16?
+softmax-half@1             qwen2       F32        none      9  f32?
+softmax-bf16@2             llama       F32        none      9  f32?
+local-gate-rows@all        llama       F32        none      9  f32?
+local-norm-token@0         llama       F32        none      9  kv-f16?
+local-kv-head@1            qwen2       F32        none      9  kv-f16?
+reduction-short@all        llama       F32        none      9  f32?
+stale-up@1                 qwen2       F32        none      9  stream?
+little-out@all             llama       F16        none      9  llama.cpp?
+little-out@0               llama       F32        none      9  f32?
+little-down@1              qwen2       F32        float32   9  f32?
+little-scores@all          llama       F32        none      9  kv-f16?
+little-values@0            qwen2       Q8_0       none      9  llama.cpp?
+little-norm@all            mistral     F32        none      9  f32?
+local-little-head@1        llama       F32        none      9  kv-f16? fused
+local-little-head@all      qwen2       F32        none      9  f32?
+rows-paired@all            llama       F32        none      9  f32?
+local-rope-head@0          llama       F32        none      9  f32?
+local-residual-token@all   llama       F32        none      9  kv-bf16?
+local-down-last-token@0    qwen2       F32        none      9  llama.cpp?
+"""
+
 # Small models, with an oracle of each type in turn and odd lengths.
 SWEEP_GROUNDS = (
     "llama", "mistral", "qwen2", "qwen3", "outlier", "window", "layers", "both", "both-window",
@@ -505,7 +692,8 @@ def parse(line: str) -> Case:
     planted = ()
     if faults != "sound":
         planted = tuple(
-            (name, int(layer)) for name, layer in (f.split("@") for f in faults.split("+"))
+            (name, EVERYWHERE if layer == "all" else int(layer))
+            for name, layer in (f.split("@") for f in faults.split("+"))
         )
     engine, layout = (*rest, "", "")[:2]
     return Case(planted, ground, weights, oracle, int(count), engine, layout)
@@ -517,7 +705,40 @@ def _table(text: str) -> tuple[Case, ...]:
 
 def single_faults() -> tuple[Case, ...]:
     """One fault each."""
-    return _table(KERNEL_FAULTS) + _table(FILE_FAULTS)
+    faulty = [case for case in _table(ENGINES) if case.faults]
+    every = (*_table(KERNEL_FAULTS), *_table(FILE_FAULTS), *faulty, *_local_in_engines())
+    return tuple(dict.fromkeys(every))
+
+
+# Confined to a head, a token, a row, a value; in stages that every engine of `HABITS` has.
+_LOCAL = (
+    "local-rope-head", "local-rope-last-token", "local-scores-row", "local-kv-head",
+    "local-gate-rows", "local-up-row", "local-qkv-rows", "local-down-last-token",
+    "local-norm-token", "local-norm-tail", "local-silu-tail", "local-residual-token",
+    "local-residual-tail", "local-little-head", "local-swigl-value", "local-out-row-order",
+)  # fmt: skip
+
+
+def _local_in_engines() -> Iterator[Case]:
+    """Local faults in the first layer and in all, of engines that do not say what they round."""
+    habits = ("kv-f16", "llama.cpp", "stream", "iterated", "kv-bf16", "q8_0", "f32")
+    for number, name in enumerate(_LOCAL):
+        for turn, layer in enumerate((0, EVERYWHERE)):
+            habit = habits[(2 * number + turn) % len(habits)]
+            weights = "Q8_0" if habit in ("llama.cpp", "q8_0") else "F32"
+            yield Case(((name, layer),), "llama", weights, "none", 12, f"{habit}?")
+
+
+def engine_sweep() -> tuple[Case, ...]:
+    """Every engine on small models in several types, with nothing wrong and nothing said."""
+    grounds = ("llama", "mistral", "qwen2", "qwen3", "outlier", "window", "gemma", "both-window")
+    return tuple(
+        Case((), ground, weights, "none", 9 if place % 2 else 33, f"{habit}?",
+             "fused" if place % 5 == 4 else "")
+        for place, (ground, weights, habit) in enumerate(
+            product(grounds, ("F32", "Q8_0"), sorted(HABITS))
+        )
+    )  # fmt: skip
 
 
 def sound_pairs() -> tuple[Case, ...]:
@@ -527,7 +748,8 @@ def sound_pairs() -> tuple[Case, ...]:
         Case((), ground, weights, oracles[i % 3], (7, 9, 12)[i // 3 % 3])
         for i, (ground, weights) in enumerate(product(SWEEP_GROUNDS, SWEEP_TYPES))
     ]
-    return tuple(dict.fromkeys([*sweep, *_table(SOUND_PAIRS)]))
+    engines = [case for case in _table(ENGINES) if not case.faults]
+    return tuple(dict.fromkeys([*sweep, *_table(SOUND_PAIRS), *engines]))
 
 
 # What several faults are drawn from: of one stage each, on any of the models below.

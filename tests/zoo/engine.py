@@ -23,7 +23,64 @@ Tensor = torch.Tensor
 Wrong = Callable[["Step"], Tensor]
 
 OWN = -1  # a window or cap: the model's
-STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What an engine rounds.
+
+    Attributes:
+        told: How a sidecar says it.
+        stored: The type of its results.
+        but: Stages whose results have another type.
+        activations: How activations are rounded before a product: "" (not), "blocks" (32 values by
+            a float32 scale), "half blocks" (by a float16 scale), "token" (a row by one scale).
+        cache: The type of keys and values: a type of torch, "blocks" or "half blocks".
+        beside: Whether queries and attention weights are rounded to it as well.
+        iterated: Whether each angle of RoPE is made from the one before, in float32.
+    """
+
+    told: str | Mapping[str, str]
+    stored: torch.dtype = torch.float32
+    but: Mapping[str, torch.dtype] = field(default_factory=dict)
+    activations: str = ""
+    cache: torch.dtype | str | None = None
+    beside: bool = False
+    iterated: bool = False
+
+
+_STREAM = dict.fromkeys(
+    (
+        "post_attn_residual",
+        "post_ffn_residual",
+        "attn_norm",
+        "ffn_norm",
+        "attn_post_norm",
+        "ffn_post_norm",
+        "final_norm",
+        "lm_head",
+    ),
+    torch.float32,
+)
+HABITS: Mapping[str, Habits] = {
+    "f32": Habits("f32"),
+    "f16": Habits("f16", torch.float16),
+    "bf16": Habits("bf16", torch.bfloat16),
+    "q8_0": Habits("q8_0", activations="blocks"),
+    "ggml-q8_0": Habits({"all": "q8_0"}, activations="half blocks"),
+    "int8": Habits({"linear": "int8", "head": "int8", "all": "f32"}, activations="token"),
+    "kv-f16": Habits({"all": "f32", "kv_cache": "f16"}, cache=torch.float16, beside=True),
+    "kv-f16-only": Habits({}, cache=torch.float16),
+    "kv-bf16": Habits({"all": "f32", "kv_cache": "bf16"}, cache=torch.bfloat16, beside=True),
+    "kv-e4m3": Habits({"kv_cache": "float8_e4m3fn"}, cache=torch.float8_e4m3fn),
+    "kv-e5m2": Habits({"kv_cache": "float8_e5m2"}, cache=torch.float8_e5m2),
+    "llama.cpp": Habits({"kv_cache": "f16", "angles": "iterated"}, activations="half blocks",
+                        cache=torch.float16, beside=True, iterated=True),
+    "iterated": Habits({"angles": "iterated"}, iterated=True),
+    "stream": Habits({"all": "bf16", "norm": "f32", "residual": "f32", "head": "f32"},
+                     torch.bfloat16, but=_STREAM),
+    "half-softmax": Habits({"softmax": "f16"}, but={"attn_softmax": torch.float16}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,20 +153,20 @@ class Engine:
         config: The model's.
         weights: Float values by canonical name.
         frequencies: RoPE's schedule.
-        arithmetic: A key of `STORED`; sums are carried in float32.
+        habits: What it rounds; sums are carried in float32.
         dtype: What it computes in.
     """
 
     config: ModelConfig
     weights: Mapping[str, Tensor]
     frequencies: Frequencies
-    arithmetic: str = "f32"
+    habits: Habits = HABITS["f32"]
     dtype: torch.dtype = torch.float32
     effects: dict[StageKey, Effect] = field(default_factory=dict)
 
     def exactly(self) -> Engine:
         """The same in float64, without any rounding."""
-        return Engine(self.config, self.weights, self.frequencies, dtype=torch.float64)
+        return Engine(self.config, self.weights, self.frequencies, self.habits, dtype=torch.float64)
 
     def weight(self, layer: int | None, name: str) -> Tensor | None:
         """A weight in the engine's type, or None."""
@@ -123,22 +180,26 @@ class Engine:
         graph = Graph(self.config)
         made: dict[StageKey, Tensor] = {}
         self.effects = {}
+        past = {}
+        if any(getattr(fault, "reads_past", False) for fault in faults.values()):
+            past = self.run(tokens[::-1], {})
         for key in graph.keys:
             inputs = [made[k] for k in graph.inputs(key)]
-            step = Step(self, key, tokens, inputs, made)
+            step = Step(self, key, tokens, inputs, made, past)
             fault = faults.get(key)
-            made[key] = self.rounded((step.sound if fault is None else lambda: fault(step))())  # noqa: B023
+            made[key] = self.rounded(key, (step.sound if fault is None else lambda: fault(step))())  # noqa: B023
             if fault is not None:
                 exact = Step(self.exactly(), key, tokens, [x.double() for x in inputs], made)
-                sound = self.rounded(step.sound())
+                sound = self.rounded(key, step.sound())
                 self.effects[key] = Effect(made[key], sound, exact.sound())
         return made
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def rounded(self, key: StageKey, x: Tensor) -> Tensor:
         """As the engine stores it."""
         if self.dtype is torch.float64:
             return x
-        return x.to(STORED[self.arithmetic]).to(self.dtype).contiguous()
+        stored = self.habits.but.get(key.stage, self.habits.stored)
+        return x.to(stored).to(self.dtype).contiguous()
 
 
 @dataclass
@@ -151,6 +212,7 @@ class Step:
         tokens: Token ids.
         inputs: The stage's inputs: [T, C] or [H, T, T].
         made: Every tensor of the pass so far.
+        past: Every tensor of the pass before this one, which a cache may still hold.
     """
 
     engine: Engine
@@ -158,6 +220,7 @@ class Step:
     tokens: Sequence[int]
     inputs: Sequence[Tensor]
     made: Mapping[StageKey, Tensor]
+    past: Mapping[StageKey, Tensor] = field(default_factory=dict)
 
     def sound(self) -> Tensor:
         """The stage as it should be."""
@@ -236,9 +299,15 @@ class Step:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T, with the activations rounded if the engine does that."""
-        if self.engine.arithmetic == "q8_0" and self.engine.dtype is not torch.float64:
-            x = quantised_blocks(x)
-        return x @ weight.T
+        return rounded_factor(x, self.engine.habits.activations) @ weight.T
+
+    def cached(self, x: Tensor) -> Tensor:
+        """Keys or values as the cache holds them."""
+        return rounded_factor(x, self.engine.habits.cache)
+
+    def beside_cached(self, x: Tensor) -> Tensor:
+        """What is multiplied by keys or values, as it is rounded for that."""
+        return self.cached(x) if self.engine.habits.beside else x
 
     def norm(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
         """RMSNorm over groups of the weight's length."""
@@ -268,6 +337,10 @@ class Step:
         # As transformers: in float32, whatever the type of the rest.
         kind = torch.float64 if self.engine.dtype is torch.float64 else torch.float32
         angles = positions.to(kind)[:, None] * inverse[: width // 2].to(kind)[None, :]
+        if self.engine.habits.iterated and inverse is own.inverse:
+            theta = self.config.rope.theta
+            scaling = own.inverse / plain_frequencies(theta, dim).inverse
+            angles = (one_by_one(positions, theta, dim) * scaling)[:, : width // 2].to(kind)
         times = own.factor if factor is None else factor
         cos, sin = (
             (f(angles) * times).to(self.engine.dtype)[:, None, :] for f in (torch.cos, torch.sin)
@@ -301,7 +374,10 @@ class Step:
         self, *, scale: float | None = None, groups: Tensor | None = None, cap: float | None = OWN,
     ) -> Tensor:  # fmt: skip
         """q·k, scaled and capped, of every query and position."""
-        q, k = (self.by_head(x) for x in self.inputs)
+        q, k = (
+            self.by_head(self.beside_cached(self.inputs[0])),
+            self.by_head(self.cached(self.inputs[1])),
+        )
         scale = self.scale if scale is None else scale
         products = q @ k[self.groups() if groups is None else groups].transpose(1, 2) * scale
         return soft_capped(products, self.score_cap if cap == OWN else cap)
@@ -319,8 +395,8 @@ class Step:
 
     def values(self, *, groups: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """softmax·V, [T, H·D]."""
-        v = self.by_head(self.part("v") if v is None else v)
-        out = self.x @ v[self.groups() if groups is None else groups]
+        v = self.by_head(self.cached(self.part("v") if v is None else v))
+        out = self.beside_cached(self.x) @ v[self.groups() if groups is None else groups]
         return out.transpose(0, 1).reshape(self.x.shape[1], -1)
 
     def project(self, module: str, x: Tensor | None = None, layer: int | None = None) -> Tensor:
@@ -379,12 +455,38 @@ def activate(x: Tensor, kind: str) -> Tensor:
     return functional.silu(x)
 
 
-def quantised_blocks(x: Tensor, block: int = 32) -> Tensor:
+def rounded_factor(x: Tensor, how: torch.dtype | str | None) -> Tensor:
+    """A factor of a product, rounded as `Habits` says."""
+    match how:
+        case torch.dtype():
+            return x.float().to(how).to(x.dtype)
+        case "blocks":
+            return quantised_blocks(x)
+        case "half blocks":
+            return quantised_blocks(x, half=True)
+        case "token":
+            return quantised_blocks(x, block=x.shape[1])
+    return x
+
+
+def quantised_blocks(x: Tensor, block: int = 32, *, half: bool = False) -> Tensor:
     """Every block of a row rounded to 8-bit integers times its own scale."""
-    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % block)).reshape(x.shape[0], -1, block)
+    given = x.float()
+    padded = torch.nn.functional.pad(given, (0, -x.shape[1] % block))
+    blocks = padded.reshape(x.shape[0], -1, block)
     step = blocks.abs().amax(dim=2, keepdim=True) / 127
-    codes = torch.where(step > 0, (blocks / step).round(), 0)
-    return (codes * step).reshape(x.shape[0], -1)[:, : x.shape[1]]
+    codes = torch.where(step > 0, (blocks / step).round(), 0).to(x.dtype)
+    scale = (step.half() if half else step).to(x.dtype)
+    return (codes * scale).reshape(x.shape[0], -1)[:, : x.shape[1]]
+
+
+def one_by_one(positions: Tensor, theta: float, dim: int) -> Tensor:
+    """Angles [T, dim / 2], each float32 the one before times a factor, as llama.cpp makes them."""
+    factor = torch.tensor(theta ** (-2 / dim), dtype=torch.float32)
+    angles = [positions.to(torch.float32)]
+    for _ in range(dim // 2 - 1):
+        angles.append(angles[-1] * factor)
+    return torch.stack(angles, dim=1)
 
 
 OPERATIONS: Mapping[str, Wrong] = {

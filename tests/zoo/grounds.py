@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from aprcore.capture.oracle import OracleRequest, write_oracle
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.oracle import OracleRequest, write_oracle
 from aprcore.models.convert import describe_config
 from aprcore.models.model import Model, open_model
 from aprcore.network.weights import read_all
 
 from .converters import Draft
-from .engine import Engine, Frequencies, plain_frequencies
+from .engine import HABITS, Engine, Frequencies, plain_frequencies
 
 TESTS = Path(__file__).parents[1]
 SHARED = TESTS.parents[1] / "shared"
@@ -122,6 +122,10 @@ GROUNDS: Mapping[str, Ground] = {
     "gemma-long": Ground("gemma2", GEMMA | LONG | {"head_dim": 32, "sliding_window": 100}),
     "gemma-uncapped": Ground("gemma2", GEMMA | {
         "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    # More layers than a digit counts.
+    "deep": Ground("qwen2", _settings(**LONG | {"num_hidden_layers": 12})),
+    # Heads that are no whole vectors.
+    "tail": Ground("llama", _settings(num_attention_heads=4, head_dim=36)),
 }  # fmt: skip
 
 
@@ -190,11 +194,11 @@ class Farm:
     def _sound_engine(self, ground: str, dtype: str) -> Engine:
         return self.engine(ground, self.sound_file(ground, dtype))
 
-    def engine(self, ground: str, path: Path, arithmetic: str = "f32") -> Engine:
+    def engine(self, ground: str, path: Path, habits: str = "f32") -> Engine:
         """The zoo's engine on the weights of a file."""
         with open_model(path) as model:
             weights = {n: torch.from_numpy(read_all(w)) for n, w in model.weights.items()}
-            return Engine(model.config, weights, self._frequencies(ground, model), arithmetic)
+            return Engine(model.config, weights, self._frequencies(ground, model), HABITS[habits])
 
     def _frequencies(self, ground: str, model: Model) -> Frequencies:
         rope = model.config.rope

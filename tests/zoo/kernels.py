@@ -79,6 +79,26 @@ def unscaled(s: Step) -> Tensor:
     return s.rotate(s.head_normed(), inverse=plain.inverse, factor=1.0)
 
 
+def stretched(change: Callable[[Step], tuple[Tensor, float]]) -> Wrong:
+    """Another schedule of frequencies, and another factor on sine and cosine."""
+
+    def rotate(s: Step) -> Tensor:
+        inverse, factor = change(s)
+        return s.rotate(s.head_normed(), inverse=inverse, factor=factor)
+
+    return rotate
+
+
+def _yarn(s: Step, by: float, length: int, fast: float, slow: float = 1.0) -> Tensor:
+    """YaRN's frequencies as llama.cpp makes them: a ramp between two numbers of turns."""
+    dim, plain = s.config.head_dim, plain_frequencies(s.config.rope.theta, s.config.head_dim)
+    ends = [dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(s.config.rope.theta))
+            for turns in (fast, slow)]  # fmt: skip
+    low, high = max(0, math.floor(ends[0])), min(dim - 1, math.ceil(ends[1]))
+    kept = 1 - ((torch.arange(dim // 2) - low) / max(0.001, high - low)).clamp(0, 1)
+    return plain.inverse * kept + plain.inverse / by * (1 - kept)
+
+
 plant("rope-pairs", "adjacent", **both(wrong_rope(pairs=True)))
 plant("rope-pairs-q", "adjacent", q_post_rope=wrong_rope(pairs=True))
 plant("rope-theta-10k", "theta", **both(theta(1e4)))
@@ -94,7 +114,40 @@ plant("rope-partial", "partial|dimension",
       **both(lambda s: s.rotate(s.head_normed(), width=s.config.head_dim // 2)))  # fmt: skip
 plant("rope-sine-negated", "sine|sin ", **both(wrong_rope(sign=-1.0)))
 plant("rope-scaling-lost", "scaling", **both(unscaled))
+plant("rope-position-far", "off by +37", **both(positions(lambda p: p + 37)))
+plant("rope-table-ends", "held at 9", **both(positions(lambda p: p.clamp(max=9))))
+plant("rope-linear-unasked", "divided by 4", **both(stretched(
+    lambda s: (s.engine.frequencies.inverse / 4, 1.0))))  # fmt: skip
+plant("rope-yarn-unasked", "yarn by 4", **both(stretched(
+    lambda s: (_yarn(s, 4, 4096, 32), 0.1 * math.log(4) + 1))))  # fmt: skip
+plant("rope-yarn-beta", "beta_fast 4", **both(stretched(
+    lambda s: (_yarn(s, 4, 64, 4), s.engine.frequencies.factor))))  # fmt: skip
+plant("rope-yarn-factor", "attention factor of 1.3", **both(stretched(
+    lambda s: (s.engine.frequencies.inverse, 1.3))))  # fmt: skip
+plant("rope-yarn-length", "original_max_position_embeddings 512", **both(stretched(
+    lambda s: (_yarn(s, 4, 512, 32), s.engine.frequencies.factor))))  # fmt: skip
 plant("rope-on-v", "rope", attention=lambda s: s.values(v=s.rotate(s.part("v"))))
+
+# Little faults: what a wrong constant in a fused kernel does.
+
+
+def little(times: float) -> Wrong:
+    return lambda s: s.sound() * times
+
+
+plant("little-out", "factor|scale", attn_out=little(1.005))
+plant("little-down", "factor|scale", ffn_out=little(0.999))
+plant("little-scores", "factor|scale", attn_scores=little(1.002))
+plant("little-values", "factor|scale", attention=little(1.001))
+plant("little-norm", "factor|scale|eps|weight", ffn_norm=little(1.001))
+plant("local-little-head", "~head|~scale|factor|scale", attention=lambda s: _times_in_head(s, 1.01))
+
+
+def _times_in_head(s: Step, times: float) -> Tensor:
+    heads = s.sound().reshape(s.x.shape[1], -1, s.config.head_dim).clone()
+    heads[:, 1] *= times
+    return heads.reshape(s.x.shape[1], -1)
+
 
 # Attention.
 
@@ -196,6 +249,151 @@ plant("causal-forced", "is_causal|a causal mask",
 plant("causal-forced-scores", "is_causal|a causal mask",
       attn_scores=lambda s: s.sound().tril(),
       attn_softmax=lambda s: s.softmax(seen=s.sees(is_causal=True)))  # fmt: skip
+
+# Caches, chunks of a prompt, and kernels of flash attention.
+
+
+def of_past(wrong: Wrong) -> Wrong:
+    """A fault that shows what the cache held before."""
+    wrong.reads_past = True  # type: ignore[attr-defined]
+    return wrong
+
+
+def keys(change: Callable[[Step, Tensor], Tensor]) -> Wrong:
+    """Scores against other keys."""
+
+    def scores(s: Step) -> Tensor:
+        q, k = s.inputs
+        return Step(s.engine, s.key, s.tokens, [q, change(s, k)], s.made).scores()
+
+    return scores
+
+
+def values(change: Callable[[Step, Tensor], Tensor]) -> Wrong:
+    """The sum of other values."""
+    return lambda s: s.values(v=change(s, s.part("v")))
+
+
+def _late(s: Step, x: Tensor) -> Tensor:
+    """Every row one late, the first empty."""
+    return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+def _past_rows(start: int, stop: int, stage: str) -> Callable[[Step, Tensor], Tensor]:
+    """Some rows of the text before."""
+
+    def change(s: Step, x: Tensor) -> Tensor:
+        held = s.past[StageKey(s.key.layer, stage)].to(x.dtype)
+        other = x.clone()
+        other[start:stop] = (s.part("v", held) if "qkv" in stage else held)[start:stop]
+        return other
+
+    return change
+
+
+def _qkv_stage(s: Step) -> str:
+    """What this model's v is taken from."""
+    biased = s.find("self_attn.v_proj.bias") is not None
+    return "qkv_bias" if biased else "qkv_matmul"
+
+
+def _keys_before(s: Step, x: Tensor) -> Tensor:
+    return s.made[StageKey(s.key.layer - 1, "k_post_rope")]  # type: ignore[operator]
+
+
+def _values_before(s: Step, x: Tensor) -> Tensor:
+    return s.part("v", s.made[StageKey(s.key.layer - 1, _qkv_stage(s))])  # type: ignore[operator]
+
+
+def _biased_by_distance(s: Step) -> Tensor:
+    heads = s.config.num_heads
+    slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)])[:, None, None]
+    place = torch.arange(len(s.tokens))
+    return slopes * (place[None, :] - place[:, None])
+
+
+def _with_sinks(s: Step, logits: Tensor) -> Tensor:
+    """Softmax over one more position of each head, which is dropped afterwards."""
+    hidden = s.x.masked_fill(~s.sees(), -torch.inf)
+    more = logits[:, None, None].to(s.x.dtype).expand(-1, hidden.shape[1], 1)
+    return torch.softmax(torch.cat([hidden, more], dim=2), dim=2)[:, :, :-1]
+
+
+def _own_chunk(s: Step, size: int) -> Tensor:
+    chunk = torch.arange(len(s.tokens)) // size
+    return s.sees() & (chunk[:, None] == chunk[None, :])
+
+
+def flash(size: int, keeps_values: bool, keeps_total: bool) -> Wrong:
+    """Attention over blocks of keys, whose sums are not rescaled when the maximum grows."""
+
+    def attention(s: Step) -> Tensor:
+        scores = s.made[StageKey(s.key.layer, "attn_scores")].to(s.x.dtype)
+        hidden = scores.masked_fill(~s.sees(), -torch.inf)
+        v = s.by_head(s.part("v"))[s.groups()]
+        top = torch.full((*hidden.shape[:2], 1), -torch.inf, dtype=s.x.dtype)
+        total, mixed = torch.zeros_like(top), torch.zeros(*hidden.shape[:2], v.shape[2])
+        mixed = mixed.to(s.x.dtype)
+        for start in range(0, hidden.shape[2], size):
+            block = hidden[:, :, start : start + size]
+            new = torch.maximum(top, block.amax(dim=2, keepdim=True))
+            powers, shrink = torch.exp(block - new), torch.exp(top - new)
+            mixed = mixed * (1 if keeps_values else shrink) + powers @ v[:, start : start + size]
+            total = total * (1 if keeps_total else shrink) + powers.sum(dim=2, keepdim=True)
+            top = new
+        return (mixed / total).transpose(0, 1).reshape(s.x.shape[1], -1)
+
+    return attention
+
+
+def _short_dot(s: Step, kept: int) -> Tensor:
+    q, k = (s.by_head(x)[..., :kept].transpose(0, 1) for x in s.inputs)
+    products = torch.einsum("thd,shd->hts", q, k[:, s.groups()]) * s.scale
+    return torch.where(s.sees(), products, 0.0)
+
+
+def _strided(s: Step, x: Tensor) -> Tensor:
+    return x.reshape(len(x), s.config.head_dim, -1).transpose(1, 2).reshape(x.shape)
+
+
+def _strided_scores(s: Step) -> Tensor:
+    moved = [_strided(s, x) for x in s.inputs]
+    return Step(s.engine, s.key, s.tokens, moved, s.made).scores()
+
+
+plant("cache-layer-keys", "keys of layer", attn_scores=keys(_keys_before))
+plant("cache-layer-values", "values of layer", attention=values(_values_before))
+plant("cache-layer", "keys and values of layer|keys of layer",
+      attn_scores=keys(_keys_before), attention=values(_values_before))  # fmt: skip
+plant("cache-late", "one token earlier",
+      attn_scores=keys(_late), attention=values(_late))  # fmt: skip
+plant("cache-stale-keys", "stale keys at positions 2 to 4",
+      attn_scores=of_past(keys(_past_rows(2, 5, "k_post_rope"))))  # fmt: skip
+plant("cache-stale-values", "stale values at positions 3 to 4",
+      attention=of_past(values(_past_rows(3, 5, "qkv_matmul"))))  # fmt: skip
+plant("chunk-blind", "in chunks of 4",
+      attn_softmax=lambda s: s.softmax(seen=_own_chunk(s, 4)))  # fmt: skip
+plant("flash-unrescaled", "no rescale", attention=flash(4, True, True))  # fmt: skip
+plant("flash-values-unrescaled", "flash attention, of the sum of values",
+      attention=flash(4, True, False))  # fmt: skip
+plant("dot-tail", "the last 4 dimensions",
+      attn_scores=lambda s: _short_dot(s, s.config.head_dim // 8 * 8))  # fmt: skip
+plant("heads-strided", "head count and head dimension exchanged", attn_scores=_strided_scores)
+plant("alibi", "alibi", attn_scores=lambda s: torch.where(
+    s.sees(), s.sound() + _biased_by_distance(s), 0.0))  # fmt: skip
+plant("alibi-softmax", "alibi",
+      attn_softmax=lambda s: s.softmax(s.x + _biased_by_distance(s)))  # fmt: skip
+plant("softmax-plus-one", "1 added to the sum",
+      attn_softmax=lambda s: _with_sinks(s, torch.zeros(s.config.num_heads)))  # fmt: skip
+plant("softmax-sinks", "a sink", attn_softmax=lambda s: _with_sinks(
+    s, torch.linspace(-1, 2, s.config.num_heads)))  # fmt: skip
+plant(
+    "softmax-temperature",
+    "temperature of 1.3|attention scale 0.135",
+    attn_softmax=lambda s: s.softmax(s.x / 1.3),
+)
+plant("mask-finite", "mask adds -6", attn_softmax=lambda s: torch.softmax(
+    torch.where(s.sees(), _unmasked(s), _unmasked(s) - 6.0), dim=-1))  # fmt: skip
 
 # What Gemma 2 has beside Llama: caps, a scale of its own, norms of outputs and by 1 + w.
 
@@ -320,6 +518,81 @@ plant("accumulated-bf16", "bf16|bfloat16|half|precision|accumul",
       ffn_gate=accumulated_in("mlp.gate_proj", torch.bfloat16))  # fmt: skip
 plant("activations-q8", "q8|activation|rounded|precision",
       ffn_out=lambda s: s.project("mlp.down_proj", quantised_blocks(s.x)))  # fmt: skip
+
+
+def summed_twice(module: str, parts: int, *which: int) -> Wrong:
+    """Split-k: some parts of the sum are added twice."""
+
+    def wrong(s: Step) -> Tensor:
+        x = s.x.reshape(len(s.x), parts, -1).clone()
+        x[:, list(which)] *= 2
+        return s.project(module, x.reshape(s.x.shape))
+
+    return wrong
+
+
+def _rows_as_of_queries(s: Step) -> Tensor:
+    """k's rows through llama.cpp's permute() with the number of query heads."""
+    q, k, v = (s.part(c, s.sound()) for c in "qkv")
+    heads = s.config.num_heads
+    moved = k.reshape(len(k), heads, 2, k.shape[1] // heads // 2).transpose(2, 3)
+    return torch.cat([q, moved.reshape(k.shape), v], dim=1)
+
+
+def _few_bits(x: Tensor, top: int, *, by_token: bool) -> Tensor:
+    step = (x.abs().amax(dim=1, keepdim=True) if by_token else x.abs().max()) / top
+    return (x / step).round().clamp(-top, top) * step
+
+
+def _without_a_block(s: Step) -> Tensor:
+    weight = s.weight("mlp.up_proj.weight").clone()
+    weight[37, 64:96] = 0
+    return s.linear(s.x, weight)
+
+
+plant("split-k-twice", "part 1 of 4 added twice", ffn_out=summed_twice("mlp.down_proj", 4, 1))
+plant("split-k-out-twice", "part 7 of 8 added twice",
+      attn_out=summed_twice("self_attn.o_proj", 8, 7))  # fmt: skip
+plant("k-permuted-as-q", "h in place of k", qkv_matmul=lambda s: _rows_as_of_queries(s))
+plant("activations-4-bits", "4 bits (a scale for each token)", ffn_gate=lambda s: s.project(
+    "mlp.gate_proj", _few_bits(s.x, 7, by_token=True)))  # fmt: skip
+plant("activations-8-bits-tensor", "8 bits (one scale for all tokens)", ffn_out=lambda s: (
+    s.project("mlp.down_proj", _few_bits(s.x, 127, by_token=False))))  # fmt: skip
+plant("activations-float8", "float8 (a scale for each token)", ffn_up=lambda s: s.project(
+    "mlp.up_proj", _in_float8(s.x)))  # fmt: skip
+plant("block-empty", "block 2 of row 37 (zero)", ffn_up=_without_a_block)
+plant("parallel-norm", "a parallel block", ffn_norm=lambda s: s.norm(
+    s.made[stream_of(s)], s.own_gain()))  # fmt: skip
+plant("parallel-gate", "a parallel block",
+      ffn_gate=lambda s: s.project("mlp.gate_proj", s.made[StageKey(s.key.layer, "attn_norm")]),
+      ffn_up=lambda s: s.project("mlp.up_proj", s.made[StageKey(s.key.layer, "attn_norm")]),
+)  # fmt: skip
+plant("layer-skipped", "what layer 0 gives", attn_norm=lambda s: s.norm(
+    s.made[StageKey(s.key.layer - 2, "post_ffn_residual")], s.own_gain()))  # fmt: skip
+plant("rope-head-size", "on heads of", **both(lambda s: _on_smaller_heads(s)))
+plant("layers-by-name", "order of their names",
+      ffn_gate=lambda s: s.project("mlp.gate_proj", layer=10))  # fmt: skip
+
+
+def stream_of(s: Step) -> StageKey:
+    """What the layer is given."""
+    layer = s.key.layer
+    return StageKey(layer - 1, "post_ffn_residual") if layer else StageKey(0, "embedding")
+
+
+def _in_float8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(dim=1, keepdim=True) / 448
+    return (x / scale).float().to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def _on_smaller_heads(s: Step) -> Tensor:
+    """Every head taken for two of half its size."""
+    x, size = s.head_normed(), s.config.head_dim // 2
+    frequencies = plain_frequencies(s.config.rope.theta, size)
+    angles = torch.arange(len(x), dtype=torch.float64)[:, None] * frequencies.inverse[None]
+    cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))
+    a, b = x.reshape(len(x), -1, 2, size // 2).unbind(dim=2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=2).reshape(x.shape)
 
 
 def _paired_rows(s: Step) -> Tensor:
@@ -480,6 +753,24 @@ plant("local-v-row", "token|value|position|zero|stale", attention=at(token(LAST)
 plant("local-nan", "nan|non-finite|nonfinite", ffn_swigl=at(value(0, 3), lambda s: (
     s.sound() * torch.nan)))  # fmt: skip
 
+plant("local-rope-far-head", "off by +37", q_post_rope=at(head(2), positions(lambda p: p + 37)))
+plant("local-rope-linear-head", "divided by 4", k_post_rope=at(head(1), stretched(
+    lambda s: (s.engine.frequencies.inverse / 4, 1.0))))  # fmt: skip
+plant("local-alibi-head", "alibi", attn_scores=at(head(1), lambda s: torch.where(
+    s.sees(), s.sound() + _biased_by_distance(s), 0.0)))  # fmt: skip
+plant("local-cache-layer-head", "keys of layer", attn_scores=at(head(2), keys(_keys_before)))
+plant("local-values-layer-head", "values of layer",
+      attention=at(head(1), values(_values_before)))  # fmt: skip
+plant("local-plus-one-head", "1 added to the sum", attn_softmax=at(head(1), lambda s: (
+    _with_sinks(s, torch.zeros(s.config.num_heads)))))  # fmt: skip
+plant("local-temperature-head", "temperature of 1.3",
+      attn_softmax=at(head(2), lambda s: s.softmax(s.x / 1.3)))  # fmt: skip
+plant("local-parallel-token", "a parallel block", ffn_norm=at(token(2), lambda s: s.norm(
+    s.made[stream_of(s)], s.own_gain())))  # fmt: skip
+plant("local-split-rows", "part 1 of 4 added twice",
+      ffn_out=at(span(0, 32), summed_twice("mlp.down_proj", 4, 1)))  # fmt: skip
+plant("local-float8-rows", "float8 (a scale for each token)", ffn_gate=at(
+    span(-64, None), lambda s: s.project("mlp.gate_proj", _in_float8(s.x))))  # fmt: skip
 
 # The same of windows and of Gemma 2.
 

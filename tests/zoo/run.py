@@ -30,10 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the corpus, or a part of it, and print the table; 1 if a bound does not hold."""
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("--only", metavar="NAME", help="cases whose name contains NAME")
+    parser.add_argument(
+        "--engines", action="store_true", help="the sound dumps of every engine instead"
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures and every case")
     options = parser.parse_args(arguments)
     corpus.check_names()
-    cases = corpus.single_faults() + corpus.several_faults() + corpus.sound_pairs()
+    cases = (*corpus.single_faults(), *corpus.several_faults(), *corpus.sound_pairs())
+    if options.engines:
+        cases = corpus.engine_sweep()
     if options.only:
         cases = tuple(case for case in cases if options.only in case.name)
     started = time.perf_counter()

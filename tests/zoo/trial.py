@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
+from aprcore.network.config import ModelConfig
 from aprcore.network.graph import computation_order
 from aprcore.network.stages import StageKey
 from aprcore.records.report import Report, StageReport
@@ -25,6 +28,7 @@ from .grounds import Farm
 
 DETECTABLE_SIGMA = 6.0
 COSINE_OF_TODAY = 0.999
+EVERYWHERE = -1  # a fault in all layers
 FUSED = ("attn_scores", "attn_softmax")  # what an engine with one attention kernel never has
 
 
@@ -38,7 +42,8 @@ class Case:
         weights: The stored type.
         oracle: The oracle's type; "none" for no oracle.
         num_tokens: T.
-        engine: Arithmetic of the zoo's engine if its dump is judged; "" for aprcore's own trace.
+        engine: Habits of the zoo's engine if its dump is judged, with "?" where its sidecar does
+            not state them; "" for aprcore's own trace.
         layout: How the dump departs from the canonical layout; "" for not at all; "fused" for one
             without scores and softmax.
     """
@@ -53,7 +58,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        planted = "+".join(f"{name}@{layer}" for name, layer in self.faults) or "sound"
+        planted = (
+            "+".join(
+                f"{name}@{'all' if layer == EVERYWHERE else layer}" for name, layer in self.faults
+            )
+            or "sound"
+        )
         extra = "/".join(filter(None, (self.engine, self.layout)))
         where = f"{self.ground}/{self.weights}/{self.oracle}/T{self.num_tokens}"
         return f"{planted} {where}{f'/{extra}' if extra else ''}"
@@ -68,7 +78,8 @@ LOCAL_FAULTS = frozenset({
     "file-rows-zero", "file-row-zero", "file-columns-zero", "file-head-zero",
     "file-kv-heads-swapped", "file-row-negated", "file-block-scaled", "file-embedding-row",
     "file-head-rows", "file-norm-tail", "file-bias-tail", "bytes-neighbour", "bytes-q8-scale",
-    "last-columns-missing", "last-columns-up", "tile-missing",
+    "last-columns-missing", "last-columns-up", "tile-missing", "block-empty", "bytes-empty",
+    "cache-stale-keys",
 })  # fmt: skip
 
 
@@ -226,7 +237,7 @@ def _attempt(case: Case, farm: Farm, directory: Path) -> Outcome:
     planted: list[Planted] = []
     dump = None
     if by_kernel or case.engine:
-        engine = farm.engine(case.ground, path, case.engine or "f32")
+        engine = farm.engine(case.ground, path, case.engine.rstrip("?") or "f32")
         dump = directory / "dump"
         planted += _run_engine(case, engine, tokens, by_kernel, dump)
     if by_file:
@@ -258,16 +269,17 @@ def _run_engine(
     wrongs: dict[StageKey, Wrong] = {}
     origin: dict[StageKey, str] = {}
     for name, layer in faults:
-        for stage, wrong in kernels.FAULTS[name].stages.items():
-            key = key_of(stage, layer)
+        places = product(kernels.FAULTS[name].stages.items(), layers_of(layer, engine.config))
+        for (stage, wrong), number in places:
+            key = key_of(stage, number)
             wrongs[key], origin[key] = wrong, name
     with torch.inference_mode():
         made = engine.run(tokens, wrongs)
     sidecar = Sidecar(
         tokens=tokens,
         backend="zoo",
-        arithmetic=engine.arithmetic,
-        dtype={"f16": "float16", "bf16": "bfloat16"}.get(engine.arithmetic, "float32"),
+        arithmetic=None if case.engine.endswith("?") else engine.habits.told,
+        dtype=str(engine.habits.stored).removeprefix("torch."),
     )
     with TraceWriter(dump, sidecar) as writer:
         for key, tensor in made.items():
@@ -335,6 +347,11 @@ def seen_by(engine: Engine, key: StageKey, num_tokens: int) -> Tensor:
     """What the queries of a layer see, [T, T]."""
     config = engine.config
     return visible(num_tokens, window_of(config, key.layer), is_causal=config.is_causal)
+
+
+def layers_of(layer: int, config: ModelConfig) -> Sequence[int]:
+    """The layers that a fault is in."""
+    return range(config.num_layers) if layer == EVERYWHERE else (layer,)
 
 
 def key_of(stage: str, layer: int) -> StageKey:

@@ -17,7 +17,7 @@ from aprcore.network.operations import Rotate, Scores, Values
 SCORES, VALUES = (Scores,), (Values,)
 
 
-def _head_maps(heads: int, kv: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
+def head_maps(heads: int, kv: int) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """Which kv head each query head reads, otherwise than grouped."""
     index = np.arange(heads)
     yield "tiled (head h reads kv head h mod K) instead of grouped", index % kv
@@ -35,7 +35,7 @@ def _other_groups(scene: Scene) -> Iterator[Trial]:
     heads, kv = config.num_heads, config.num_kv_heads
     every_head = replace(scene.site, config=replace(config, num_kv_heads=heads))
     tried = {(np.arange(heads) // (heads // kv)).tobytes()}
-    for name, index in _head_maps(heads, kv):
+    for name, index in head_maps(heads, kv):
         if index.tobytes() in tried:  # of equal maps the first
             continue
         tried.add(index.tobytes())
@@ -44,7 +44,7 @@ def _other_groups(scene: Scene) -> Iterator[Trial]:
         if isinstance(scene.operation, Scores):
             yield name, scene.run(scene.inputs[0], mapped, site=every_head)
         else:
-            yield name, REFERENCE.weighted_values(scene.inputs[0], mapped, heads)
+            yield name, scene.backend.weighted_values(scene.inputs[0], mapped, heads)
 
 
 def _values(scene: Scene) -> Float64:
@@ -125,15 +125,40 @@ def _exchanged(scene: Scene) -> Float64 | None:
     return full.swapaxes(1, 2) * seen(scene) if full.shape[1] == full.shape[2] else None
 
 
+def _short_dots(scene: Scene) -> Iterator[Trial]:
+    """The last dimensions of every head left out: no whole vector, or more than a tile."""
+    q, k = scene.inputs
+    dim = scene.config.head_dim
+    left = {dim % width for width in (4, 8, 16, 32, 64, 128, 256)}
+    left |= {dim - kept for kept in (dim // 2, 32, 64, 128)}
+    for count in sorted(n for n in left if 0 < n < dim):
+        kept = q.reshape(len(q), -1, dim).copy()
+        kept[:, :, dim - count :] = 0
+        yield f"{count}", scene.run(kept.reshape(q.shape), k)
+
+
+def _strided_heads(scene: Scene) -> Iterator[Trial]:
+    """Head count and head dimension exchanged: a head is every H-th value."""
+    q, k = scene.inputs
+    if scene.config.head_dim == 1:
+        return
+    by_stride = [
+        x.reshape(len(x), scene.config.head_dim, -1).swapaxes(1, 2).reshape(x.shape) for x in (q, k)
+    ]
+    yield "q and k", scene.run(*by_stride)
+    yield "q", scene.run(by_stride[0], k)
+    yield "k", scene.run(q, by_stride[1])
+
+
 def _rotated_values(scene: Scene) -> Float64:
-    v = REFERENCE.rope(_values(scene), scene.positions, scene.config.rope)
-    return REFERENCE.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
+    v = scene.backend.rope(_values(scene), scene.positions, scene.config.rope)
+    return scene.backend.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
 
 
 def _other_values(scene: Scene) -> Iterator[Trial]:
     """The weighted sum of something else than v."""
     for name, v in _read_as_values(scene):
-        yield name, REFERENCE.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
+        yield name, scene.backend.weighted_values(scene.inputs[0], v, scene.config.num_kv_heads)
 
 
 def _read_as_values(scene: Scene) -> Iterator[Trial]:
@@ -202,6 +227,10 @@ ENTRIES = (
     Entry("scores against keys one token {}", SCORES, _shifted_keys, "the index into the key cache",
           is_causal=False),
     Entry("queries and keys exchanged", SCORES, single(_exchanged), "the order of q and k"),
+    Entry("the last {} dimensions of a head left out of the scores", SCORES, _short_dots,
+          "the end of the loop over a head's dimensions: they may be no whole vectors"),
+    Entry("head count and head dimension exchanged in {}", SCORES, _strided_heads,
+          "the shape that q and k are read in: [T, heads, dimensions]"),
     Entry("RoPE applied to v too", VALUES, single(_rotated_values),
           "the rotation must touch q and k only"),
     Entry("weighted sum of {}", VALUES, _other_values, "where the kernel reads v", is_causal=False),

@@ -6,7 +6,7 @@ Source: ggml-quants.c for the block structures; docs/formats.md for AprQ4, padde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,64 @@ def _clear(where: slice, mask: int = 0) -> Change:
     return _put(where, lambda found: found & np.uint8(mask))
 
 
+def _flip_sign(where: slice) -> Change:
+    """Of a float16."""
+    return _put(where, lambda found: found ^ np.array([0, 0x80], np.uint8))
+
+
+def _reorder_bits(where: slice, order: Iterable[int]) -> Change:
+    """Bits of these bytes, counted through from the lowest: to each place the bit of `order`."""
+    wanted = np.asarray(list(order))
+
+    def change(found: Bytes) -> Bytes:
+        bits = np.unpackbits(found, axis=1, bitorder="little")
+        return np.packbits(bits[:, wanted], axis=1, bitorder="little")
+
+    return _put(where, change)
+
+
+def _bits_within(size_bytes: int, order: Iterable[int]) -> Iterator[int]:
+    """The same order of bits within each of some bytes."""
+    within = list(order)
+    return (8 * byte + bit for byte in range(size_bytes) for bit in within)
+
+
+def _renibbled(where: slice, stored: Indices) -> Change:
+    """Codes from other nibbles, each with the scale of the place that it comes to.
+
+    `stored` has, for each value, twice its byte and 1 if it is the upper half.
+    """
+    size = where.stop - where.start
+    usual = _NIBBLES_OF_SPAN[size]
+
+    def change(found: Bytes) -> Bytes:
+        codes = np.stack([found & 15, found >> 4], axis=2).reshape(len(found), -1)
+        moved = np.empty_like(codes)
+        moved[:, usual] = codes[:, stored]
+        return np.asarray(moved[:, 0::2] | (moved[:, 1::2] << 4))
+
+    return _put(where, change)
+
+
+def _in_spans(size_bytes: int, span: int) -> Indices:
+    """Where values lie whose low halves come first in every run of `span` bytes."""
+    byte = np.arange(size_bytes).reshape(-1, 1, span)
+    return np.concatenate([2 * byte, 2 * byte + 1], axis=1).reshape(-1)
+
+
+_NIBBLES_OF_SPAN = {16: _in_spans(16, 16), 128: _in_spans(128, 32)}
+
+
+def _swap_quarters(blocks: Bytes) -> Bytes:
+    """Q6_K's second and third quarter of 128 values: upper halves before the next bytes."""
+    halves = blocks[:, :128].reshape(-1, 2, 2, 32)
+    first, second = halves[:, :, 0].copy(), halves[:, :, 1].copy()
+    halves[:, :, 0] = first & 15 | second << 4
+    halves[:, :, 1] = first >> 4 | second & 0xF0
+    blocks[:, :128] = halves.reshape(-1, 128)
+    return blocks
+
+
 def _rolled(where: slice, step: int, axis: int = 0) -> Change:
     """Of the block before or after; with axis 1, within the block."""
     return _put(where, lambda found: np.roll(found, step, axis=axis))
@@ -106,6 +164,14 @@ def _repack(variant: str) -> Change:
         elif variant == "crossed":
             scales = np.hstack([low & 63, (high & 15) | ((middle >> 6) << 4)])
             minima = np.hstack([middle & 63, (high >> 4) | ((low >> 6) << 4)])
+        elif variant == "late":
+            scales, minima = np.roll(scales, 1, axis=1), np.roll(minima, 1, axis=1)
+        elif variant == "early":
+            scales, minima = np.roll(scales, -1, axis=1), np.roll(minima, -1, axis=1)
+        elif variant == "scales late":
+            scales = np.roll(scales, 1, axis=1)
+        elif variant == "minima late":
+            minima = np.roll(minima, 1, axis=1)
         elif variant == "one":
             scales, minima = np.repeat(scales[:, :1], 8, 1), np.repeat(minima[:, :1], 8, 1)
         blocks[:, 4:8] = (scales[:, :4] & 63) | ((scales[:, 4:] >> 4) << 6)
@@ -123,10 +189,12 @@ def _changes(dtype: str) -> Iterator[tuple[str, Change]]:
         yield "nibbles swapped", _swap_nibbles(kind.nibbles)
     if kind.minimum is not None:
         yield "minimum ignored", _clear(kind.minimum)
+        yield "the minimum's sign wrong", _flip_sign(kind.minimum)
         yield "scale and minimum exchanged", _exchange(_SCALE, kind.minimum)
     if kind.high is not None:
         yield "high bits ignored", _clear(kind.high)
         yield "high bits swapped", _swap_nibbles(kind.high)
+        yield from _other_high_bits(dtype, kind.high)
     if dtype in ("Q4_K", "Q5_K"):
         yield "high bits of the scales ignored", _clear(slice(4, 12), 63)
         yield "scale bits misread (scales and minima exchanged)", _repack("exchanged")
@@ -134,13 +202,57 @@ def _changes(dtype: str) -> Iterator[tuple[str, Change]]:
         yield "scale bits misread (their nibbles exchanged)", _repack("nibbles")
         yield "scale bits misread (high bits of the other kind)", _repack("crossed")
         yield "scale bits misread (the first sub-block's for all)", _repack("one")
+        yield "sub-block scales and minima one late", _repack("late")
+        yield "sub-block scales and minima one early", _repack("early")
+        yield "sub-block scales one late", _repack("scales late")
+        yield "sub-block minima one late", _repack("minima late")
+        nibbles = slice(16, 144) if dtype == "Q4_K" else slice(48, 176)
+        yield (
+            "nibbles in spans of 16 bytes, as Q4_0 has them",
+            _renibbled(nibbles, _in_spans(128, 16)),
+        )
+        yield "all low nibbles before all high ones", _renibbled(nibbles, _in_spans(128, 128))
+        yield "nibbles in turn, low and high", _renibbled(nibbles, np.arange(256))
     scale = slice(208, 210) if dtype == "Q6_K" else _SCALE
     yield "scale of the block before", _rolled(scale, 1)
     yield "scale of the block after", _rolled(scale, -1)
     if dtype == "Q6_K":
         yield "sub-block scales one early", _rolled(slice(192, 208), -1, axis=1)
+        yield "sub-block scales one late", _rolled(slice(192, 208), 1, axis=1)
+        yield "second and third quarter of the values exchanged", _swap_quarters
         first = _put(slice(192, 208), lambda found: np.repeat(found[:, :1], 16, axis=1))
         yield "scale bits misread (the first sub-block's for all)", first
+
+
+def _other_high_bits(dtype: str, where: slice) -> Iterator[tuple[str, Change]]:
+    """Values' high bits in another order."""
+    if dtype == "Q6_K":  # two bits for each quarter of 128 values
+        for name, order in (
+            ("in reverse order", (6, 7, 4, 5, 2, 3, 0, 1)),
+            ("of the neighbouring quarter", (2, 3, 0, 1, 6, 7, 4, 5)),
+            ("of the next quarter", (2, 3, 4, 5, 6, 7, 0, 1)),
+            ("with their two bits exchanged", (1, 0, 3, 2, 5, 4, 7, 6)),
+        ):
+            yield f"high bits {name}", _reorder_bits(where, _bits_within(64, order))
+    elif dtype == "Q5_K":  # one for each sub-block
+        for name, order in (
+            ("in reverse order", (7, 6, 5, 4, 3, 2, 1, 0)),
+            ("of the neighbouring sub-block", (1, 0, 3, 2, 5, 4, 7, 6)),
+            ("of the next sub-block", (1, 2, 3, 4, 5, 6, 7, 0)),
+        ):
+            yield f"high bits {name}", _reorder_bits(where, _bits_within(32, order))
+    else:  # Q5_0, Q5_1: bit i of 32 belongs to value i
+        count = np.arange(32)
+        for name, bits in (
+            ("in reverse order", count[::-1]),
+            ("from the highest bit of each byte", count ^ 7),
+            ("from the last byte (big-endian)", count ^ 24),
+            ("with their halves exchanged", count ^ 16),
+            ("in turn for low and high nibbles", count.reshape(-1, 2).T.reshape(-1)),
+            ("one late", np.roll(count, 1)),
+            ("one early", np.roll(count, -1)),
+        ):
+            yield f"high bits {name}", _reorder_bits(where, bits.tolist())
 
 
 def pickers(weight: Weight) -> Iterator[tuple[str, Pick]]:
@@ -157,6 +269,14 @@ def pickers(weight: Weight) -> Iterator[tuple[str, Pick]]:
         yield name, _rearranging(reader, after)
     if weight.dtype in ("Q8_0", *_OFFSETS):
         yield "values read without their sign or offset", _unsigned(reader)
+    if weight.dtype in _OFFSETS:
+        own = _OFFSETS[weight.dtype]
+        for offset in (own - 1, own + 1, own // 2):
+            yield f"an offset of {offset} in place of {own}", _offset_by(reader, own - offset)
+    if weight.dtype == "Q6_K":
+        yield "scales read without their sign", _q6_otherwise(reader, signed=False)
+        for shift in (2, 3, 5):
+            yield f"high bits shifted by {shift} in place of 4", _q6_otherwise(reader, shift=shift)
     if kind.layout is BlockLayout.PADDED_ROWS and weight.shape[1] % kind.block_values:
         yield "row padding ignored", _unpadded(reader)
     if weight.shape[1] > kind.block_values and kind.layout is not BlockLayout.FLAT:
@@ -249,6 +369,35 @@ def _unsigned(weight: Any) -> Pick:
         return (values + _OFFSETS[weight.dtype] * _signed_steps(weight, rows)).astype(np.float32)
 
     return pick
+
+
+def _offset_by(weight: Any, steps: int) -> Pick:
+    """Codes that are more by so many steps."""
+    plain = picker(weight)
+
+    def pick(rows: Indices) -> Float32:
+        return (plain(rows) + steps * _signed_steps(weight, rows)).astype(np.float32)
+
+    return pick
+
+
+def _q6_otherwise(weight: Any, *, shift: int = 4, signed: bool = True) -> Pick:
+    """Q6_K's values from their parts. Source: `dequantize_row_q6_K` of ggml-quants.c."""
+
+    def run(start: int, stop: int) -> Float32:
+        blocks = weight.read_raw(start, stop).reshape(-1, 210)
+        low, high = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 32)
+        codes = np.empty((len(blocks), 2, 4, 32), np.int32)
+        for quarter in range(4):
+            nibbles = low[:, :, quarter % 2] >> (quarter // 2 * 4) & 15
+            upper = (high >> (2 * quarter) & 3).astype(np.int32)
+            codes[:, :, quarter] = nibbles | upper << shift
+        scales = blocks[:, 192:208].view(np.int8 if signed else np.uint8).astype(np.float32)
+        step = np.ascontiguousarray(blocks[:, 208:210]).view("<f2").astype(np.float32)
+        values = (codes.reshape(-1, 16, 16) - 32) * (scales * step)[:, :, None]
+        return values.reshape(stop - start, -1)[:, : weight.shape[1]].astype(np.float32)
+
+    return in_runs(run)
 
 
 def _steps(weight: Any, rows: Indices) -> Float32:

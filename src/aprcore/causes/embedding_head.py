@@ -75,7 +75,7 @@ def _tied_head(scene: Scene) -> Float64 | None:
     head, table = scene.site.find(HEAD), scene.site.find(EMBEDDING)
     if head is None or table is None or head.shape != table.shape:
         return None
-    return capped(scene, REFERENCE.linear(scene.inputs[0][-1:], [table]))
+    return capped(scene, scene.backend.linear(scene.inputs[0][-1:], [table]))
 
 
 def _other_token(scene: Scene) -> Iterator[Trial]:

@@ -36,6 +36,14 @@ MOST_RANKED = 1 << 17
 CHANCE = 2.5
 # A region larger than this share of the tensor is no local fault.
 LARGEST_LOCAL_SHARE = 0.75
+# Evidence, in nats, that what an alternative changes is better for it: three values of the most
+# that one may give, whatever it says, or many small ones. Of a thousand alternatives none is as
+# good by chance, and no fit to a value or two is named.
+NAMING_NATS = 24.0
+MOST_NATS = 9.0
+# An alternative leaves at most this share of the error where it differs from the plain operation.
+MOST_LEFT = 0.67
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +230,26 @@ class Experiment:
 
     def _outcome(self, value: Float64, region: Region | None) -> Outcome:
         explains = region is None or self._fits_within(value, region)
-        if not explains or not self._passes(value, self._room):
+        if not explains or not self._passes(value, self._room) or not self._is_earned(value):
             return self._failure(value)
         return Outcome(*self.figures(value), True, self.misfit(value), region)
+
+    def _is_earned(self, value: Float64) -> bool:
+        """Whether it is better than the plain operation beyond chance, and not by a value or two.
+
+        What passes where the plain operation just fails may say next to nothing.
+        """
+        variance = self._variance(value, self._room)
+        moved = np.square(value - self._plain) > variance * 1e-2
+        plain, left = (
+            np.square(self._observed[moved] - x[moved]) / np.maximum(variance[moved], _TINY)
+            for x in (self._plain, value)
+        )
+        if left.sum() > MOST_LEFT * plain.sum():
+            return False
+        gain = np.clip((plain - left) / 2, -MOST_NATS, MOST_NATS).sum()
+        share = self._independent(float(plain.size)) / max(1, plain.size)
+        return bool(gain * share >= NAMING_NATS)
 
     def _fits_within(self, value: Float64, region: Region) -> bool:
         """Whether what is left in a region is of the size of noise there.

@@ -15,13 +15,15 @@ from aprcore.causes.dequantisation import raw_blocks
 from aprcore.causes.experiment import Experiment
 from aprcore.causes.projections import Part, parts_of, picker
 from aprcore.causes.scene import Float64, Scene
-from aprcore.network.operations import EMBEDDING, Embed, Head, Linear
+from aprcore.network.operations import EMBEDDING, HEAD, Embed, Head, Linear
 from aprcore.network.weights import Weight, read_all
 
 # Rows of a matrix that are looked at.
 SAMPLED_ROWS = 16
 # Wrong rows whose blocks are held against their neighbours', the most wrong first.
 MOST_ROWS = 4
+# The cosine of logits by another matrix with those by the embedding is less.
+MOST_ALIKE = 0.5
 
 Finding = tuple[str, str]
 """What is odd, and the weights it is odd in."""
@@ -31,6 +33,9 @@ def find_evidence(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
     """What is odd about the weights of a stage whose model judgment failed."""
     if not scene.in_file:
         return
+    if isinstance(scene.operation, Head) and _is_another_head(scene):
+        told = "the original's was dropped (tie_word_embeddings)"
+        yield f"lm_head is the embedding in this file, which has none of its own: {told}", ""
     if isinstance(scene.operation, Linear | Head):
         for part in parts_of(scene):
             for found in (*_copies(part), *_zeros(part), *_blocks(part)):
@@ -39,6 +44,14 @@ def find_evidence(scene: Scene, experiment: Experiment) -> Iterator[Finding]:
         yield from _token_rows(scene, experiment)
     else:
         yield from _vectors(scene)
+
+
+def _is_another_head(scene: Scene) -> bool:
+    """Whether the logits have nothing in common with those of the embedding."""
+    plain, observed = scene.plain.value.reshape(-1), scene.observed.reshape(-1)
+    norms = float(np.linalg.norm(plain) * np.linalg.norm(observed))
+    alike = abs(float(plain @ observed)) / norms if norms > 0 else 1.0
+    return scene.site.find(HEAD) is None and alike < MOST_ALIKE
 
 
 def _row_errors(part: Part) -> tuple[Float64, Float64]:
@@ -92,6 +105,8 @@ def _blocks(part: Part) -> Iterator[str]:
         for start, what in ((4, "scales"), (8, "minima")):
             if not (blocks[:, start : start + 4] & 0xC0).any():
                 yield f"has blocks whose last four {what} are below 16: their scale bits were lost"
+    for row, block in np.argwhere(~found.any(axis=2))[:1]:
+        yield f"has a block of zeros in this file (row {rows[row]}, block {block})"
     yield from _foreign_blocks(part)
 
 

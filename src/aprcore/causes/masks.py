@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from aprcore.causes.scene import ORIGINAL, REFERENCE, Bools, Entry, Float64, Scene, Trial, single
+from aprcore.causes.scene import ORIGINAL, Bools, Entry, Float64, Scene, Trial, single
+from aprcore.causes.solving import round_number
 from aprcore.network.mask import Mask
 from aprcore.network.operations import Scores, Softmax
 
@@ -17,6 +18,10 @@ MASKED, SOFTMAX = (Scores, Softmax), (Softmax,)
 EVERYTHING = Mask(None, None)
 # Windows that are taken from what is observed, at most.
 MOST_SHOWN = 3
+# What a mask adds, at the most: more is none at all.
+LARGEST_ADDED = -0.01
+# Sinks of all heads that lie in less are one.
+SAME_LOGIT = 1e-2
 
 
 def seen(scene: Scene) -> Bools:
@@ -41,13 +46,16 @@ def _softmax(scores: Float64, allowed: Bools, axis: int = 2) -> Float64:
 
 
 def _all_scores(scene: Scene) -> Iterator[Trial]:
-    """Scores with what the mask hides: from q and k, or zeros there."""
-    key = scene.source(0)
+    """Scores with what the mask hides: as dumped, from q and k, or zeros there."""
+    key, hidden = scene.source(0), ~seen(scene)
+    dumped = scene.unmasked(key)
+    if dumped is not None and np.isfinite(dumped).all() and np.any(dumped * hidden):
+        yield "", np.where(hidden, dumped, scene.inputs[0])
     operation = scene.graph.operation(key)
-    rotated = [scene.tensor(source) for source in scene.graph.inputs(key)]
-    if isinstance(operation, Scores) and not any(x is None for x in rotated):
-        whole = operation.altered(mask=EVERYTHING)(REFERENCE, scene.site, *rotated)
-        yield "", np.where(seen(scene), scene.inputs[0], whole)
+    rotated = scene.factors_of(key)
+    if isinstance(operation, Scores) and rotated is not None:
+        whole = operation.altered(mask=EVERYTHING)(scene.backend, scene.site, *rotated)
+        yield "", np.where(hidden, whole, scene.inputs[0])
     yield ", with zeros for later positions", scene.inputs[0]
 
 
@@ -126,6 +134,129 @@ def _windows_shown(scene: Scene) -> set[int]:
     return {int(n) + int(scene.operation.mask.is_causal) for n in found}
 
 
+def _chunks(scene: Scene) -> Iterator[Trial]:
+    """A part of the text that does not see what came before it."""
+    own: Mask = scene.operation.mask
+    queries, positions = scene.plain.value.shape[1:]
+    if queries != positions or not own.is_causal:
+        return
+    sound, place = seen(scene), np.arange(positions)
+    first = scene.first_wrong_token
+    sizes = {2**n for n in range(1, 11)} | {first}
+    masks = [(f"in chunks of {n} tokens", place // n * n) for n in sorted(sizes) if 1 < n < queries]
+    starts = sorted({*range(1, min(queries, 17)), first, queries - 1} - {0})
+    if not scene.is_observed:  # each runs a whole span
+        starts = [queries - 1] if queries > 1 else []
+    masks += [(f"from token {n} on", np.where(place < n, 0, n)) for n in starts]
+    for name, begins in masks:
+        allowed = sound & (place[None, :] >= begins[:, None])
+        if isinstance(scene.operation, Scores):
+            yield name, np.where(allowed, scene.plain.value, 0.0)
+        else:
+            yield name, _softmax(scene.inputs[0], allowed)
+
+
+def _finite_mask(scene: Scene) -> Iterator[Trial]:
+    """What is hidden gets a number added, and is seen a little."""
+    sound = seen(scene)
+    if sound.all():
+        return
+    scores = next(value for _, value in _all_scores(scene))
+    shown = _mask_shown(scene, scores, sound)
+    usual = (-1e4, -65504.0, -1e9, -100.0, -10.0, -1.0)
+    for added in dict.fromkeys((*usual, *shown)):
+        every = np.where(sound, scores, scores + added)
+        yield f"{added:g}", _softmax(every, np.ones_like(sound))
+    for low in (-1e4, -65504.0):  # in place of the score, which is seen where all scores are lower
+        yield f"{low:g}", _softmax(np.where(sound, scores, low), np.ones_like(sound))
+
+
+def _mask_shown(scene: Scene, scores: Float64, sound: Bools) -> Iterator[float]:
+    """What was added, from what a hidden position weighs against the token itself."""
+    observed = scene.observed.reshape(scores.shape)
+    queries, positions = sound.shape
+    own = np.eye(queries, positions, positions - queries, dtype=bool)
+    itself = observed[:, own][:, :, None]
+    hidden = np.where(sound, 0.0, observed)
+    if not ((hidden > 0) & (itself > 0)).any():
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        added = np.log(hidden / itself) - (scores - scores[:, own][:, :, None])
+    found = float(np.median(added[np.isfinite(added)]))
+    if found < LARGEST_ADDED:
+        yield round_number(found, 1e-4)
+
+
+def _solved_temperature(scene: Scene) -> Iterator[Trial]:
+    """The factor on the scores under which they give what was observed."""
+    scores, sound = scene.inputs[0], seen(scene)
+    observed = scene.observed.reshape(scores.shape)
+    if not scene.is_observed:
+        return
+    rows = scene.wrong.reshape(scores.shape).any(axis=2, keepdims=True)
+    weight = np.where(rows & sound & (observed > 1e-6), observed, 0.0)
+    total = weight.sum(axis=2, keepdims=True)
+    total = np.where(total > 0, total, 1.0)
+    logs = np.log(np.where(weight > 0, observed, 1.0))
+
+    def centred(x: Float64) -> Float64:
+        return x - (weight * x).sum(axis=2, keepdims=True) / total
+
+    x, y = centred(scores), centred(logs)
+    energy = float((weight * x * x).sum())
+    factor = float((weight * x * y).sum()) / energy if energy > 0 else 0.0
+    if factor > 0:
+        name, temperature = f"{1 / factor:.5g} (scores times {factor:.5g})", 1 / factor
+        yield name, scene.run(scores * factor)
+        # Large scores divided in float32 are off by more than a softmax of them would be.
+        single = scores.astype(np.float32) / np.float32(round_number(temperature, 1e-5))
+        yield name, scene.run(single.astype(np.float64))
+
+
+def _sinks(scene: Scene) -> Iterator[Trial]:
+    """One more logit in the sum of each head, which no position has: gpt-oss's sinks."""
+    scores, sound = np.where(seen(scene), scene.inputs[0], -np.inf), seen(scene)
+    observed = scene.observed.reshape(scores.shape)
+    top = scores.max(axis=2)
+    total = np.exp(scores - top[:, :, None]).sum(axis=2)
+    kept = (observed * sound).sum(axis=2)
+    if not ((kept > 0) & (kept < 1)).any(axis=1).all():
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logits = np.log(total / kept - total) + top
+    sink = np.array([np.median(row[np.isfinite(row)]) for row in logits])[:, None, None]
+    powers = np.exp(scores - top[:, :, None])
+    value = powers / (total[:, :, None] + np.exp(sink - top[:, :, None]))
+    spread = float(sink.max() - sink.min())
+    if spread < SAME_LOGIT:
+        yield f"one logit of {round_number(float(sink.mean()), 1e-3):g} more", value
+    else:
+        yield f"a logit more for each head, {sink.min():.4g} to {sink.max():.4g} (a sink)", value
+
+
+def alibi_slopes(heads: int) -> Float64:
+    """The slope of each head. Source: ALiBi (arXiv:2108.12409), for any number of heads."""
+    whole = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
+    return np.asarray(slopes)
+
+
+def _alibi(scene: Scene) -> Iterator[Trial]:
+    """A bias that grows with the distance."""
+    queries, positions = scene.plain.value.shape[1:]
+    if isinstance(scene.operation, Scores) and not scene.is_observed:
+        return  # what reads the scores says the same, and is in the span too
+    distance = np.arange(positions)[None] - np.arange(positions - queries, positions)[:, None]
+    bias = alibi_slopes(scene.plain.value.shape[0])[:, None, None] * distance
+    if isinstance(scene.operation, Scores):
+        yield "", np.where(seen(scene), scene.plain.value + bias, 0.0)
+        scaled = scene.plain.value + scene.operation.scale * bias
+        yield " before the scale", np.where(seen(scene), scaled, 0.0)
+    else:
+        yield "", scene.run(scene.inputs[0] + bias)
+
+
 def _itself_hidden(scene: Scene) -> Float64:
     queries, positions = scene.plain.value.shape[1:]
     return scene.plain.value * ~np.eye(queries, positions, positions - queries, dtype=bool)
@@ -198,7 +329,9 @@ def _no_sum(scene: Scene) -> Iterator[Trial]:
         powers = np.exp(scores - top)
         yield "not divided by its sum", powers
         yield "not divided by its sum, nor less the maximum", np.exp(scores)
-    yield "with 1 added to the sum", powers / (1 + powers.sum(axis=2, keepdims=True))
+    total = powers.sum(axis=2, keepdims=True)
+    yield "with 1 added to the sum", powers / (np.exp(-top) + total)
+    yield "with 1 added to the sum, after the maximum is subtracted", powers / (1 + total)
     plain = scene.plain.value
     yield "applied twice", scene.run(plain)
     yield "as its logarithm", np.log(np.where(plain > 0, plain, 1.0))
@@ -243,6 +376,18 @@ ENTRIES = (
           "the axis of softmax: the last one, positions", is_causal=False),
     Entry("softmax of scores {}", SOFTMAX, _tempered, "scale and base of the exponential"),
     Entry("softmax {}", SOFTMAX, _no_sum, "the sum in the denominator"),
+    Entry("nothing before it seen {}", MASKED, _chunks,
+          "the cache of earlier chunks: a chunk of the prompt must see all that came before it"),
+    Entry("mask adds {} in place of -inf", SOFTMAX, _finite_mask,
+          "mask with -inf, or with what no score comes near", is_causal=False),
+    Entry("softmax with {}", SOFTMAX, _sinks, "the sum in the denominator: what is in it besides "
+          "the positions", ORIGINAL, "attention sinks of the original model", is_fallback=True),
+    Entry("softmax at a temperature of {}", SOFTMAX, _solved_temperature,
+          "what the scores are multiplied by before softmax", ORIGINAL,
+          "an attention multiplier that was lost", is_fallback=True),
+    Entry("ALiBi added{}", MASKED, _alibi,
+          "the bias of the scores: this model has rotary positions alone", ORIGINAL,
+          "the architecture this file declares: the original has ALiBi"),
     Entry("first position hidden", SOFTMAX, single(_first_hidden),
           "padding, or the first index of the loop"),
     Entry("softmax without the maximum's subtraction, in {}", SOFTMAX, _overflowed,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aprcore.causes.caches import other_layers
+from aprcore.causes.projections import order_note
 from aprcore.causes.scene import ORIGINAL, REFERENCE, Entry, Float64, Scene, Trial
 from aprcore.causes.solving import round_number
 from aprcore.network.operations import Norm, Rotate
@@ -32,7 +34,7 @@ class _Norm:
         flat = y.reshape(self.x.shape[0], -1)
         if not self.is_rotated:
             return flat
-        return REFERENCE.rope(flat, self.scene.positions, self.scene.config.rope)
+        return self.scene.backend.rope(flat, self.scene.positions, self.scene.config.rope)
 
     @property
     def is_rotated(self) -> bool:
@@ -146,6 +148,25 @@ def _applied_twice(norm: _Norm) -> Iterator[Trial]:
     yield "", norm.gain * once / np.sqrt(mean + norm.eps)
 
 
+def _of_others(scene: Scene) -> Iterator[Trial]:
+    """The norm of another tensor: of the layer's input, as in a parallel block, or another's."""
+    graph, layer = scene.graph, scene.key.layer
+    own, x = scene.source(0), scene.inputs[0]
+    stream = graph.stream(layer)
+    found = []
+    if layer is not None and own != stream:
+        found.append(("the layer's input (a parallel block)", stream))
+        rows = [row.key for row in graph.layer(layer).values()]
+        found += [(key.stage, key) for key in rows if key not in (scene.key, own)]
+    else:
+        found += [(f"what layer {n} gives", key) for n, key in other_layers(scene, own)]
+        found.append(("the embedding", graph.embedding))
+    for name, key in found:
+        tensor = scene.tensor(key) if key != own else None
+        if tensor is not None and tensor.shape == x.shape:
+            yield name, scene.run(tensor)
+
+
 def _other_gains(norm: _Norm) -> Iterator[Trial]:
     """The weight of another norm of the model, this layer's first."""
     found = norm.scene.site.weights.items()
@@ -154,7 +175,8 @@ def _other_gains(norm: _Norm) -> Iterator[Trial]:
     layer = f"model.layers.{norm.scene.key.layer}."
     for name in sorted(names, key=lambda n: not n.startswith(layer)):
         gain = norm.offset + read_all(norm.scene.site.weights[name]).astype(np.float64)
-        yield name.removeprefix("model.").removesuffix(".weight"), gain * norm.normed
+        short = name.removeprefix("model.").removesuffix(".weight")
+        yield short + order_note(norm.scene, name), gain * norm.normed
 
 
 def _layer_norm(norm: _Norm) -> Iterator[Trial]:
@@ -218,7 +240,9 @@ def _solved_gain(scene: Scene) -> Iterator[Trial]:
     observed = scene.observed.reshape(scene.plain.value.shape)
     if norm.is_rotated:  # turn back, to what the rotation was given
         rope = scene.config.rope
-        observed = REFERENCE.rope(observed, -scene.positions, rope) / rope.attention_factor() ** 2
+        observed = (
+            scene.backend.rope(observed, -scene.positions, rope) / rope.attention_factor() ** 2
+        )
     values = norm.normed.reshape(-1, norm.gain.size)
     if values.shape[0] < 3:
         return
@@ -257,6 +281,9 @@ ENTRIES = (
          "norm weight stored as {}", "the mapping of norm names in the conversion"),
     _row("LayerNorm for RMSNorm", _layer_norm, "the mean is subtracted; RMSNorm does not",
          "LayerNorm" + ORIGINAL, "the architecture this file declares"),
+    Entry("norm of {}", (Norm,), _of_others,
+          "which tensor the norm reads, and the order in which layers run", ORIGINAL,
+          "the architecture this file declares", is_causal=False),
     Entry("norm with the mean square {}", NORMED, _norm(_wrong_mean),
           "the axis and length of the mean square", is_causal=False),
     _row("norm {}", _no_root, "x / sqrt(mean(x²) + eps)"),

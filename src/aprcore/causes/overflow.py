@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from aprcore.causes.records import CauseTried, Explanation
 from aprcore.judging.replay import Floats, RecordedSide
+from aprcore.network.backend import Site
 from aprcore.network.operations import Norm, Operation, Softmax
 from aprcore.network.stages import StageKey
+from aprcore.network.weights import Weight, row_chunks
 
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -31,7 +33,11 @@ def explain_nonfinite(side: RecordedSide, key: StageKey, observed: Floats) -> Ex
     found = ~np.isfinite(observed.reshape(value.shape))
     operation = side.graph.operation(key)
     causes = []
-    for name, advice, places in _overflows(operation, [x.estimate.value for x in inputs], value):
+    tried = [
+        *_weights_lost(operation, side.site(key), value),
+        *_overflows(operation, [x.estimate.value for x in inputs], value),
+    ]
+    for name, advice, places in tried:
         if not places.any():
             continue
         agreement = float((found & places).sum() / (found | places).sum())
@@ -43,6 +49,34 @@ def explain_nonfinite(side: RecordedSide, key: StageKey, observed: Floats) -> Ex
     return Explanation(tuple(causes), None if named else _symptom(found), len(causes))
 
 
+def _weights_lost(
+    operation: Operation | None, site: Site, value: Float64
+) -> Iterator[tuple[str, str, Bools]]:
+    """Weights of the file that are not finite: any engine gives NaN or infinity there."""
+    places = ~np.isfinite(value)
+    if operation is None or not places.any():
+        return
+    for use in operation.weights:
+        weight = site.find(use.name)
+        rows = [] if weight is None else _lost_rows(weight)
+        if rows:
+            listed = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+            what = "value" if len(use.shape.split(",")) == 1 else "row"
+            yield (
+                f"{use.name} is not finite in this file ({what} {listed})",
+                "the conversion of this weight: infinity or NaN is stored",
+                places,
+            )
+
+
+def _lost_rows(weight: Weight) -> list[int]:
+    lost: list[int] = []
+    for start, stop in row_chunks(weight):
+        rows = weight.read(start, stop).reshape(stop - start, -1)
+        lost += [start + int(n) for n in np.flatnonzero(~np.isfinite(rows).all(axis=1))]
+    return lost
+
+
 def _overflows(
     operation: Operation | None, inputs: list[Float64], value: Float64
 ) -> Iterator[tuple[str, str, Bools]]:
@@ -51,7 +85,7 @@ def _overflows(
         yield (
             f"overflow of {dtype} in the result",
             "the type of this stage's output: its values do not fit",
-            np.abs(value) > largest,
+            np.isfinite(value) & (np.abs(value) > largest),
         )
         if isinstance(operation, Softmax):
             seen = operation.mask.allowed(*value.shape[1:])

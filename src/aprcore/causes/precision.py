@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from aprcore.causes.experiment import Experiment, Outcome
+from aprcore.causes.experiment import DECISIVE_NATS, Experiment, Outcome
 from aprcore.causes.projections import Part, Pick, Variant, picker
 from aprcore.causes.scene import Float64, Scene
 from aprcore.causes.solving import best_factor
+from aprcore.engines.arithmetic import Arithmetic
 from aprcore.engines.estimate import Estimate, Profile
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic, FloatType
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FloatType
 from aprcore.judging.noise import allowed_ratio, assess
 from aprcore.judging.replay import run_stage
 from aprcore.network.weights import Weight
@@ -35,6 +36,7 @@ SMALLEST_SHARE = 1e-3
 LARGEST_ALONG = 0.5
 # Fewer values than these show no spread.
 FEWEST_VALUES = 8
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 def coarser_arithmetics(experiment: Experiment) -> Iterator[tuple[str, Outcome]]:
@@ -56,6 +58,10 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[tuple[str, Outcome]]
         coarse = _estimate(experiment, arithmetic)
         if coarse is None:
             continue
+        made = mask & (coarse.variance > 0)  # what a mask hides is no sum
+        if stored is FLOAT32 and not _follows(observed[made] - plain[made], coarse.variance[made],
+                                              plain[made]):  # fmt: skip
+            continue
         variance = np.where(mask, coarse.variance, scene.plain.variance)
         estimate = Estimate(plain, variance, scene.plain.token_dof)
         error = np.square(observed - plain)[mask].sum()
@@ -65,6 +71,23 @@ def coarser_arithmetics(experiment: Experiment) -> Iterator[tuple[str, Outcome]]
             figures = experiment.figures(plain)
             yield name, Outcome(*figures, True, experiment.misfit(plain), region)
             return
+
+
+def _follows(error: Float64, variance: Float64, value: Float64) -> bool:
+    """Whether errors are spread as roundings of sums are, and not as something else of that size.
+
+    Held against errors that are a share of each value, and against errors of one size: Gaussian
+    likelihoods, each at its best scale.
+    """
+    energy = np.square(error)
+
+    def likelihood(shape: Float64) -> float:
+        shape = np.maximum(shape, 1e-6 * float(shape.mean()) + _TINY)
+        scale = float((energy / shape).mean())
+        return -0.5 * (energy.size * float(np.log(scale + _TINY)) + float(np.log(shape).sum()))
+
+    others = max(likelihood(np.square(value)), likelihood(np.ones_like(value)))
+    return likelihood(variance) - others > DECISIVE_NATS
 
 
 def _wrong_slices(scene: Scene) -> Iterator[tuple[Float64, Float64]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from aprcore.causes.caps import capped
 from aprcore.causes.experiment import Experiment, Outcome, part_scene
 from aprcore.causes.scene import Float64, Scene
+from aprcore.engines.reference import rounded
 from aprcore.judging.compare import compare
 from aprcore.network.operations import EMBEDDING, HEAD, Head, K, Linear, Module, Q, V
 from aprcore.network.weights import Weight, read_all, row_chunks
@@ -42,7 +43,7 @@ class Part:
         module: What it is called.
         weight: [out, C].
         bias: Added to the product, [out]; None where there is none.
-        x: The input, [T, C].
+        x: The input as the engine reads it, [T, C].
         experiment: For holding outputs against what was observed.
     """
 
@@ -110,7 +111,8 @@ def parts_of(scene: Scene) -> Iterator[Part]:
         bias = None if stored is None else read_all(stored).astype(np.float64)
         experiment = Experiment(cut)
         if experiment.plain_fails:
-            yield Part(cut, module, weight, bias, x, experiment)
+            read = rounded(x, scene.profile.arithmetic.rounding_of(weight))
+            yield Part(cut, module, weight, bias, read, experiment)
 
 
 def try_variant(part: Part, variant: Variant) -> Outcome | None:
@@ -171,6 +173,17 @@ def _product(part: Part, variant: Variant, rows: Indices, tokens: Indices) -> Fl
     if bias is not None:
         value += bias[rows]
     return capped(part.scene, value) if isinstance(part.scene.operation, Head) else value
+
+
+def order_note(scene: Scene, name: str) -> str:
+    """What another layer's weight says of the order of all layers, if it says anything."""
+    here, count = scene.key.layer, scene.config.num_layers
+    inside, _, rest = name.removeprefix("model.layers.").partition(".")
+    if here is None or not rest or not inside.isdigit() or int(inside) == here:
+        return ""
+    by_name = sorted(range(count), key=str)
+    is_other = by_name[here] == int(inside) or by_name[int(inside)] == here
+    return " (layers in the order of their names: 0, 1, 10, ...)" if is_other else ""
 
 
 def picker(weight: Weight) -> Pick:

@@ -15,8 +15,8 @@ class CauseTried:
         relative_l2: Of the observed output against this alternative.
         cosine: Of the two.
         explains: Whether it explains the output to within the bound, and as well as any other.
-        is_evidence: Whether it is read off the model file and not tried: then the figures are
-            those of the stage as it is.
+        is_evidence: Whether it is read off the model file, or off the spread of the errors, and
+            not tried: then the figures are those of the stage as it is.
         part: The weights whose share of the output it was tried on, where a stage has several.
     """
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from aprcore.causes.scene import ORIGINAL, REFERENCE, Entry, Float64, Scene, Trial, single
+from aprcore.causes.rope_schedules import before_rotation, solved_divisor, solved_shift
+from aprcore.causes.scene import ORIGINAL, Entry, Float64, Scene, Trial, single
 from aprcore.causes.solving import minimise, round_number, to_halves, to_pairs
 from aprcore.ground.precision import BFLOAT16, FLOAT16
 from aprcore.network.operations import PARTS, Rotate
@@ -23,14 +24,6 @@ SOLVED_TOKENS = 33
 ROTATED = (Rotate,)
 
 
-def _before_rotation(scene: Scene) -> Float64:
-    """What the stage rotates: its columns of q, k and v, normalised where the model does so."""
-    own: Rotate = scene.operation
-    columns = REFERENCE.columns(scene.inputs[0], *scene.config.qkv_columns(own.part))
-    weight = scene.site.find(own.norm)
-    return columns if weight is None else REFERENCE.rms_norm(columns, weight, own.eps, own.offset)
-
-
 def _angles(scene: Scene) -> Float64:
     positions = scene.positions.astype(np.float64)
     return np.multiply.outer(positions, scene.config.rope.inverse_frequencies())
@@ -38,22 +31,22 @@ def _angles(scene: Scene) -> Float64:
 
 def _adjacent_pairs(scene: Scene) -> Float64:
     dim = scene.config.head_dim
-    x = to_halves(_before_rotation(scene), dim)
+    x = to_halves(before_rotation(scene), dim)
     return to_pairs(_turned(x, _angles(scene), scene.config.rope.attention_factor()), dim)
 
 
 def _pairs_in_halves(scene: Scene) -> Float64:
-    return _rotated(scene, to_halves(_before_rotation(scene), scene.config.head_dim))
+    return _rotated(scene, to_halves(before_rotation(scene), scene.config.head_dim))
 
 
 def _stored_as_pairs(scene: Scene) -> Float64:
     """q and k whose rows were not permuted back: the rotation meets the wrong partners."""
-    return _rotated(scene, to_pairs(_before_rotation(scene), scene.config.head_dim))
+    return _rotated(scene, to_pairs(before_rotation(scene), scene.config.head_dim))
 
 
 def _rotated(scene: Scene, x: Float64) -> Float64:
     """The model's own rotation of something else."""
-    return REFERENCE.rope(x, scene.positions, scene.config.rope)
+    return scene.backend.rope(x, scene.positions, scene.config.rope)
 
 
 def _at_positions(change: Callable[[Float64], Float64]) -> Callable[[Scene], Float64]:
@@ -63,11 +56,12 @@ def _at_positions(change: Callable[[Float64], Float64]) -> Callable[[Scene], Flo
     return output
 
 
-def _rotated_at(scene: Scene, positions: Float64) -> Float64:
-    """Rotation at any positions, whole or not."""
-    rope = scene.config.rope
-    angles = np.multiply.outer(positions, rope.inverse_frequencies())
-    return _turned(_before_rotation(scene), angles, rope.attention_factor())
+def _rotated_at(scene: Scene, positions: Float64, *, in_single: bool = False) -> Float64:
+    """Rotation at any positions, whole or not; by angles in float32 if that is asked for."""
+    rope, kind = scene.config.rope, np.float32 if in_single else np.float64
+    frequencies = rope.inverse_frequencies().astype(kind)
+    angles = np.multiply.outer(positions.astype(kind), frequencies).astype(np.float64)
+    return _turned(before_rotation(scene), angles, rope.attention_factor())
 
 
 def _turned(x: Float64, angles: Float64, factor: float = 1.0) -> Float64:
@@ -86,9 +80,13 @@ def _with_turn(
 
 
 def _offsets(scene: Scene) -> Iterator[Trial]:
-    for offset in (1, -1, 2, -2, scene.num_tokens, -scene.num_tokens):
+    usual = (1, -1, 2, -2, scene.num_tokens, -scene.num_tokens)
+    shift = solved_shift(scene)
+    for offset in dict.fromkeys(usual if shift is None else (*usual, shift)):
         positions = scene.positions.astype(np.float64) + offset
         yield f"{offset:+d}", _rotated_at(scene, positions)
+        if abs(offset) > scene.num_tokens:  # engines round such angles further than ours predict
+            yield f"{offset:+d}", _rotated_at(scene, positions, in_single=True)
 
 
 def _restarts(scene: Scene) -> Iterator[Trial]:
@@ -103,6 +101,16 @@ def _restarts(scene: Scene) -> Iterator[Trial]:
         yield f"at token {start}", _rotated_at(scene, moved)
 
 
+def _held(scene: Scene) -> Iterator[Trial]:
+    """Positions beyond a table's end, which is read there instead."""
+    positions = scene.positions.astype(np.float64)
+    if scene.is_observed and not scene.wrong.reshape(len(positions), -1)[-1].any():
+        return  # the last token is beyond the end, if any is
+    last = {2**n - 1 for n in range(1, 18)} | {int(positions[max(0, scene.first_wrong_token - 1)])}
+    for end in sorted(n for n in last if max(0, positions[0]) < n < positions[-1]):
+        yield f"{end}", _rotated_at(scene, np.minimum(positions, end))
+
+
 def _usual_thetas(scene: Scene) -> Iterator[Trial]:
     for theta in USUAL_THETAS:
         if theta != scene.config.rope.theta:
@@ -110,12 +118,14 @@ def _usual_thetas(scene: Scene) -> Iterator[Trial]:
 
 
 def _solved_theta(scene: Scene) -> Iterator[Trial]:
-    x, observed = _before_rotation(scene), scene.observed.reshape(scene.plain.value.shape)
+    x, observed = before_rotation(scene), scene.observed.reshape(scene.plain.value.shape)
     rows = slice(-SOLVED_TOKENS, None)
     positions, rope = scene.positions[rows], scene.config.rope
 
     def misfit(log_theta: float) -> float:
-        turned = REFERENCE.rope(x[rows], positions, replace(rope, theta=float(np.exp(log_theta))))
+        turned = scene.backend.rope(
+            x[rows], positions, replace(rope, theta=float(np.exp(log_theta)))
+        )
         return float(np.square(turned - observed[rows]).sum())
 
     theta = float(np.exp(minimise(misfit, np.linspace(np.log(2.0), np.log(1e9), 240))))
@@ -124,12 +134,12 @@ def _solved_theta(scene: Scene) -> Iterator[Trial]:
 
 
 def _with_rope(scene: Scene, rope: Rope) -> Float64:
-    return REFERENCE.rope(_before_rotation(scene), scene.positions, rope)
+    return scene.backend.rope(before_rotation(scene), scene.positions, rope)
 
 
 def _partial(scene: Scene) -> Iterator[Trial]:
     """Only the first dimensions of a head turn; their frequencies span those or the whole head."""
-    x, dim, rope = _before_rotation(scene), scene.config.head_dim, scene.config.rope
+    x, dim, rope = before_rotation(scene), scene.config.head_dim, scene.config.rope
     heads = x.reshape(x.shape[0], -1, dim)
     for rotary in range(2, dim, 2):
         if dim > 64 and rotary % 8:
@@ -168,7 +178,7 @@ def _scaling_missing(scene: Scene) -> Iterator[Trial]:
 def _scaling_partial(scene: Scene) -> Iterator[Trial]:
     """Part of the scaling only: the frequencies without the factor on the result."""
     rope = scene.config.rope
-    x, angles = _before_rotation(scene), _angles(scene)
+    x, angles = before_rotation(scene), _angles(scene)
     if rope.attention_factor() != 1:
         yield "without its attention factor", _turned(x, angles)
         plain = replace(rope, scaling=RopeScaling()).inverse_frequencies()
@@ -178,20 +188,6 @@ def _scaling_partial(scene: Scene) -> Iterator[Trial]:
     if rope.scaling.kind in ("llama3", "yarn"):
         linear = replace(rope, scaling=RopeScaling("linear", factor=rope.scaling.factor))
         yield "as if it were linear", _with_rope(scene, linear)
-
-
-def _scaling_added(scene: Scene) -> Iterator[Trial]:
-    """Long-context scaling that this file does not state, with usual parameters."""
-    rope, trained = scene.config.rope, scene.config.max_position_embeddings or 8192
-    if rope.scaling.kind != "default" or rope.divisors is not None:
-        return
-    for kind in ("llama3", "yarn"):
-        for factor in (2.0, 4.0, 8.0, 16.0, 32.0, 40.0):
-            originals = {16, 64, 512, 2048, 4096, 8192, 32768, trained, int(trained / factor)}
-            for original in sorted(n for n in originals if n > 0):
-                scaling = RopeScaling(kind, factor, original)
-                name = f"{kind} by {factor:g} from {original}"
-                yield name, _with_rope(scene, replace(rope, scaling=scaling))
 
 
 def _other_columns(scene: Scene) -> Iterator[Trial]:
@@ -209,7 +205,9 @@ def _other_columns(scene: Scene) -> Iterator[Trial]:
 
 
 def _scaled_positions(scene: Scene) -> Iterator[Trial]:
-    for factor in USUAL_FACTORS:
+    solved = solved_divisor(scene)
+    factors = USUAL_FACTORS if solved is None else (*USUAL_FACTORS, solved)
+    for factor in dict.fromkeys(factors):
         yield f"{factor:g}", _rotated_at(scene, scene.positions / factor)
 
 
@@ -228,17 +226,30 @@ def _exponents(scene: Scene) -> Iterator[Trial]:
         ("-2i/D in reverse order", (-2 * index / dim)[::-1]),
     ):
         angles = np.multiply.outer(scene.positions.astype(np.float64), usual * rope.theta**exponent)
-        yield name, _turned(_before_rotation(scene), angles, rope.attention_factor())
+        yield name, _turned(before_rotation(scene), angles, rope.attention_factor())
 
 
 def _one_angle(scene: Scene) -> Float64:
     angles = np.repeat(scene.positions.astype(np.float64)[:, None], scene.config.head_dim // 2, 1)
-    return _turned(_before_rotation(scene), angles)
+    return _turned(before_rotation(scene), angles)
+
+
+def _other_heads(scene: Scene) -> Iterator[Trial]:
+    """Heads of another size, such as hidden size over heads where the model states one."""
+    x, rope, config = before_rotation(scene), scene.config.rope, scene.config
+    sizes = (config.hidden_size // config.num_heads, config.num_heads, config.num_kv_heads,
+             rope.head_dim // 2, 2 * rope.head_dim)  # fmt: skip
+    for size in dict.fromkeys(sizes):
+        if size != config.head_dim and size > 1 and not size % 2 and not x.shape[1] % size:
+            other = replace(rope, head_dim=size, divisors=None)
+            yield f"{size} dimensions in place of {config.head_dim}", (
+                scene.backend.rope(x, scene.positions, other)
+            )  # fmt: skip
 
 
 def _half_angles(scene: Scene) -> Iterator[Trial]:
     """Sine and cosine, or the angle too, rounded to half precision."""
-    angles, x = _angles(scene), _before_rotation(scene)
+    angles, x = _angles(scene), before_rotation(scene)
     frequencies = scene.config.rope.inverse_frequencies()
     factor = scene.config.rope.attention_factor()
     for half in (FLOAT16, BFLOAT16):
@@ -252,7 +263,7 @@ def _half_angles(scene: Scene) -> Iterator[Trial]:
 
 def _one_sign(scene: Scene) -> Iterator[Trial]:
     """One of the two sines has the wrong sign: no rotation at all."""
-    angles, x = _angles(scene), _before_rotation(scene)
+    angles, x = _angles(scene), before_rotation(scene)
     factor = scene.config.rope.attention_factor()
     cosine, sine = factor * np.cos(angles), factor * np.sin(angles)
     yield "first", _with_turn(x, cosine, sine, (1, 1))
@@ -271,6 +282,10 @@ def _row(name: str, outputs: Callable[[Scene], Iterator[Trial]], advice: str, in
 
 _CONFIG = "compare this value with the original model's config: the conversion lost or changed it"
 
+NOT_APPLIED = Entry("RoPE not applied", ROTATED, single(before_rotation),
+      "the rotation is skipped, or its result is written elsewhere",
+      "the original model does not rotate in this layer", "layers without RoPE")  # fmt: skip
+
 ENTRIES = (
     Entry("RoPE on adjacent pairs", ROTATED, single(_adjacent_pairs),
           "the kernel rotates dimensions 2i and 2i+1; this model pairs i with i + D/2",
@@ -285,9 +300,7 @@ ENTRIES = (
           "q and k are in adjacent-pair order when the rotation of halves meets them",
           "q and k rows permuted to adjacent pairs once more",
           "the converter's permutation of q and k rows"),
-    Entry("RoPE not applied", ROTATED, single(_before_rotation),
-          "the rotation is skipped, or its result is written elsewhere",
-          "the original model does not rotate in this layer", "layers without RoPE"),
+    NOT_APPLIED,
     Entry("RoPE applied twice", ROTATED, single(_twice),
           "the rotation runs in place and once more, for instance on reading the cache"),
     Entry("RoPE with the sine negated", ROTATED, single(_at_positions(np.negative)),
@@ -304,6 +317,8 @@ ENTRIES = (
           is_causal=False),
     _row("RoPE positions restarting {}", _restarts,
          "positions are taken within a chunk or batch and not within the text", None),
+    _row("RoPE positions held at {}", _held,
+         "the length of the table of sines and cosines: max_position_embeddings", None),
     Entry("RoPE with the last position for every token", ROTATED,
           single(_at_positions(lambda p: np.full_like(p, p[-1]))),
           "one position for all tokens, as when decoding", is_causal=False),
@@ -317,10 +332,12 @@ ENTRIES = (
          "no RoPE scaling in the original model", "rope_scaling of this file: " + _CONFIG),
     _row("RoPE scaling {}", _scaling_partial, "how the kernel applies rope_scaling", ORIGINAL,
          "rope_scaling of this file: " + _CONFIG),
-    _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions", ORIGINAL,
-         "rope_scaling of this file: " + _CONFIG, is_fallback=True),
-    _row("RoPE scaling added: {}", _scaling_added, "the kernel applies a rope_scaling of its own",
-         "RoPE scaling {}" + ORIGINAL, "rope_scaling of this file: " + _CONFIG, is_fallback=True),
+    _row("RoPE positions divided by {}", _scaled_positions, "linear scaling of positions",
+         "RoPE scaling (linear by {})" + ORIGINAL, "rope_scaling of this file: " + _CONFIG,
+         is_fallback=True),
+    _row("RoPE on heads of {}", _other_heads,
+         "the head dimension, which need not be hidden size over heads; and that it is not taken "
+         "for the number of heads", ORIGINAL, "head_dim of this file: " + _CONFIG),
     _row("RoPE frequencies theta^({})", _exponents,
          "the exponent of theta in the frequencies: -2i/D", None),
     Entry("RoPE with one frequency for all dimensions", ROTATED, single(_one_angle),

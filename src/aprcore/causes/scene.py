@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import Arithmetic
 from aprcore.engines.estimate import Estimate, Profile
-from aprcore.engines.reference import ReferenceBackend
+from aprcore.engines.reference import ReferenceBackend, rounded
 from aprcore.judging.layouts import Layout
 from aprcore.judging.noise import allowed_ratio
 from aprcore.network.backend import Int64, Site
 from aprcore.network.config import ModelConfig
 from aprcore.network.graph import Graph
-from aprcore.network.operations import AddBias, Operation
+from aprcore.network.operations import AddBias, Operation, Scores, Values
 from aprcore.network.stages import StageKey
 
 Floats = NDArray[np.floating[Any]]
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-REFERENCE = ReferenceBackend()
+REFERENCE = ReferenceBackend()  # for what reads no factor that an engine rounds
 ORIGINAL = " in the original model"  # what is wrong is what the file says, or lacks
 
 
@@ -35,14 +36,17 @@ class Scene:
     Attributes:
         key: The stage.
         site: Its configuration, weights, tokens and positions.
-        inputs: Its inputs in argument order, float64, every token: [T, C] or [H, T, S].
+        inputs: Its inputs in argument order, float64, every token: [T, C] or [H, T, S]. Queries,
+            keys, attention weights and values are rounded as the engine reads them.
         observed: What came out, in the shape of `plain.value`.
         plain: What should have come out, with the variance that rounding explains.
         layout: Names the axes of the output.
         in_file: Whether the model is under test (its weights and configuration, against the
             oracle) and not an engine: then `observed` is right and `plain` is wrong.
         profile: What the observed side rounds.
+        arithmetic: What the engine computes another stage in.
         recorded: Fetches another tensor of the observed side, or None.
+        unmasked: The same with what a mask hides as it was dumped.
         graph: What the observed side's stages read.
     """
 
@@ -54,7 +58,9 @@ class Scene:
     layout: Layout
     in_file: bool
     profile: Profile
+    arithmetic: Callable[[StageKey], Arithmetic]
     recorded: Callable[[StageKey], Floats | None]
+    unmasked: Callable[[StageKey], Floats | None]
     graph: Graph
 
     @property
@@ -67,6 +73,11 @@ class Scene:
         """Where the output is further from `plain` than rounding explains, in `plain`'s shape."""
         error = np.square(self.observed.reshape(self.plain.value.shape) - self.plain.value)
         return np.asarray(error > allowed_ratio(1.0) * self.plain.variance)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether its output is known; it is not inside a span, whose end alone is."""
+        return self.observed is not self.plain.value
 
     @property
     def config(self) -> ModelConfig:
@@ -117,8 +128,26 @@ class Scene:
         arguments = inputs or self.inputs
         if self.graph.stage(self.key).last_token:
             arguments = tuple(x[-1:] for x in arguments)
-        result: Float64 = (operation or self.operation)(REFERENCE, site or self.site, *arguments)
+        result: Float64 = (operation or self.operation)(self.backend, site or self.site, *arguments)
         return result
+
+    @cached_property
+    def backend(self) -> ReferenceBackend:
+        """Operations whose factors and angles are those of the stage's engine."""
+        return ReferenceBackend(self.profile.arithmetic)
+
+    def backend_of(self, key: StageKey) -> ReferenceBackend:
+        """As `backend`, of another stage."""
+        return ReferenceBackend(self.arithmetic(key))
+
+    def factors_of(self, key: StageKey) -> list[Float64] | None:
+        """The recorded inputs of another stage as the engine reads them; None without them."""
+        inputs = [self.tensor(source) for source in self.graph.inputs(key)]
+        found = [x for x in inputs if x is not None]
+        if len(found) < len(inputs):
+            return None
+        operation, arithmetic = self.graph.operation(key), self.arithmetic(key)
+        return factors(operation, arithmetic, self.site.config, found)
 
     @property
     def first_wrong_token(self) -> int:
@@ -139,8 +168,8 @@ class Scene:
         def cut(x: NDArray[Any]) -> NDArray[Any]:
             return x[:, tokens, tokens] if x.ndim == 3 else x[tokens]
 
-        def recorded(key: StageKey) -> Floats | None:
-            found = self.recorded(key)
+        def cut_off(read: Callable[[StageKey], Floats | None], key: StageKey) -> Floats | None:
+            found = read(key)
             return None if found is None else cut(found)
 
         plain, shape = self.plain, self.plain.value.shape
@@ -157,8 +186,33 @@ class Scene:
             observed=cut(self.observed.reshape(shape)),
             plain=replace(plain, value=value, variance=cut(plain.variance)),
             layout=self.layout._replace(shape=value.shape, factors=tuple(factors)),
-            recorded=recorded,
+            recorded=partial(cut_off, self.recorded),
+            unmasked=partial(cut_off, self.unmasked),
         )  # fmt: skip
+
+
+def factors(
+    operation: Operation | None,
+    arithmetic: Arithmetic,
+    config: ModelConfig,
+    inputs: Sequence[Float64],
+) -> list[Float64]:
+    """Inputs of attention as an engine reads them; those of other operations as they are.
+
+    What is rounded before a product by a weight depends on that weight's type: see `Part`.
+    """
+    first, second = arithmetic.activation_rounding, arithmetic.cache_rounding
+    match operation:
+        case Scores():
+            q, k = inputs
+            return [rounded(q, first, config.head_dim), rounded(k, second, config.head_dim)]
+        case Values():
+            softmax, qkv = inputs
+            start, stop = config.qkv_columns("v")
+            joined = qkv.copy()
+            joined[:, start:stop] = rounded(qkv[:, start:stop], second, config.head_dim)
+            return [rounded(softmax, first), joined]
+    return list(inputs)
 
 
 Trial = tuple[str, Float64]

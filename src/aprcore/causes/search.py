@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
 
 from aprcore.causes.experiment import Experiment, Outcome
 from aprcore.causes.file_evidence import find_evidence
 from aprcore.causes.precision import ADVICE, coarser_arithmetics
-from aprcore.causes.projections import Variants, parts_of, try_variant
+from aprcore.causes.projections import Part, Variants, try_variant
 from aprcore.causes.records import CauseTried
 from aprcore.causes.scene import Entry, Scene
 from aprcore.causes.span import span_outputs
@@ -18,6 +19,7 @@ from aprcore.judging.replay import Expectation, RecordedSide
 LISTED = 8
 # Tokens from which on the start of a text is tried before the whole.
 LONG_TEXT = 256
+ARITHMETIC: Final = "arithmetic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class Tried:
         is_fallback: As in `Entry`.
         part: The weight's short name, for products by several.
         is_evidence: As in `CauseTried`.
+        origin: The row of the catalogue that it comes from, or that it is a coarser arithmetic;
+            None for what is read off the file.
+        is_span: Whether it stands for a stage inside a span.
     """
 
     name: str
@@ -38,10 +43,12 @@ class Tried:
     is_fallback: bool = False
     part: str = ""
     is_evidence: bool = False
+    origin: Entry | Variants | Literal["arithmetic"] | None = None
+    is_span: bool = False
 
     @property
     def level(self) -> int:
-        """Lower is preferred where several explain: plain ones, solved ones, then mere evidence."""
+        """Lower is preferred where several explain: plain ones, solved ones, then mere signs."""
         return 2 if self.is_evidence else int(self.is_fallback)
 
     @property
@@ -53,6 +60,39 @@ class Tried:
         """The name with the region that it is confined to."""
         region = self.outcome.region
         return self.name if region is None else f"{self.name}, in {region.name} only"
+
+
+class Origins(NamedTuple):
+    """The rows of the catalogue that explained a stage.
+
+    Attributes:
+        entries, variants: The rows.
+        is_span: Whether they are of a stage inside a span.
+        is_arithmetic: Whether a coarser arithmetic did, too.
+    """
+
+    entries: frozenset[Entry]
+    variants: frozenset[Variants]
+    is_span: bool
+    is_arithmetic: bool
+
+
+def origins_of(tried: Iterable[Tried], causes: Iterable[CauseTried]) -> Origins | None:
+    """Where the named causes come from; None where one of them is no row of the catalogue."""
+    names = {cause.name for cause in causes if cause.explains}
+    found = [
+        t for t in tried
+        if t.outcome.explains and names & {t.described(), t.described().replace("{}", t.part)}
+    ]  # fmt: skip
+    if not found or any(t.origin is None for t in found):
+        return None
+    origins = [t.origin for t in found]
+    return Origins(
+        frozenset(x for x in origins if isinstance(x, Entry)),
+        frozenset(x for x in origins if callable(x)),
+        any(t.is_span for t in found),
+        ARITHMETIC in origins,
+    )
 
 
 def try_entries(experiment: Experiment, catalogue: Iterable[Entry]) -> Iterator[Tried]:
@@ -88,16 +128,18 @@ def _try_entry(experiment: Experiment, entry: Entry, title: str) -> Iterator[Tri
     for name, value in entry.outputs(experiment.scene):
         outcome = experiment.hold(value)
         if outcome is not None:
-            yield Tried(title.format(name), advice, outcome, entry.is_fallback)
+            yield Tried(
+                title.format(name), advice, outcome, entry.is_fallback, origin=entry
+            )  # fmt: skip
 
 
-def try_projections(scene: Scene, catalogue: Iterable[Variants]) -> Iterator[Tried]:
+def try_projections(parts: Iterable[Part], catalogue: Iterable[Variants]) -> Iterator[Tried]:
     """Every variant of a product, for each weight whose share of the output is wrong."""
-    for part in parts_of(scene):
+    for part in parts:
         for variants in catalogue:
             outcomes = ((variant, try_variant(part, variant)) for variant in variants(part))
             yield from _distinct(
-                Tried(v.name, v.advice, outcome, v.is_fallback, part.short_name)
+                Tried(v.name, v.advice, outcome, v.is_fallback, part.short_name, origin=variants)
                 for v, outcome in outcomes
                 if outcome is not None
             )
@@ -116,17 +158,19 @@ def _distinct(tried: Iterable[Tried]) -> Iterator[Tried]:
 def try_arithmetics(experiment: Experiment) -> Iterator[Tried]:
     """Coarser arithmetic, which explains the size of an error and not its values."""
     for name, outcome in coarser_arithmetics(experiment):
-        yield Tried(name, ADVICE, outcome, is_fallback=True)
+        yield Tried(
+            name, ADVICE, outcome, is_fallback=True, is_evidence=True, origin=ARITHMETIC
+        )  # fmt: skip
 
 
 def try_span(
     side: RecordedSide, experiment: Experiment, expected: Expectation, catalogue: Iterable[Entry]
 ) -> Iterator[Tried]:
     """The stages that a judgment spans besides its last, each replaced in turn."""
-    for name, advice, value in span_outputs(side, experiment, expected, catalogue):
+    for name, advice, value, entry in span_outputs(side, experiment, expected, catalogue):
         outcome = experiment.hold(value)
         if outcome is not None:
-            yield Tried(name, advice, outcome)
+            yield Tried(name, advice, outcome, origin=entry, is_span=True)
 
 
 def try_evidence(scene: Scene, experiment: Experiment) -> Iterator[Tried]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from aprcore.causes.experiment import Experiment
-from aprcore.causes.scene import Entry, Float64, Scene
+from aprcore.causes.scene import Entry, Float64, Scene, factors
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.replay import Expectation, RecordedSide
 from aprcore.network.stages import StageKey
@@ -17,8 +17,8 @@ from aprcore.network.stages import StageKey
 # Spans are run whole for every alternative; beyond so many tokens that takes too long.
 LONGEST = 256
 
-SpanTrial = tuple[str, str, Float64]
-"""A cause, what to look at, and the span's output."""
+SpanTrial = tuple[str, str, Float64, Entry]
+"""A cause, what to look at, the span's output, and the row of the catalogue."""
 
 
 def span_outputs(
@@ -40,7 +40,8 @@ def span_outputs(
             for name, value in entry.outputs(inner):
                 output = _run_on(side, scene.key, key, value)
                 if output is not None:
-                    yield f"{key.stage}: {title.format(name)}", entry.advice_for(inner), output
+                    cause = f"{key.stage}: {title.format(name)}"
+                    yield cause, entry.advice_for(inner), output, entry
 
 
 def _inner_scene(side: RecordedSide, scene: Scene, key: StageKey) -> Scene | None:
@@ -48,12 +49,14 @@ def _inner_scene(side: RecordedSide, scene: Scene, key: StageKey) -> Scene | Non
     inputs, expected = side.inputs(key), side.expect(key)
     if inputs is None or expected is None:
         return None
-    plain = expected.estimate
+    plain, profile = expected.estimate.whole(), side.profile(key)
+    values = [x.estimate.value for x in inputs]
     return replace(
         scene,
         key=key,
         site=side.site(key),
-        inputs=tuple(x.estimate.value for x in inputs),
+        inputs=tuple(factors(side.graph.operation(key), profile.arithmetic, scene.config, values)),
+        profile=profile,
         observed=plain.value,
         plain=plain,
         layout=layout_of(key, side.sizes(), plain.value.size),

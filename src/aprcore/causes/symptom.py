@@ -15,6 +15,8 @@ from aprcore.judging.noise import allowed_ratio
 FEWEST_BEHIND = 4
 # Sorted values that agree this well, relatively, are a permutation of each other.
 SAME_VALUES = 1e-3
+# What is nearer to its place than this, relatively, is not in another: sorting hides small errors.
+LEAST_MOVED = 0.1
 
 
 def describe_symptom(experiment: Experiment) -> str:
@@ -124,20 +126,30 @@ def _permutations(
 ) -> Iterator[str]:
     """The right values in another order."""
     axes = experiment.scene.layout.axes
+    if region is not None:
+        a, b = observed[region.mask], plain[region.mask]
+        if a.size > 2 and _is_moved(a, b) and _same(np.sort(a), np.sort(b)):
+            yield "the right values in another order"
+    if not _is_moved(observed, plain):
+        return
     for axis, name in enumerate(axes):
         if plain.shape[axis] > 2 and _same(np.sort(observed, axis), np.sort(plain, axis)):
             yield f"the right values with each {name} axis permuted"
-    if region is not None:
-        a, b = observed[region.mask], plain[region.mask]
-        if a.size > 2 and _same(np.sort(a), np.sort(b)):
-            yield "the right values in another order"
     if _same(np.sort(observed.reshape(-1)), np.sort(plain.reshape(-1))):
         yield "the right values in another order"
 
 
+def _is_moved(observed: Float64, plain: Float64) -> bool:
+    """Whether values are so far off that they may be other ones."""
+    return _energy(observed - plain) > LEAST_MOVED**2 * _energy(plain)
+
+
 def _same(a: Float64, b: Float64) -> bool:
-    energy = float(np.square(b).sum())
-    return energy > 0 and float(np.square(a - b).sum()) <= SAME_VALUES**2 * energy
+    return _energy(b) > 0 and _energy(a - b) <= SAME_VALUES**2 * _energy(b)
+
+
+def _energy(x: Float64) -> float:
+    return float(np.square(x).sum())
 
 
 def _spread(experiment: Experiment) -> str:

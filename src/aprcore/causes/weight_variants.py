@@ -8,10 +8,19 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.causes.projections import Indices, Part, Pick, Variant, Variants, picker
+from aprcore.causes.projections import (
+    Indices,
+    Part,
+    Pick,
+    Variant,
+    Variants,
+    order_note,
+    picker,
+)
 from aprcore.causes.scene import Float64
 from aprcore.causes.solving import off_by_a_token, to_halves, to_pairs
-from aprcore.network.operations import GATE, UP, Head, K, O, Q, V
+from aprcore.network.operations import GATE, UP, Head, K, Norm, O, Q, V
+from aprcore.network.stages import StageKey
 from aprcore.network.weights import Weight, read_all
 
 # Values of a weight that is read whole (to transpose it, for instance).
@@ -25,6 +34,15 @@ FEWEST_BIASED = 0.25
 # Rows whose wrong value is solved for, and the tokens that this takes: one is left to check it.
 MOST_SPOILT = 32
 FEWEST_TOKENS = 3
+# What a block's scale is multiplied by where the block was left out.
+NEARLY_ZERO = 1e-2
+# Rows with a block that was left out, each by itself; of more the same dimensions are left out.
+MOST_EMPTY = 2
+# Blocks of input dimensions that are left out one by one.
+LARGEST_CUT = 256
+# Parts that a sum is split into, and how near to a whole number the solved ones are.
+SPLITS = (2, 3, 4, 8, 16, 32)
+NEARLY_WHOLE = 0.1
 
 
 def _mapped(inner: Pick, rows: Indices) -> Pick:
@@ -59,6 +77,33 @@ def _rope_rows(part: Part) -> Iterator[Variant]:
             _say(part, "q and k rows are permuted between the two RoPE conventions",
                  "the converter permuted q and k rows for the other RoPE convention, or did not"),
             _mapped(picker(part.weight), permuted(index, part.head_dim)),
+        )  # fmt: skip
+    yield from _permuted_by_other_heads(part, index)
+
+
+def _permuted_by_other_heads(part: Part, index: Indices) -> Iterator[Variant]:
+    """GGUF's permutation of q and k with the other's number of heads, done or undone."""
+    config = part.scene.config
+    own, other = config.num_heads, config.num_kv_heads
+    if part.module == K:
+        own, other = other, own
+    if own == other or index.size % (2 * other):
+        return
+    rows, width = index.size, index.size // other
+    letters = "H in place of K" if part.module == K else "K in place of H"
+    done = {heads: to_pairs(index, rows // heads) for heads in (own, other)}
+    undone = {heads: to_halves(index, rows // heads) for heads in (own, other)}
+    for name, order in (
+        (f"permuted as {other} heads of {width}", done[other]),
+        (f"permuted as {other} heads of {width}, and back as {own}", done[other][undone[own]]),
+        (f"permuted back as {other} heads of {width}", undone[other]),
+        (f"permuted as {own} heads, and back as {other} of {width}", done[own][undone[other]]),
+    ):
+        yield Variant(
+            f"{{}} rows {name} ({letters})",
+            _say(part, "the number of heads in the permutation of rows: K of k's, H of q's",
+                 "the number of heads that the converter's permute() is given: K of k's, H of q's"),
+            _mapped(picker(part.weight), order),
         )  # fmt: skip
 
 
@@ -128,7 +173,7 @@ def _spoilt_values(part: Part) -> Iterator[Variant]:
     for size, what in ((1, "weight"), (32, "block"), (256, "block")):
         if size >= part.x.shape[1]:
             continue
-        changed, names = own.copy(), []
+        changed, names, zeros = own.copy(), [], 0
         for number, row in enumerate(wrong):
             starts = np.arange(0, part.x.shape[1], size)
             shares = np.add.reduceat(part.x * own[number], starts, axis=1)
@@ -143,14 +188,18 @@ def _spoilt_values(part: Part) -> Iterator[Variant]:
             changed[number, where] = own[number, where] * (1 + factor) if size > 1 else (
                 own[number, where] + factor
             )  # fmt: skip
-            names.append(f"{what} {best} of row {row}"
-                         + (f" (scale times {1 + factor:.4g})" if size > 1 else ""))  # fmt: skip
+            name = f"{what} {best} of row {row}"
+            if size > 1:
+                is_zero = abs(1 + factor) < NEARLY_ZERO
+                name += " (zero)" if is_zero else f" (scale times {1 + factor:.4g})"
+            zeros += size > 1 and abs(1 + factor) < NEARLY_ZERO
+            names.append(name)
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         yield Variant(
             f"{{}} with a wrong value: {listed}",
             _say(part, "how these values are read", "these values in the conversion"),
             _replaced(picker(part.weight), wrong, changed.astype(np.float32)),
-            is_fallback=True,
+            is_fallback=not zeros == wrong.size <= MOST_EMPTY,
         )
 
 
@@ -173,7 +222,7 @@ def _other_layers(part: Part) -> Iterator[Variant]:
         weight = part.scene.site.weights.get(f"model.layers.{layer}.{part.module.weight}")
         if weight is not None and weight.shape == part.weight.shape:
             yield Variant(
-                f"{{}} weight of layer {layer}",
+                f"{{}} weight of layer {layer}{order_note(part.scene, weight.name)}",
                 _say(part, "the offset of this layer's weights",
                      "the layer numbers in the conversion"),
                 picker(weight),
@@ -273,10 +322,42 @@ def _cut_input(part: Part) -> Iterator[Variant]:
                           x=without(start, stop))  # fmt: skip
 
 
+def _split_sums(part: Part) -> Iterator[Variant]:
+    """Parts of the sum over the input's dimensions that are added twice, or lost (split-k).
+
+    How often each part was added is solved for, and is a whole number.
+    """
+    sample, width = part.sample, part.x.shape[1]
+    weight = picker(part.weight)(sample.columns).astype(np.float64)
+    x, shape = part.x[sample.tokens], part.scene.plain.value.shape
+    where = np.ix_(sample.tokens, sample.columns)
+    error = part.scene.observed.reshape(shape)[where] - part.scene.plain.value[where]
+    for count in SPLITS:
+        if width % count or count == width or 2 * count > sample.mask.sum():
+            continue
+        pieces = np.einsum(
+            "tpi,opi->pto", x.reshape(len(x), count, -1), weight.reshape(len(weight), count, -1)
+        )
+        given = pieces[:, sample.mask].T
+        times, *_ = np.linalg.lstsq(given, error[sample.mask], rcond=None)
+        whole = np.rint(times)
+        if not whole.any() or np.abs(times - whole).max() > NEARLY_WHOLE or (whole < -1).any():
+            continue
+        told = [f"part {i} of {count} {'left out' if n < 0 else 'added twice'}"
+                for i, n in enumerate(whole) if n in (-1, 1)]  # fmt: skip
+        is_cut = not (whole > 0).any() and width // count <= LARGEST_CUT  # see `_cut_input`
+        if 0 < len(told) < count and len(told) == np.count_nonzero(whole) and not is_cut:
+            yield Variant(
+                f"{{}} sum with {' and '.join(told[:3])}{', ...' if len(told) > 3 else ''}",
+                "the reduction over the parts of the inner dimension (split-k): each once",
+                x=part.x * np.repeat(1 + whole, width // count),
+            )
+
+
 def _other_inputs(part: Part) -> Iterator[Variant]:
     """Another recorded tensor of the layer as the input, or the stream."""
     scene = part.scene
-    found = [(key.stage, x) for key, x in scene.around()]
+    found = [(_told(part, key), x) for key, x in scene.around()]
     stream = scene.tensor(scene.graph.stream(scene.key.layer))
     if stream is not None:
         found.append(("the stream before the norm", stream))
@@ -284,6 +365,14 @@ def _other_inputs(part: Part) -> Iterator[Variant]:
         read = x[-1:] if isinstance(scene.operation, Head) else x
         if read.shape == part.x.shape:
             yield Variant(f"{{}} reads {name}", "which buffer the product reads", x=read)
+
+
+def _told(part: Part, key: StageKey) -> str:
+    """A tensor that a product reads in place of its own."""
+    graph, own = part.scene.graph, part.scene.source(0)
+    both_normed = all(isinstance(graph.operation(k), Norm) for k in (key, own))
+    is_before = key != own and both_normed and graph.inputs(key)[0] == graph.stream(key.layer)
+    return f"{key.stage} (a parallel block)" if is_before else key.stage
 
 
 def _biases(part: Part) -> Iterator[Variant]:
@@ -353,6 +442,7 @@ VARIANTS: tuple[Variants, ...] = (
     _other_inputs,
     _row_factors,
     _cut_input,
+    _split_sums,
     _lost_bias,
     _spoilt_values,
     _other_layers,

@@ -12,8 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.sidecar import read_sidecar
-from aprcore.dumps.stage_file import HEADER, SUFFIX, check_header, read_stage_file, use_file
+from aprcore.dumps.stage_file import (
+    HEADER,
+    SUFFIX,
+    check_header,
+    read_stage_file,
+    read_stage_part,
+    use_file,
+)
 from aprcore.ground.errors import TraceError
+from aprcore.network.backend import KeyValueCache
+from aprcore.network.config import ModelConfig
 from aprcore.network.graph import computation_order, known_stages, parse_path
 from aprcore.network.stages import Scope, StageKey
 
@@ -90,6 +99,15 @@ class TraceDirectory:
         """The file of a tensor."""
         return Path(self._files[key][0])
 
+    def past(self, config: ModelConfig) -> KeyValueCache | None:
+        """What lies before a decoding step, of which stage files show nothing."""
+        first = (self.sidecar.positions or (0,))[0]
+        return KeyValueCache(first) if first else None
+
+    def is_exact(self, key: StageKey) -> bool:
+        """True: what is stored is what the engine went on with, but for its type."""
+        return True
+
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.
 
@@ -97,6 +115,14 @@ class TraceDirectory:
             FormatError: As `read_stage_file`.
         """
         return read_stage_file(self._files[key][0], self._place(key))[1]
+
+    def read_part(self, key: StageKey, start: int, stop: int) -> Float32:
+        """Some of the values of one tensor, flat.
+
+        Raises:
+            FormatError: As `read_stage_file`.
+        """
+        return read_stage_part(self._files[key][0], self._place(key), start, stop)
 
     def check_headers(self) -> None:
         """Look at the header of every file, so that a damaged one is found before a run begins.

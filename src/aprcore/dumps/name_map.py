@@ -1,26 +1,33 @@
 """`--names map.toml`: a user's table of what an engine calls the stages.
 
 ```toml
+ignore = ["*.cos", "*.sin"]                      # no stages, and worth no note
+
 [names]
 "blk.{layer}.attn_normed" = "attn_norm"          # their name = stage
 qkv_matmul = ["blk.{layer}.q", "blk.{layer}.k", "blk.{layer}.v"]  # stage = their names, joined
+ffn_gate = ["blk.{layer}.gate_up[0/2]"]          # the first half of its columns; [64:96]: those
+post_ffn_residual = ["blk.{layer}.ffn + blk.{layer}.stream"]      # a sum
+"blk.{layer+1}.input" = "post_ffn_residual"      # shown a layer later
 ```
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
-from aprcore.dumps.names import Dialect, mapped_dialect
+from aprcore.dumps.names import Dialect, mapped_dialect, parse_term
 from aprcore.ground.errors import PlanError
 from aprcore.ground.fields import convert, read_toml
 from aprcore.network.graph import find_stage
-from aprcore.network.stages import Scope
+from aprcore.network.stages import Scope, Stage
 
-LAYER = "{layer}"
+LAYER = re.compile(r"\{layer(?:[+-]\d{1,9})?\}", re.ASCII)
+IGNORE = "ignore"
 
 # A stage, or the names whose tensors are joined to one.
 _Entry: Any = str | Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
@@ -34,6 +41,10 @@ def read_name_map(path: Path) -> Dialect:
         PlanError: An entry names no stage, or its names cannot be told from layer to layer.
     """
     data = read_toml(path)
+    ignored: tuple[str, ...] = ()
+    if IGNORE in data:
+        ignored = convert(data.pop(IGNORE), tuple[str, ...], path, prefix=repr(IGNORE),
+                          error=PlanError, hint='write ignore = ["*.cos"]')  # fmt: skip
     table = data.get("names", data)
     if not isinstance(table, dict) or ("names" in data and len(data) > 1):
         raise PlanError("expected one table, [names]", where=path, hint="see docs/formats.md")
@@ -43,7 +54,7 @@ def read_name_map(path: Path) -> Dialect:
     for key, value in table.items():
         stage, patterns = _read_entry(path, key, value)
         choices.setdefault(stage, []).append(patterns)
-    return mapped_dialect(choices)
+    return mapped_dialect(choices, ignored)
 
 
 def _read_entry(path: Path, key: str, value: Any) -> tuple[str, tuple[str, ...]]:
@@ -57,10 +68,16 @@ def _read_entry(path: Path, key: str, value: Any) -> tuple[str, tuple[str, ...]]
     except PlanError as error:
         raise PlanError(f"{key!r}: {error.what}", where=path, hint=error.hint) from None
     for pattern in patterns:
-        if pattern.count(LAYER) > 1:
-            raise PlanError(f"{key!r}: {pattern!r} has {LAYER} twice", where=path)
-        if row.scope is not Scope.FIRST_LAYER and (LAYER in pattern) != (row.scope is Scope.LAYER):
-            wrong = "has a {layer}, but" if LAYER in pattern else "has no {layer}, and"
-            kind = "is of every layer" if row.scope is Scope.LAYER else "is of the whole model"
-            raise PlanError(f"{key!r}: {pattern!r} {wrong} {row.name} {kind}", where=path)
+        for operand in parse_term(pattern):
+            _check_layer(path, f"{key!r}: {operand.name!r}", operand.name, row)
     return row.name, patterns
+
+
+def _check_layer(path: Path, what: str, name: str, row: Stage) -> None:
+    count = len(LAYER.findall(name))
+    if count > 1:
+        raise PlanError(f"{what} has {{layer}} twice", where=path)
+    if row.scope is not Scope.FIRST_LAYER and bool(count) != (row.scope is Scope.LAYER):
+        wrong = "has a {layer}, but" if count else "has no {layer}, and"
+        kind = "is of every layer" if row.scope is Scope.LAYER else "is of the whole model"
+        raise PlanError(f"{what} {wrong} {row.name} {kind}", where=path)

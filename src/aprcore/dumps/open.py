@@ -1,4 +1,4 @@
-"""Another engine's dump: a directory of stage files, or one file of named tensors.
+"""Another engine's dump: a directory of stage files, or named tensors in a file or a folder.
 
 The names are those of docs/formats.md, "A dump in one file".
 """
@@ -6,16 +6,21 @@ The names are those of docs/formats.md, "A dump in one file".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.dumps.batch import Batch, find_batch, find_step, unused_integers
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.names import Dialect, Recipe, known_dialects, resolve
-from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.file_folder import is_file_folder, read_file_folder
+from aprcore.dumps.names import Dialect, Operand, Recipe, Term, known_dialects, resolve
+from aprcore.dumps.past import read_past
+from aprcore.dumps.position_tree import PositionTree, is_position_tree
+from aprcore.dumps.sidecar import Sidecar, read_sidecar
 from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
     StoredArray,
@@ -24,9 +29,14 @@ from aprcore.dumps.tensor_files import (
     read_safetensors_dump,
     read_torch_dump,
 )
+from aprcore.dumps.tensor_folder import TENSORS_NAME, is_tensor_folder
+from aprcore.dumps.tool_files import read_llama_debug_dump, read_polygraphy_dump
 from aprcore.ground.errors import FormatError, TraceError
+from aprcore.ground.precision import BFLOAT16
+from aprcore.network.backend import KeyValueCache
+from aprcore.network.config import ModelConfig
 from aprcore.network.graph import Graph, computation_order, known_stages, outline
-from aprcore.network.stages import Reading, StageKey
+from aprcore.network.stages import Reading, StageKey, axis_names
 
 Float32 = NDArray[np.float32]
 
@@ -35,44 +45,93 @@ READERS: Mapping[str, Callable[[Path], TensorFile]] = {
     ".npz": read_npz_dump,
     ".pt": read_torch_dump,
     ".pth": read_torch_dump,
+    ".json": read_polygraphy_dump,
 }
+# A .bin file is mostly one of our stages.
+_LLAMA_DEBUG = re.compile(r"llamacpp-.+(?<!-tokens)\.bin", re.IGNORECASE)
 
 # The coarsest type of a dump decides what rounding explains.
 _COARSEST_FIRST = ("bfloat16", "float16", "float32")
 
 
+@dataclass(frozen=True, slots=True)
+class ReadingOptions:
+    """What is said of dumps, besides where they are.
+
+    Attributes:
+        names: What the tensors are called, besides the names that are known.
+        row: Which sequence of a batch.
+        pad: The id that sequences of a batch are filled up with.
+    """
+
+    names: Dialect | None = None
+    row: int | None = None
+    pad: int | None = None
+
+
 def open_dump(
-    path: Path | str, names: Dialect | None = None, *, graph: Graph | None = None
+    path: Path | str, options: ReadingOptions | None = None, *, graph: Graph | None = None
 ) -> StageSource:
-    """Open a directory of stage files, or one .safetensors, .npz or .pt file of named tensors.
+    """Open a directory of stage files, or named tensors in one file or in a folder of files.
 
     Args:
         path: The directory or file.
-        names: What the tensors of a file are called, besides the names that are known.
+        options: What is said of it.
         graph: The stages of the model, which say what other engines call them: the output of the
             projections, say, is what comes after their bias where they have one.
 
     Raises:
-        TraceError: It does not exist, is nothing of the kind, or holds no stage.
+        TraceError: It does not exist, is nothing of the kind, or holds no stage; or it holds a
+            batch, and no row is named.
         FormatError: It is damaged.
     """
     path = Path(path)
-    if is_tensor_file(path):
-        return TensorDump(path, names, graph=graph)
-    return TraceDirectory(path)
+    if not is_tensor_file(path):
+        return PositionTree(path) if is_position_tree(path) else TraceDirectory(path)
+    return TensorDump(path, _read_tensors(path), options or ReadingOptions(), graph=graph)
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a path is to be read as one file of tensors."""
-    return path.suffix.lower() in READERS and not path.is_dir()
+    """Whether a path is to be read as named tensors: one file, or a folder of such files."""
+    try:
+        if path.is_dir():
+            return is_tensor_folder(path) or is_file_folder(path)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
+    return _find_reader(path) is not None
+
+
+def _find_reader(path: Path) -> Callable[[Path], TensorFile] | None:
+    """What reads a file, by its name."""
+    if _LLAMA_DEBUG.fullmatch(path.name):
+        return read_llama_debug_dump
+    return READERS.get(path.suffix.lower())
+
+
+def _read_tensors(path: Path) -> TensorFile:
+    if is_tensor_folder(path):
+        held = read_safetensors_dump(path / TENSORS_NAME)
+        return replace(held, sidecar=_sidecar(path, held))
+    if path.is_dir():
+        return read_file_folder(path, READERS)
+    read = _find_reader(path)
+    assert read is not None
+    held = read(path)
+    return replace(held, sidecar=_sidecar(path.parent, held)) if path.name == TENSORS_NAME else held
+
+
+def _sidecar(folder: Path, held: TensorFile) -> Sidecar:
+    found = read_sidecar(folder)
+    return held.sidecar if found == Sidecar() else found
 
 
 class TensorDump:
-    """The stage tensors in one file, read one at a time; see `aprcore.dumps.source.StageSource`.
+    """The stage tensors among named ones, read one at a time; see `dumps.source.StageSource`.
 
     Attributes:
-        path: The file.
-        sidecar: What it says of itself; the stored type where it says nothing of that.
+        path: The file or folder.
+        sidecar: What it says of itself; the stored type where it says nothing of that, and the ids
+            that are among its tensors.
         counts: Number of values of every tensor by key, in the order of computation.
         ignored: Names of tensors that are no stage.
         unlisted: None: a file is written as a whole.
@@ -81,33 +140,42 @@ class TensorDump:
     unlisted: tuple[StageKey, ...] = ()
 
     def __init__(
-        self, path: Path, names: Dialect | None = None, *, graph: Graph | None = None
+        self, path: Path, held: TensorFile, options: ReadingOptions, *, graph: Graph | None = None
     ) -> None:
         self.path = path
-        held = READERS[path.suffix.lower()](path)
         self._arrays = held.arrays
+        self._batch: Batch | None = None
+        self._row = 0
         stored = tuple(held.arrays)
+        positions, history = find_step(held.integers)
+        self.sidecar = replace(
+            held.sidecar,
+            positions=held.sidecar.positions or positions,
+            history=held.sidecar.history or history,
+        )
         dialects = known_dialects(stored, graph or outline(1, ()))
-        recipes, ignored = resolve(stored, (*(() if names is None else (names,)), *dialects))
-        shapes = {key: self._resolved_shape(key, recipe) for key, recipe in recipes.items()}
-        self._shapes: dict[StageKey, tuple[int, ...]] = {}
-        for key in sorted(shapes, key=computation_order):
-            shape = shapes[key]
-            if shape is None:
-                ignored += recipes[key].names[:1]
-            else:
-                self._shapes[key] = shape
-        if not self._shapes:
+        if options.names is not None:
+            dialects = (options.names, *dialects)
+        batch = find_batch(held.integers, options.pad, path)
+        recipes, ignored = resolve(stored, dialects, self._fits)
+        if not recipes:
             few = ", ".join(sorted(stored)[:3]) or "no floating-point tensor"
             raise TraceError(
                 f"has no tensor with the name of a stage; it has {few}", where=path,
                 hint="say what they are called with --names; see docs/formats.md",
             )  # fmt: skip
-        self._recipes = recipes
-        self.ignored = tuple(sorted((*ignored, *held.ignored)))
-        self.sidecar = _with_dtype(held.sidecar, [
+        self._recipes = {key: recipes[key] for key in sorted(recipes, key=computation_order)}
+        self._choose_row(batch or self._batch_of_shapes(), options.row)
+        shapes = {key: self._resolved_shape(key, r) for key, r in self._recipes.items()}
+        self._shapes = {key: shape for key, shape in shapes.items() if shape is not None}
+        strangers = unused_integers(held.integers)
+        strangers = [x for x in strangers if not any(d.is_internal(x) for d in dialects)]
+        self.ignored = tuple(sorted((*ignored, *held.ignored, *strangers)))
+        self.sidecar = _with_dtype(self.sidecar, [
             self._arrays[name].dtype for key in self._shapes for name in recipes[key].names
         ])  # fmt: skip
+        if self._batch is not None and self._batch.tokens is not None:
+            self.sidecar = replace(self.sidecar, tokens=self._batch.tokens[self._row])
         self.counts: Mapping[StageKey, int] = {k: math.prod(s) for k, s in self._shapes.items()}
 
     def __contains__(self, key: StageKey) -> bool:
@@ -126,6 +194,10 @@ class TensorDump:
         """One more than the highest layer present."""
         return 1 + max((key.layer for key in self._shapes if key.layer is not None), default=-1)
 
+    def is_exact(self, key: StageKey) -> bool:
+        """True: what is stored is what the engine went on with, but for its type."""
+        return True
+
     def read(self, key: StageKey) -> Float32:
         """The values of one tensor, flat.
 
@@ -133,51 +205,173 @@ class TensorDump:
             FormatError: The file has changed since it was opened, or is damaged.
         """
         recipe, shape = self._recipes[key], self._shapes[key]
-        first = self._arrays[recipe.names[0]]
         if recipe.reading is not Reading.PLAIN:
-            values = first.read()[:, :, : shape[2]]
+            values = self._array(key, recipe.names[0]).read()[:, :, : shape[2]]
             if recipe.reading is Reading.SCORES:
-                values = values / np.float32(math.sqrt(self._head_dim(recipe)))
-        elif len(recipe.names) > 1:
-            parts = (self._arrays[name] for name in recipe.names)
-            values = np.concatenate([x.read().reshape(*_matrix(x)) for x in parts], axis=1)
-        elif known_stages()[key.stage].last_token and len(first.shape) > 1:
-            values = first.load(first.shape[0] - 1, first.shape[0])
+                values = values / np.float32(math.sqrt(self._head_dim(key, recipe)))
+        elif len(recipe.terms) > 1:
+            terms = [self._read_term(key, term) for term in recipe.terms]
+            values = np.concatenate([x.reshape(shape[0], -1) for x in terms], axis=1)
         else:
-            values = first.read()
+            values = self._read_term(key, recipe.terms[0])
         flat: Float32 = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
         if flat.size != self.counts[key]:
             raise FormatError(f"{recipe.names[0]!r} has {flat.size} values, where the header has "
                               f"{self.counts[key]}", where=self.path)  # fmt: skip
         return flat
 
+    def past(self, config: ModelConfig) -> KeyValueCache | None:
+        """Keys and values before a decoding step, as far as it shows them; None in a full pass."""
+        first = (self.sidecar.positions or (0,))[0]
+        if not first:
+            return None
+        shapes = {name: array.shape for name, array in self._arrays.items()}
+        return read_past(
+            shapes, lambda name: self._arrays[name].read(), self.sidecar, config, first
+        )
+
+    def _read_term(self, key: StageKey, term: Term) -> Float32:
+        """A tensor or the sum of several, rounded to their type as the engine's would be."""
+        total, *others = (self._read_operand(key, operand) for operand in term)
+        for other in others:
+            total = total + other
+        dtype = self._arrays[term[0].name].dtype
+        if others and dtype == "float16":
+            total = total.astype(np.float16).astype(np.float32)
+        elif others and dtype == "bfloat16":
+            total = total.astype(BFLOAT16.dtype).astype(np.float32)
+        return total
+
+    def _read_operand(self, key: StageKey, operand: Operand) -> Float32:
+        array = self._array(key, operand.name)
+        if known_stages()[key.stage].last_token and len(array.shape) > 1:
+            values = array.load(array.shape[0] - 1, array.shape[0]).reshape(array.shape[1:])
+        else:
+            values = array.read()
+        if operand.columns is not None:
+            values = values[..., operand.columns.resolve(values.shape[-1])]
+        return values
+
+    def _fits(self, key: StageKey, recipe: Recipe) -> bool:
+        return self._resolved_shape(key, recipe) is not None
+
     def _resolved_shape(self, key: StageKey, recipe: Recipe) -> tuple[int, ...] | None:
         """The shape that a recipe gives; None if its parts do not go together."""
-        arrays = [self._arrays[name] for name in recipe.names]
-        shape = arrays[0].shape
-        if 0 in shape:
-            return None
         if recipe.reading is not Reading.PLAIN:
-            if len(shape) != 3 or shape[2] < shape[1]:
+            shape = self._array(key, recipe.names[0]).shape
+            if 0 in shape or len(shape) != 3 or shape[2] < shape[1]:
                 return None
-            if recipe.reading is Reading.SCORES and self._head_dim(recipe) < 1:
+            if recipe.reading is Reading.SCORES and self._head_dim(key, recipe) < 1:
                 return None
-            return (*shape[:2], shape[1])  # a full pass from position 0
-        if len(arrays) > 1:
-            rows = {_matrix(x)[0] for x in arrays}
-            return None if len(rows) > 1 else (*rows, sum(_matrix(x)[1] for x in arrays))
-        return shape[1:] if known_stages()[key.stage].last_token and len(shape) > 1 else shape
+            # What lies beyond the tokens so far is padding.
+            first = (self.sidecar.positions or (0,))[0]
+            return (*shape[:2], min(first + shape[1], shape[2]))
+        shapes = [self._term_shape(key, term) for term in recipe.terms]
+        known = [shape for shape in shapes if shape is not None and 0 not in shape]
+        if len(known) < len(shapes):
+            return None
+        return _joined(known) if len(known) > 1 else known[0]
 
-    def _head_dim(self, recipe: Recipe) -> int:
+    def _term_shape(self, key: StageKey, term: Term) -> tuple[int, ...] | None:
+        shapes = {self._operand_shape(key, operand) for operand in term}
+        return shapes.pop() if len(shapes) == 1 else None
+
+    def _operand_shape(self, key: StageKey, operand: Operand) -> tuple[int, ...] | None:
+        shape = self._array(key, operand.name).shape
+        if known_stages()[key.stage].last_token and len(shape) > 1:
+            shape = shape[1:]
+        if operand.columns is None:
+            return shape
+        columns = operand.columns.resolve(shape[-1]) if shape else None
+        return None if columns is None else (*shape[:-1], columns.stop - columns.start)
+
+    def _head_dim(self, key: StageKey, recipe: Recipe) -> int:
         """D: values of the queries for one token and head."""
-        scores, queries = (self._arrays[name].shape for name in recipe.names)
+        scores, queries = (self._array(key, name).shape for name in recipe.names)
         size, rest = divmod(math.prod(queries), scores[0] * scores[1])
         return 0 if rest else size
 
+    def _batch_of_shapes(self) -> Batch | None:
+        """The batch that tensors without ids give away: an axis more than tokens and a width."""
+        for key, recipe in self._recipes.items():
+            shape = self._arrays[recipe.names[0]].shape
+            is_matrix = recipe.reading is Reading.PLAIN and _factors(key) in (2, 1)
+            if is_matrix and len(shape) == 3:
+                return Batch(((0, shape[1]),) * shape[0], None, has_axis=True)
+        return None
 
-def _matrix(x: StoredArray) -> tuple[int, int]:
-    """A tensor as rows of one token each; without axes to tell them, one row."""
-    return (x.shape[0], math.prod(x.shape[1:])) if len(x.shape) > 1 else (1, math.prod(x.shape))
+    def _choose_row(self, batch: Batch | None, row: int | None) -> None:
+        """Settle which sequence is read.
+
+        Raises:
+            TraceError: There are several and none is named, or one that is not there.
+        """
+        count = 1 if batch is None else len(batch.bounds)
+        if row is None and count > 1:
+            raise TraceError(f"holds a batch of {count} sequences", where=self.path,
+                             hint=f"say which with --row N, from 0 to {count - 1}")  # fmt: skip
+        if row is not None and not 0 <= row < count:
+            raise TraceError(f"has no row {row}: it holds {count} sequence{'s' * (count > 1)}",
+                             where=self.path, hint="rows count from 0")  # fmt: skip
+        self._batch, self._row = batch, row or 0
+
+    def _array(self, key: StageKey, name: str) -> StoredArray:
+        """A stored tensor, for one stage: of a batch the chosen sequence, without its padding."""
+        array = self._arrays[name]
+        batch = self._batch
+        if batch is None:
+            return array
+        least = 2 if known_stages()[key.stage].last_token else 3
+        if batch.has_axis and len(array.shape) >= least and array.shape[0] == len(batch.bounds):
+            array = _row_of(array, self._row)
+        start, stop = batch.bounds[self._row]
+        length = max(stop for _, stop in batch.bounds)
+        axes = [i for i, letter in enumerate(known_stages()[key.stage].shape.split(","))
+                if letter in ("T", "S")] or [0]  # fmt: skip
+        if len(array.shape) < 2 or stop - start == length:
+            return array
+        for axis in axes:
+            if axis < len(array.shape) and array.shape[axis] >= length:
+                array = _cropped(array, axis, start, stop)
+        return array
+
+
+def _factors(key: StageKey) -> int:
+    """How many numbers tell a place in a stage's tensor, but for the tokens of the logits."""
+    return len(axis_names(known_stages()[key.stage].shape))
+
+
+def _row_of(array: StoredArray, row: int) -> StoredArray:
+    shape = array.shape[1:]
+
+    def load(start: int, stop: int) -> Float32:
+        return array.load(row, row + 1).reshape(shape)[start:stop]
+
+    return StoredArray(shape, array.dtype, load)
+
+
+def _cropped(array: StoredArray, axis: int, first: int, last: int) -> StoredArray:
+    shape = (*array.shape[:axis], last - first, *array.shape[axis + 1 :])
+
+    def load(start: int, stop: int) -> Float32:
+        if axis == 0:
+            return array.load(first + start, first + stop)
+        rows = array.load(start, stop).reshape(stop - start, *array.shape[1:])
+        return np.take(rows, range(first, last), axis=axis)
+
+    return StoredArray(shape, array.dtype, load)
+
+
+def _joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int] | None:
+    """The matrix that tensors make side by side, a row for each token; None if they make none."""
+    widths = [math.prod(shape[1:]) if len(shape) > 1 else shape[-1] for shape in shapes]
+    rows = {shape[0] if len(shape) > 1 else 1 for shape in shapes}
+    if len(rows) == 1:
+        return rows.pop(), sum(widths)
+    is_heads = {len(shape) for shape in shapes} == {2} and len({shape[1] for shape in shapes}) == 1
+    if is_heads and len(set(shapes[1:])) == 1:
+        return 1, sum(map(math.prod, shapes))  # heads and their dimensions, of one token
+    return None
 
 
 def _with_dtype(sidecar: Sidecar, stored: list[str]) -> Sidecar:

@@ -40,11 +40,13 @@ class Sidecar:
         history: Tokens before them, in a decoding step: their keys and values were in the cache.
         model: `file`, `sha256`, `size_bytes`, `architecture` and `num_layers` of the model.
         backend, device, driver: What computed the tensors.
-        arithmetic: Precision of the arithmetic, a name in `aprcore.ground.precision.ARITHMETICS`.
+        arithmetic: What its engine rounds: a word for all of it, or words by operation; see
+            `aprcore.engines.arithmetic`.
         dtype: Type of the activations: "float32", "float16", "bfloat16".
         attention: The attention implementation.
         checked: What an oracle was checked for when it was captured: "logits and stages", that
             both are what the model computes, or "nothing".
+        settings: What an engine was run with: {"kv_type": "f16", "ubatch": 512}.
         versions: Versions of the software involved.
         created_utc: ISO 8601 time.
         stages: Shape and dtype of every tensor, by its path.
@@ -58,10 +60,11 @@ class Sidecar:
     backend: str | None = None
     device: str | None = None
     driver: str | None = None
-    arithmetic: str | None = None
+    arithmetic: str | Mapping[str, str] | None = None
     dtype: str | None = None
     attention: str | None = None
     checked: str | None = None
+    settings: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created_utc: str | None = None
     stages: Mapping[str, Mapping[str, Any]] | None = None
@@ -69,7 +72,8 @@ class Sidecar:
     def to_json(self) -> str:
         """The text of `_trace.json`."""
         data = {"schema": SIDECAR_SCHEMA, **asdict(self)}
-        for name in ("history", "checked"):  # a full pass has none; only oracles are checked
+        # A full pass has no history, only oracles are checked, only captures have settings.
+        for name in ("history", "checked", "settings"):
             if data[name] is None:
                 del data[name]
         return json.dumps(data, indent=1, allow_nan=False)

@@ -64,6 +64,26 @@ def _read(
     return layer, values
 
 
+def read_stage_part(path: Path | str, key: StageKey | None, start: int, stop: int) -> Float32:
+    """Values `start` to `stop` of one `.bin` file, flat.
+
+    Raises:
+        FormatError, TraceError: As `read_stage_file`.
+    """
+    return use_file(path, partial(_read_part, path, key, start, stop))
+
+
+def _read_part(
+    path: Path | str, key: StageKey | None, start: int, stop: int, descriptor: int, size: int
+) -> Float32:
+    _parse_header(os.read(descriptor, HEADER.size), size, path, key)
+    data = os.pread(descriptor, 4 * (stop - start), HEADER.size + 4 * start)
+    if len(data) != 4 * (stop - start):
+        raise TruncatedError("became shorter while it was read", where=path,
+                             hint="was it still being written?")  # fmt: skip
+    return np.frombuffer(data, dtype="<f4").copy()
+
+
 def use_file(path: Path | str, function: Callable[[int, int], Result]) -> Result:
     """What `function` makes of the descriptor of a regular file, and its size.
 

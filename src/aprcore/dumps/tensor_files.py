@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from aprcore.formats.storage import StoredTensor
 from aprcore.ground.archive import EXPANSION_LIMIT, HARMLESS_BYTES, Archive
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import AprError, FormatError, UnsupportedError
-from aprcore.ground.npy import NpyMember
+from aprcore.ground.npy import NpyArray
 from aprcore.ground.precision import BFLOAT16
 
 Float32 = NDArray[np.float32]
@@ -69,31 +70,47 @@ class StoredArray:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredIntegers:
+    """An array of integers in a file: ids, positions, masks.
+
+    Attributes:
+        shape: Its sizes.
+        read: All of it.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorFile:
-    """What one file holds.
+    """What one file, or a folder of files, holds.
 
     Attributes:
         arrays: Its floating-point tensors by name.
+        integers: Its arrays of integers by name.
         sidecar: What it says of itself: tokens, prompt, dtype, arithmetic, backend.
         ignored: Names of what is no floating-point tensor.
     """
 
     arrays: Mapping[str, StoredArray]
+    integers: Mapping[str, StoredIntegers]
     sidecar: Sidecar
     ignored: tuple[str, ...]
 
 
 def drop_batch(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without a leading axis of one; two axes are taken for tokens and a width."""
-    return shape[1:] if len(shape) > 2 and shape[0] == 1 else shape
+    """A shape without leading axes of one; two axes are taken for tokens and a width."""
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
-def make_sidecar(texts: Mapping[str, Any], tokens: Any, where: Path) -> Sidecar:
-    """What a file says of itself.
+def make_sidecar(texts: Mapping[str, Any], where: Path) -> Sidecar:
+    """What the texts in a file say of it.
 
     Args:
         texts: Strings by name, those of `TEXT_NAMES` and "tokens".
-        tokens: An array of ids, or None.
         where: The file, for errors.
 
     Raises:
@@ -101,12 +118,7 @@ def make_sidecar(texts: Mapping[str, Any], tokens: Any, where: Path) -> Sidecar:
     """
     ids: tuple[int, ...] | None = None
     text = next((texts[name] for name in TOKEN_NAMES if name in texts), None)
-    if tokens is not None:
-        flat = np.asarray(tokens).reshape(-1)
-        if flat.dtype.kind not in "iu" or flat.size == 0 or int(flat.min()) < 0:
-            raise FormatError("its token ids are not non-negative integers", where=where)
-        ids = tuple(int(token) for token in flat)
-    elif isinstance(text, str):
+    if isinstance(text, str):
         try:
             ids = parse_tokens(text)
         except AprError as error:
@@ -125,34 +137,36 @@ def read_safetensors_dump(path: Path) -> TensorFile:
     file, data_bytes, header = read_safetensors_header(path)
     texts = header.pop(METADATA_NAME, None)
     arrays: dict[str, StoredArray] = {}
-    ignored, tokens = [], None
+    integers: dict[str, StoredIntegers] = {}
+    ignored = []
     for name, entry in header.items():
         try:
             stored = read_entry(file, data_bytes, name, entry)
         except UnsupportedError:  # masks and indices have types that no weight has
             ignored.append(name)
             continue
-        if name in TOKEN_NAMES:
-            tokens = _read_integers(stored)
+        if stored.dtype in _INTEGER_TYPES and math.prod(stored.shape) <= TOKENS_LIMIT:
+            integers[name] = StoredIntegers(stored.shape, partial(_read_integers, stored))
+        elif name in TOKEN_NAMES:
+            raise FormatError(f"tensor {name!r} ({stored.dtype}) holds no token ids",
+                              where=path, hint="store them as int64")  # fmt: skip
         elif stored.dtype not in DTYPE_NAMES:
             ignored.append(name)
         else:
             shape = drop_batch(stored.shape)
             load = replace(stored, shape=shape).read
             arrays[name] = StoredArray(shape, DTYPE_NAMES[stored.dtype], load)
-    sidecar = make_sidecar(texts if isinstance(texts, dict) else {}, tokens, path)
-    return TensorFile(arrays, sidecar, tuple(ignored))
+    sidecar = make_sidecar(texts if isinstance(texts, dict) else {}, path)
+    return TensorFile(arrays, integers, sidecar, tuple(ignored))
 
 
-def _read_integers(stored: StoredTensor) -> NDArray[Any] | None:
-    kind = {"I64": "<i8", "I32": "<i4"}.get(stored.dtype)
-    count = math.prod(stored.shape)
-    if kind is None or count > TOKENS_LIMIT:
-        raise FormatError(f"tensor {stored.name!r} ({stored.dtype}) holds no token ids",
-                          where=stored.file.path, hint="store them as int64")  # fmt: skip
-    ids = np.empty(count, kind)
-    stored.file.read_into(stored.offset_bytes, ids)
-    return ids
+_INTEGER_TYPES = {"I64": "<i8", "I32": "<i4"}
+
+
+def _read_integers(stored: StoredTensor) -> NDArray[Any]:
+    values = np.empty(math.prod(stored.shape), _INTEGER_TYPES[stored.dtype])
+    stored.file.read_into(stored.offset_bytes, values)
+    return values.reshape(stored.shape)
 
 
 def read_npz_dump(path: Path) -> TensorFile:
@@ -164,44 +178,68 @@ def read_npz_dump(path: Path) -> TensorFile:
         FormatError: The file is malformed, or expands beyond reason.
     """
     archive = Archive(path, "is no readable .npz file", "dump it again")
-    arrays, ignored = {}, []
+    arrays: dict[str, StoredArray] = {}
+    integers: dict[str, StoredIntegers] = {}
+    ignored = []
     texts: dict[str, Any] = {}
-    tokens = None
     for member in archive.members:
         if not member.endswith(".npy"):
             continue
         name = member.removesuffix(".npy")
-        array = NpyMember.find(archive, member)
-        kind = None if array is None else _float_name(array.dtype)
-        if array is None:
-            ignored.append(name)
-        elif name in TOKEN_NAMES and array.dtype.kind in "iu" and array.count <= TOKENS_LIMIT:
-            tokens = array.read()
-        elif name in (*TOKEN_NAMES, *TEXT_NAMES) and array.dtype.kind in "US" and array.shape == ():
+        array = NpyArray.in_archive(archive, member)
+        is_text = array is not None and array.dtype.kind in "US" and array.shape == ()
+        stored = None if array is None else store_npy(array)
+        if array is not None and is_text and name in (*TOKEN_NAMES, *TEXT_NAMES):
             texts[name] = array.read_text()
-        elif kind is not None:
-            arrays[name] = StoredArray(drop_batch(array.shape), kind, _npy_loader(array))
+        elif isinstance(stored, StoredArray):
+            arrays[name] = stored
+        elif isinstance(stored, StoredIntegers):
+            integers[name] = stored
         else:
             ignored.append(name)
-    return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
-
-
-def _npy_loader(array: NpyMember) -> Callable[[int, int], Float32]:
-    def load(start: int, stop: int) -> Float32:
-        values = array.read()
-        if values.dtype.kind == "V":
-            values = values.view(BFLOAT16.dtype)
-        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
-            values = np.ascontiguousarray(values, dtype=np.float32)
-        return values.reshape(drop_batch(array.shape) or (1,))[start:stop]
-
-    return load
+    return TensorFile(arrays, integers, make_sidecar(texts, path), tuple(ignored))
 
 
 def _float_name(dtype: np.dtype[Any]) -> str | None:
     if dtype.kind == "f":
         return DTYPE_NAMES.get(dtype.newbyteorder("=").name)
     return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 and not dtype.names else None
+
+
+def _as_float32(array: NDArray[Any]) -> Float32:
+    """Rows of values, without a batch axis of one."""
+    if array.dtype.kind == "V":
+        array = array.view(BFLOAT16.dtype)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    return array.reshape(drop_batch(array.shape) or (1,))
+
+
+def read_npy_dump(path: Path) -> TensorFile:
+    """A .npy file: one array, without a name.
+
+    Raises:
+        FormatError: The file is malformed.
+    """
+    array = NpyArray.in_file(path)
+    stored = None if array is None else store_npy(array)
+    if isinstance(stored, StoredIntegers):
+        return TensorFile({}, {"": stored}, Sidecar(), ())
+    if stored is None:
+        return TensorFile({}, {}, Sidecar(), ("",))
+    return TensorFile({"": stored}, {}, Sidecar(), ())
+
+
+def store_npy(array: NpyArray) -> StoredArray | StoredIntegers | None:
+    """An array of a file as floating-point values or as integers; None of another type."""
+    if array.dtype.kind in "iu" and array.count <= TOKENS_LIMIT:
+        return StoredIntegers(array.shape, array.read)
+    kind = _float_name(array.dtype)
+    if kind is None:
+        return None
+    return StoredArray(
+        drop_batch(array.shape), kind, lambda start, stop: _as_float32(array.read())[start:stop]
+    )
 
 
 def read_torch_dump(path: Path) -> TensorFile:
@@ -216,19 +254,24 @@ def read_torch_dump(path: Path) -> TensorFile:
             hint="torch.load it, and torch.save it again",
         )  # fmt: skip
     archive, held = open_torch_file(path)
-    arrays, ignored = {}, []
+    arrays: dict[str, StoredArray] = {}
+    integers: dict[str, StoredIntegers] = {}
+    ignored = []
     texts: dict[str, Any] = {}
-    tokens: NDArray[Any] | None = None
     listed: list[int] = []
     size_bytes = 0
     for name, value in _flatten(held, path):
-        if name in TOKEN_NAMES and not isinstance(value, str | int | float):
-            tokens = _torch_tokens(archive, name, value)
+        stored = _store_torch(archive, value) if isinstance(value, TorchTensor) else None
+        if isinstance(stored, StoredIntegers):
+            integers[name] = stored
+        elif name in TOKEN_NAMES and not isinstance(value, str | int | float | None):
+            raise FormatError(f"{name!r} holds no token ids", where=path,
+                              hint="save them as a dense tensor of int64")  # fmt: skip
         elif name in (*TOKEN_NAMES, *TEXT_NAMES) and isinstance(value, str):
             texts[name] = value
-        elif isinstance(value, TorchTensor) and value.dtype in DTYPE_NAMES:
-            arrays[name] = _torch_array(archive, value)
-            size_bytes += 4 * math.prod(value.shape)
+        elif isinstance(stored, StoredArray):
+            arrays[name] = stored
+            size_bytes += 4 * math.prod(stored.shape)
             if size_bytes > max(HARMLESS_BYTES, EXPANSION_LIMIT * archive.size_bytes):
                 raise FormatError(
                     f"{name!r} repeats {value.storage_bytes} stored bytes as"
@@ -236,11 +279,12 @@ def read_torch_dump(path: Path) -> TensorFile:
                 )  # fmt: skip
         elif type(value) is int and name.rpartition(".")[0] in TOKEN_NAMES:
             listed.append(value)
-        else:
+        elif value is not None:  # the bias that a module of vLLM has not
             ignored.append(name)
-    if tokens is None and listed:
-        tokens = np.asarray(listed)
-    return TensorFile(arrays, make_sidecar(texts, tokens, path), tuple(ignored))
+    if listed:
+        ids = np.asarray(listed)
+        integers.setdefault(TOKEN_NAMES[0], StoredIntegers(ids.shape, lambda: ids))
+    return TensorFile(arrays, integers, make_sidecar(texts, path), tuple(ignored))
 
 
 def _is_old_torch_file(path: Path) -> bool:
@@ -278,30 +322,26 @@ def _flatten(held: Any, path: Path) -> Iterator[tuple[str, Any]]:
             opened.pop()
 
 
-def _torch_tokens(archive: Archive, name: str, value: Any) -> NDArray[Any]:
-    """The ids that a tensor holds.
-
-    Raises:
-        FormatError: It is none, or holds something else.
-    """
-    if not isinstance(value, TorchTensor) or math.prod(value.shape) > TOKENS_LIMIT:
-        raise FormatError(f"{name!r} holds no token ids", where=archive.path,
-                          hint="save them as a dense tensor of int64")  # fmt: skip
-    shape = value.shape or (1,)
-    dense = replace(value, shape=shape, strides=value.strides or (1,))
-    return dense.read(archive, 0, shape[0])
-
-
-def _torch_array(archive: Archive, tensor: TorchTensor) -> StoredArray:
+def _store_torch(archive: Archive, tensor: TorchTensor) -> StoredArray | StoredIntegers | None:
+    """A tensor as floating-point values or as integers; None of another type."""
+    if tensor.dtype in ("int64", "int32") and math.prod(tensor.shape) <= TOKENS_LIMIT:
+        return StoredIntegers(tensor.shape, lambda: _read_rows(archive, tensor, tensor.shape))
+    if tensor.dtype not in DTYPE_NAMES:
+        return None
     shape = drop_batch(tensor.shape)
-    strides = tensor.strides[len(tensor.shape) - len(shape) :]
-    rows = replace(tensor, shape=shape or (1,), strides=strides or (1,))
 
     def load(start: int, stop: int) -> Float32:
-        values = rows.read(archive, start, stop)
-        if values.dtype.kind == "V":
-            values = np.ascontiguousarray(values).view(BFLOAT16.dtype)
-        with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite
-            return np.ascontiguousarray(values, dtype=np.float32)
+        return _as_float32(_read_rows(archive, tensor, shape, start, stop))
 
     return StoredArray(shape, DTYPE_NAMES[tensor.dtype], load)
+
+
+def _read_rows(
+    archive: Archive, tensor: TorchTensor, shape: tuple[int, ...], start: int = 0,
+    stop: int | None = None,
+) -> NDArray[Any]:  # fmt: skip
+    """Rows of a tensor, `shape` being its own without leading axes of one."""
+    strides = tensor.strides[len(tensor.strides) - len(shape) :] if shape else ()
+    rows = replace(tensor, shape=shape or (1,), strides=strides or (1,))
+    found = rows.read(archive, start, rows.shape[0] if stop is None else stop)
+    return found if shape else found.reshape(())

@@ -111,7 +111,9 @@ class NumpyBackend:
         for head in range(num_heads):
             np.matmul(queries[head], keys[head // group], out=scores[head])
         scores *= np.float32(scale)
-        scores[:, ~mask.allowed(tokens, positions)] = 0
+        hidden = ~mask.allowed(tokens, positions)
+        for of_head in scores:  # one by one: over all heads numpy would list the places
+            of_head[hidden] = 0
         return scores
 
     def masked_softmax(self, scores: Float32, mask: Mask) -> Float32:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.engines.estimate import Estimate, Float64, Profile
 from aprcore.ground.precision import FLOAT32, FloatType
-from aprcore.network.weights import Weight
+from aprcore.network.weights import StoredWeight, Weight
+from aprcore.quant.roundings import Rounded, block_minima
+from aprcore.quant.steps import SHRINKAGE
 
 # Mean of 1/m^2 over mantissas m in [1, 2) of values spread evenly in log scale, 3/8 / ln 2: the
 # mean of (spacing / |w|)^2 is this times (2u)^2.
@@ -23,18 +26,25 @@ MEAN_SQUARED_SPACING = 0.375 / math.log(2)
 class PredictedProduct:
     """Rows of W times x for every stacked side, with the variance of each result."""
 
-    def __init__(self, x: Estimate, sides: list[tuple[slice, Profile]]) -> None:
+    def __init__(
+        self,
+        x: Estimate,
+        sides: list[tuple[slice, Profile]],
+        offsets: Sequence[Rounded | None] = (),
+    ) -> None:
+        """A product of x with weights of one kind.
+
+        Args:
+            x: The factor, [T, K], as each engine rounds it.
+            sides: The rows of every stacked side.
+            offsets: By side what `sum_offsets` gives, for weights whose blocks have a minimum.
+        """
+        self._offsets = offsets
         self._x = np.ascontiguousarray(x.value.T)  # (K, T)
         self._squares = np.ascontiguousarray(np.square(x.value).T, dtype=np.float32)
         self._carried = x.variance.T.astype(np.float32) if np.any(x.variance) else None
         self._sides = sides
         self._width = x.value.shape[1]
-        self._activations = {
-            number: (profile.arithmetic.activations, profile.arithmetic.activations
-                     .rounding_variance(x.value[rows]).T.astype(np.float32))
-            for number, (rows, profile) in enumerate(sides)
-            if profile.arithmetic.activations is not None
-        }  # fmt: skip
 
     def rows(
         self,
@@ -62,15 +72,22 @@ class PredictedProduct:
         value[:] = (wide.reshape(shape) @ self._x).T
         wander[:] = (squares @ self._squares).T
         more[:] = 0 if self._carried is None else (squares @ self._carried).T
-        for number, (rows, profile) in enumerate(self._sides):
+        if any(offsets is not None for offsets in self._offsets) and isinstance(
+            weight, StoredWeight
+        ):
+            minima = block_minima(weight.read_raw(start, stop), stop - start, weight.dtype).T
+            for (rows, _), offsets in zip(self._sides, self._offsets):
+                if offsets is not None:
+                    value[rows] += offsets.value @ minima
+                    more[rows] += offsets.variance @ np.square(minima)
+        for rows, profile in self._sides:
             if profile.weights_rounded and weight.dtype not in ("F32", "F64"):
                 more[rows] += self._stored_steps(weight, start, stop, rows)
+            if profile.weights_rounded and weight.dtype in SHRINKAGE:
+                more[rows] += np.square(SHRINKAGE[weight.dtype] * value[rows])
             stored, on_dump = profile.arithmetic.stored, profile.arithmetic.rounds_on_dump
             if stored.digits < FLOAT32.digits and not on_dump:
                 more[rows] += self._cast(narrow, wander[rows], rows, stored)
-            if number in self._activations:
-                blocks, rounding = self._activations[number]
-                more[rows] += (_block_sums(squares, blocks.block) @ rounding).T
 
     def _stored_steps(self, weight: Weight, start: int, stop: int, rows: slice) -> Float64:
         """sum_k x_k^2 d_jk^2 / 12 from the steps in the file; of float32 it is below any sum's."""

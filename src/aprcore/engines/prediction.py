@@ -23,12 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.estimate import Estimate, Float64, Profile
+from aprcore.engines.arithmetic import Arithmetic
+from aprcore.engines.estimate import (
+    BlockedEstimate,
+    Estimate,
+    Float64,
+    Profile,
+    is_blocked,
+)
 from aprcore.engines.predicted_product import PredictedProduct
 from aprcore.engines.reference import ReferenceBackend
 from aprcore.ground.parallel import available_threads, for_each, single_threaded_blas
@@ -37,6 +44,8 @@ from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
 from aprcore.network.weights import Weight, read_all, row_chunks
+from aprcore.quant.roundings import WITH_MINIMUM, RotatedRounding, Rounding, sum_offsets
+from aprcore.quant.steps import SHRINKAGE
 
 # Weights are judged in pieces of about this many float32 bytes. Their float64 copy and squares then
 # leave a core's own cache, but smaller pieces cost more in calls than that (measured: 192 KiB
@@ -48,6 +57,9 @@ PIECE_BYTES = 1024 * 1024
 CLIPPED_TAIL = 4.0
 # Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
 ANGLE_ROUNDINGS = 4
+# Rows of a weight, twice, that stand for all where the correlation of its results is measured.
+SAMPLED_ROWS = 64
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 class PredictionBackend:
@@ -65,6 +77,7 @@ class PredictionBackend:
         """One (number of rows, profile) per stacked side; None rows for a single side."""
         self._profiles = profiles
         self._threads = threads or available_threads()
+        # Factors are rounded here, where it is known how well they are known.
         self._exact = ReferenceBackend()
 
     def from_host(self, x: NDArray[np.floating[Any]]) -> Estimate:
@@ -92,9 +105,11 @@ class PredictionBackend:
         # The factor rounds once, by as much for every value: no mean over them is near a typical
         # rounding, so it is the one that the type gives. Then each product rounds.
         variance = factor**2 * x.variance + self._by_side(np.square(x.value), of_factor)
-        return Estimate(value, variance + self._stored(value), x.token_dof)
+        return replace(x, value=value, variance=variance + self._stored(value))
 
     def soft_cap(self, x: Estimate, cap: float) -> Estimate:
+        if isinstance(x, BlockedEstimate):
+            return self._by_block(x, lambda block, rows: self.soft_cap(block, cap))
         value = self._exact.soft_cap(x.value, cap)
         quotient, tanh = x.value / cap, value / cap
         slope = 1 - np.square(tanh)
@@ -106,7 +121,7 @@ class PredictionBackend:
         variance += self._sum_error(4 * np.square(value))
         if np.any(x.variance):
             variance += np.square(slope) * x.variance
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def rms_norm(self, x: Estimate, weight: Weight, eps: float, offset: float = 0.0) -> Estimate:
         value = self._exact.rms_norm(x.value, weight, eps, offset)
@@ -127,22 +142,32 @@ class PredictionBackend:
         if np.any(x.variance):
             spread = np.repeat(scale, size, axis=1).reshape(value.shape)
             variance += np.square(gain * spread) * x.variance
-        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else None)
+        dof = 1.0 if self._any_weights_rounded() else None
+        return Estimate(value, variance, dof, x.correlation)
 
     def linear(self, x: Estimate, weights: Sequence[Weight]) -> Estimate:
         rows, width = x.value.shape[0], sum(weight.shape[0] for weight in weights)
         # sum_k w^2 x^2 goes where the variance will be: what follows from it is added at the end.
         value, variance, more = (np.empty((rows, width)) for _ in range(3))
-        product = PredictedProduct(x, self._profiles_of(rows))
+        products: dict[tuple[object, ...], PredictedProduct] = {}
         jobs = []
         first = 0
         for weight in weights:
+            roundings = self._roundings(lambda a: a.rounding_of(weight))  # noqa: B023
+            kind = (*roundings, weight.dtype if weight.dtype in WITH_MINIMUM else "")
+            if kind not in products:
+                offsets = [
+                    sum_offsets(rounding, weight.dtype, x.value[part])
+                    for rounding, (part, _) in zip(roundings, self._profiles_of(rows))
+                ]
+                factor = self._factor(x, roundings)
+                products[kind] = PredictedProduct(factor, self._profiles_of(rows), offsets)
             pieces = row_chunks(weight, PIECE_BYTES)
-            jobs += [(weight, first, start, stop) for start, stop in pieces]
+            jobs += [(products[kind], weight, first, *piece) for piece in pieces]
             first += weight.shape[0]
 
-        def multiply(job: tuple[Weight, int, int, int]) -> None:
-            weight, first, start, stop = job
+        def multiply(job: tuple[PredictedProduct, Weight, int, int, int]) -> None:
+            product, weight, first, start, stop = job
             columns = slice(first + start, first + stop)
             product.rows(weight, start, stop, *(y[:, columns] for y in (value, variance, more)))
 
@@ -157,7 +182,12 @@ class PredictionBackend:
             for rows, profile in self._profiles_of(rows)
             if profile.rounds_weights
         ]
-        return Estimate(value, variance, min(dofs, default=None))
+        shared = 0.0 if x.is_exact else self._shared(x, weights, variance)
+        shrinkage = max(SHRINKAGE.get(weight.dtype, 0.0) for weight in weights)
+        if shrinkage and any(profile.weights_rounded for _, profile in self._profiles):
+            alike = np.square(shrinkage * value) / np.maximum(variance, _TINY)
+            shared = max(shared, float(np.mean(alike)) ** 2)
+        return Estimate(value, variance, min(dofs, default=None), shared)
 
     def add_bias(self, x: Estimate, biases: Sequence[Weight]) -> Estimate:
         value = self._exact.add_bias(x.value, biases)
@@ -170,13 +200,15 @@ class PredictionBackend:
         # the size of what they sum, which the product's typical size shows even where it cancels.
         size = np.mean(np.square(x.value), axis=1, keepdims=True) + np.square(bias)
         variance += self._sum_error(size * (x.value.shape[1] / 2 + 1))
-        return Estimate(value, variance, 1.0 if self._any_weights_rounded() else x.token_dof)
+        dof = 1.0 if self._any_weights_rounded() else x.token_dof
+        return Estimate(value, variance, dof, x.correlation)
 
     def columns(self, x: Estimate, start: int, stop: int) -> Estimate:
         return replace(x, value=x.value[:, start:stop], variance=x.variance[:, start:stop])
 
     def rows(self, x: Estimate, start: int, stop: int) -> Estimate:
-        return Estimate(x.value[start:stop], x.variance[start:stop])
+        return replace(x, value=x.value[start:stop], variance=x.variance[start:stop],
+                       token_dof=None)  # fmt: skip
 
     def append_rows(self, x: Estimate, y: Estimate) -> Estimate:
         return Estimate(
@@ -184,7 +216,10 @@ class PredictionBackend:
         )
 
     def rope(self, x: Estimate, positions: Int64, rope: Rope) -> Estimate:
-        value = self._exact.rope(x.value, positions, rope)
+        value = np.concatenate([
+            ReferenceBackend(profile.arithmetic).rope(x.value[rows], positions[rows], rope)
+            for rows, profile in self._profiles_of(x.value.shape[0])
+        ])  # fmt: skip
         half = rope.head_dim // 2
 
         def swapped(y: Float64) -> Float64:
@@ -201,52 +236,151 @@ class PredictionBackend:
         variance += self._rounded(energy) + self._stored(value)
         if np.any(x.variance):
             variance += (x.variance + swapped(x.variance)) / 2
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def attention_scores(
         self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
     ) -> Estimate:
-        exact = self._exact.attention_scores
-        value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         head_dim = q.value.shape[1] // num_heads
+        q = self._factor(q, self._roundings(lambda a: a.activation_rounding), head_dim)
+        k = self._factor(k, self._roundings(lambda a: a.cache_rounding), head_dim)
+        # The D errors of a query are in all of its scores, those of a key in those of all tokens.
+        by_head = [x.variance.reshape(x.variance.shape[0], -1, head_dim) for x in (q, k)]
+        token_dof = None if k.is_exact else _independent(by_head[1])
+        correlation = 0.0 if q.is_exact else max(1 / _independent(by_head[0]), q.correlation)
+        shape = num_heads, q.value.shape[0], k.value.shape[0]
+        if not self._is_in_blocks(shape):
+            made = self._scores(q, k, num_heads, num_kv_heads, scale, mask)
+            return Estimate(*made, token_dof, correlation)
+        group = num_heads // num_kv_heads
+
+        def make(head: int, rows: slice) -> tuple[Float64, Float64]:
+            of_head, of_group = (
+                slice(number * head_dim, (number + 1) * head_dim)
+                for number in (head, head // group)
+            )
+            queries = Estimate(q.value[rows, of_head], q.variance[rows, of_head])
+            keys = self.columns(k, of_group.start, of_group.stop)
+            its_mask = mask.before(shape[1] - rows.stop)
+            value, variance = self._scores(queries, keys, 1, 1, scale, its_mask)
+            return value[0], variance[0]
+
+        return BlockedEstimate(shape, make, token_dof=token_dof, correlation=correlation)
+
+    def _scores(
+        self, q: Estimate, k: Estimate, num_heads: int, num_kv_heads: int, scale: float, mask: Mask
+    ) -> tuple[Float64, Float64]:
+        """Value and variance of scores, [H, T, S]."""
+        exact, head_dim = self._exact.attention_scores, q.value.shape[1] // num_heads
 
         def squares(a: Float64, b: Float64) -> Float64:
             return exact(a, b, num_heads, num_kv_heads, scale**2, mask)
 
+        value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         wander = squares(np.square(q.value), np.square(k.value))
         variance = self._sum_error(wander * head_dim / 2 + np.square(value) * head_dim / 3)
         variance += 2 * self._stored(value)  # the product, then its scaling
         if np.any(q.variance) or np.any(k.variance):
             variance += squares(q.variance, np.square(k.value))
             variance += squares(np.square(q.value), k.variance)
-        return Estimate(value, variance)
+        return value, variance
 
     def masked_softmax(self, scores: Estimate, mask: Mask) -> Estimate:
+        if isinstance(scores, BlockedEstimate):
+            tokens = scores.shape[1]
+
+            def softmax(block: Estimate, rows: slice) -> Estimate:
+                alone = Estimate(block.value[None], block.variance[None])
+                made = self.masked_softmax(alone, mask.before(tokens - rows.stop))
+                return Estimate(made.value[0], made.variance[0])
+
+            return self._by_block(scores, softmax)
         value = self._exact.masked_softmax(scores.value, mask)
         seen = value > 0
         top = np.where(seen, scores.value, -np.inf).max(axis=2, keepdims=True)
         depth = np.where(seen, top - scores.value, 0.0)
         # The argument of exp is off by u (top - s); exp, the sum and the division by a few u.
         relative = np.square(depth) + 4 + value.shape[2] / 3
+        if any(profile.arithmetic.scales_late for _, profile in self._profiles):
+            relative = relative + np.square(scores.value)  # what it scales itself, it rounds itself
         variance = self._sum_error(np.square(value) * relative) + self._stored(value)
         # exp of what lies far below the maximum underflows to zero in float32.
         variance += np.where(seen, np.square(2.0**FLOAT32.min_exponent), 0.0)
         if np.any(scores.variance):
             pooled = (np.square(value) * scores.variance).sum(axis=2, keepdims=True)
             variance += np.square(value) * ((1 - 2 * value) * scores.variance + pooled)
-        return Estimate(value, variance)
+        return replace(scores, value=value, variance=variance)
 
     def weighted_values(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> Estimate:
-        exact = self._exact.weighted_values
-        value = exact(softmax.value, v.value, num_kv_heads)
-        positions = softmax.value.shape[2]
-        wander = exact(np.square(softmax.value), np.square(v.value), num_kv_heads)
+        v = self._factor(v, self._roundings(lambda a: a.cache_rounding),
+                         v.value.shape[1] // num_kv_heads)  # fmt: skip
+        roundings = self._roundings(lambda a: a.activation_rounding)
+        if isinstance(softmax, BlockedEstimate):
+            softmax = self._by_block(softmax, lambda x, rows: self._factor(x, roundings))
+            heads, _, positions = softmax.shape
+            sums = self._weighted_blocks(softmax, v, num_kv_heads)
+        else:
+            softmax = self._factor(softmax, roundings)
+            heads, _, positions = softmax.value.shape
+            sums = self._weighted(softmax, v, num_kv_heads)
+        value, wander, of_softmax, of_values = sums.parts
         variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
-        variance += self._stored(value)
-        if np.any(softmax.variance) or np.any(v.variance):
-            variance += exact(softmax.variance, np.square(v.value), num_kv_heads)
-            variance += exact(np.square(softmax.value), v.variance, num_kv_heads)
-        return Estimate(value, variance)
+        variance += self._stored(value) + self._turned_back(value)
+        correlation = 0.0
+        if np.any(of_softmax) or np.any(of_values):
+            shares = (float(np.mean(part / np.maximum(variance + of_softmax + of_values, _TINY)))
+                      for part in (of_softmax, of_values))  # fmt: skip
+            variance += of_softmax + of_values
+            correlation = self._shared_in_attention(
+                heads, sums.independent, softmax.correlation, v, num_kv_heads, *shares
+            )
+        return Estimate(value, variance, softmax.token_dof, correlation)
+
+    def _weighted(self, softmax: Estimate, v: Estimate, num_kv_heads: int) -> _WeightedSums:
+        """The sums over positions that the values of attention and their errors are made of."""
+        exact = self._exact.weighted_values
+        parts = [
+            exact(softmax.value, v.value, num_kv_heads),
+            exact(np.square(softmax.value), np.square(v.value), num_kv_heads),
+        ]
+        if softmax.is_exact and v.is_exact:
+            return _WeightedSums((*parts, *[np.zeros_like(parts[0])] * 2), 1.0)
+        parts.append(exact(softmax.variance, np.square(v.value), num_kv_heads))
+        parts.append(exact(np.square(softmax.value), v.variance, num_kv_heads))
+        return _WeightedSums(tuple(parts), _independent(softmax.variance))
+
+    def _weighted_blocks(
+        self, softmax: BlockedEstimate, v: Estimate, num_kv_heads: int
+    ) -> _WeightedSums:
+        """As `_weighted`, from one block after the other."""
+        heads, tokens, _ = softmax.shape
+        dim = v.value.shape[1] // num_kv_heads
+        parts = tuple(np.zeros((tokens, heads * dim)) for _ in range(4))
+        of_rows = _Independent()
+        for head, rows, block in softmax.blocks():
+            first = head // (heads // num_kv_heads) * dim
+            values = self.columns(v, first, first + dim)
+            alone = Estimate(block.value[None], block.variance[None])
+            found = self._weighted(alone, values, 1)
+            for part, made in zip(parts, found.parts):
+                part[rows, head * dim : (head + 1) * dim] = made
+            of_rows.add(block.variance)
+        return _WeightedSums(parts, of_rows.count)
+
+    def _is_in_blocks(self, shape: Sequence[int]) -> bool:
+        return len(self._profiles) == 1 and is_blocked(shape)
+
+    @staticmethod
+    def _by_block(
+        x: BlockedEstimate, function: Callable[[Estimate, slice], Estimate]
+    ) -> BlockedEstimate:
+        """What a function makes of every block; it is also given the block's rows."""
+
+        def make(head: int, rows: slice) -> tuple[Float64, Float64]:
+            made = function(x.block(head, rows), rows)
+            return made.value, made.variance
+
+        return BlockedEstimate(x.shape, make, token_dof=x.token_dof, correlation=x.correlation)
 
     def activation(self, x: Estimate, kind: str) -> Estimate:
         value = self._exact.activation(x.value, kind)
@@ -259,16 +393,72 @@ class PredictionBackend:
         variance += self._stored(value)
         if np.any(x.variance):
             variance += np.square(self._slope(x.value, kind)) * x.variance
-        return Estimate(value, variance, x.token_dof)
+        return replace(x, value=value, variance=variance)
 
     def add(self, x: Estimate, y: Estimate) -> Estimate:
         value = x.value + y.value
-        return Estimate(value, x.variance + y.variance + self._stored(value))
+        variance = x.variance + y.variance + self._stored(value)
+        return Estimate(value, variance, None, max(x.correlation, y.correlation))
 
     def multiply(self, x: Estimate, y: Estimate) -> Estimate:
         value = x.value * y.value
         carried = np.square(y.value) * x.variance + np.square(x.value) * y.variance
-        return Estimate(value, carried + self._stored(value))
+        correlation = max(x.correlation, y.correlation)
+        return Estimate(value, carried + self._stored(value), None, correlation)
+
+    def _shared(self, x: Estimate, weights: Sequence[Weight], variance: Float64) -> float:
+        """Mean squared correlation of a product's errors that its input's errors make.
+
+        With errors of variance v_k behind it, the covariance of outputs i and j is
+        sum_k w_ik w_jk v_k. Runs of rows of each weight stand for all of them.
+        """
+        found = 0.0
+        for rows, _ in self._profiles_of(x.value.shape[0]):
+            known = np.mean(x.variance[rows], axis=0)
+            if not np.any(known):
+                continue
+            first, parts, sizes = 0, [], []
+            for weight in weights:
+                count = min(SAMPLED_ROWS, weight.shape[0])
+                for start in {0, (weight.shape[0] - count) // 2}:
+                    parts.append(weight.read(start, start + count).reshape(count, -1))
+                    columns = slice(first + start, first + start + count)
+                    sizes.append(np.mean(variance[rows][:, columns], axis=0))
+                first += weight.shape[0]
+            scaled = np.concatenate(parts).astype(np.float64) * np.sqrt(known)
+            spread = np.sqrt(np.maximum(np.concatenate(sizes), _TINY))
+            squares = np.square((scaled @ scaled.T) / spread[:, None] / spread)
+            share = float(np.mean(np.sqrt(np.diagonal(squares))))
+            np.fill_diagonal(squares, 0)
+            count = len(spread)
+            pairs = float(squares.sum()) / max(1, count * (count - 1))
+            found = max(found, pairs, share**2 * x.correlation)
+        return found
+
+    @staticmethod
+    def _shared_in_attention(
+        heads: int, positions: float, correlation: float, v: Estimate, num_kv_heads: int,
+        of_softmax: float, of_values: float,
+    ) -> float:  # fmt: skip
+        """Mean squared correlation of the errors of attention's output.
+
+        The errors of a token's attention weights are in every dimension of the head, and those of a
+        value in every head of its group.
+
+        Args:
+            heads: Their number.
+            positions: How many errors of its weights a token's value has.
+            correlation: Of the weights.
+            v: The values.
+            num_kv_heads: How many heads share them.
+            of_softmax, of_values: What part of the errors' energy comes from each.
+        """
+        group, features = heads // num_kv_heads, v.value.shape[1] * heads // num_kv_heads
+        by_group = (group - 1) / max(1, features - 1)
+        return float(
+            of_softmax**2 * max(1 / positions, correlation)
+            + of_values**2 * max(by_group, v.correlation)
+        )
 
     def _slope(self, x: Float64, kind: str) -> Float64:
         """The activation's derivative, for carrying an error through it."""
@@ -287,6 +477,46 @@ class PredictionBackend:
             start += count
         assert start == rows, f"{rows} rows where the sides have {start}"
         return blocks
+
+    def _roundings(
+        self, of: Callable[[Arithmetic], Rounding | None]
+    ) -> tuple[Rounding | None, ...]:
+        """How each side's engine rounds a factor."""
+        return tuple(of(profile.arithmetic) for _, profile in self._profiles)
+
+    def _factor(
+        self, x: Estimate, roundings: tuple[Rounding | None, ...], width: int | None = None
+    ) -> Estimate:
+        """A factor as the engines round it, in rows of this width (its last axis by default)."""
+        if not any(roundings):
+            return x
+        value, variance = x.value.copy(), np.array(x.variance)
+        if len(self._profiles) == 1:
+            blocks = [slice(None)]
+        else:
+            blocks = [rows for rows, _ in self._profiles_of(x.value.shape[0])]
+        for rows, rounding in zip(blocks, roundings):
+            if rounding is None:
+                continue
+            shape = value[rows].shape
+            flat = (-1, width or shape[-1])
+            spread: Float64 | float = 0.0
+            if np.any(variance[rows]):
+                spread = np.sqrt(variance[rows]).reshape(flat)
+            found = rounding(value[rows].reshape(flat), spread)
+            value[rows] = found.value.reshape(shape)
+            variance[rows] += found.variance.reshape(shape)
+        return replace(x, value=value, variance=variance)
+
+    def _turned_back(self, value: Float64) -> Float64 | float:
+        """Variance of turning attention's output back, where values were turned for the cache."""
+        rounding = self._profiles[0][1].arithmetic.cache_rounding
+        if not isinstance(rounding, RotatedRounding):
+            return 0.0
+        size = rounding.size
+        groups = np.square(value).reshape(value.shape[0], -1, size)
+        energy = np.repeat(groups.mean(axis=2), size, axis=1)
+        return self._sum_error(energy * (size / 2 + 1))
 
     def _any_weights_rounded(self) -> bool:
         return any(profile.rounds_weights for _, profile in self._profiles)
@@ -341,6 +571,46 @@ def _steps(weight: Weight, start: int, stop: int) -> Float64:
     steps, group = weight.step_squares(start, stop)
     columns = int(np.prod(weight.shape[1:], dtype=np.int64))
     return np.repeat(steps.astype(np.float64), group, axis=1)[:, :columns]
+
+
+class _WeightedSums(NamedTuple):
+    """What attention's output is made of, each [T, H·D], summed over positions.
+
+    Attributes:
+        parts: Weights times values; squares times squares; the variance of the weights times
+            squared values; squared weights times the variance of the values.
+        independent: How many errors a row of the weights has.
+    """
+
+    parts: tuple[Float64, ...]
+    independent: float
+
+
+class _Independent:
+    """How many errors a row of the last axis has, of those rows that have most of the error.
+
+    (sum v)^2 / sum v^2: a few numbers near a tie may be all that is uncertain.
+    """
+
+    def __init__(self) -> None:
+        self._totals = self._squares = 0.0
+
+    def add(self, variance: Float64) -> None:
+        """Take more rows into account."""
+        self._totals += float(np.square(variance.sum(axis=-1)).sum())
+        self._squares += float(np.square(variance).sum())
+
+    @property
+    def count(self) -> float:
+        """How many, at least 1."""
+        return max(1.0, self._totals / max(self._squares, _TINY))
+
+
+def _independent(variance: Float64) -> float:
+    """As `_Independent`, of rows that are at hand."""
+    rows = _Independent()
+    rows.add(variance)
+    return rows.count
 
 
 def _independent_rows(x: Float64) -> float:

@@ -194,8 +194,8 @@ def convert(
             slip = nearest(f"{within}{unknown[1]}", known)
             hint = f"did you mean {slip}? There are {', '.join(known)}"
         raise error(what, where=where, hint=hint) from fault
-    except (UnicodeEncodeError, RecursionError) as fault:
-        what = f"{prefix.rstrip('.: ') or 'the whole'} has a value beyond all limits ({fault})"
+    except RecursionError as fault:
+        what = f"{prefix.rstrip('.: ') or 'the whole'} nests too deeply"
         raise error(what, where=where, hint=hint) from fault
 
 

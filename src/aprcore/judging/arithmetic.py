@@ -1,97 +1,370 @@
-"""Which arithmetic explains a dump: f32, f64, half precision, or activations rounded to 8 bits.
+"""Which arithmetic explains a dump: what its engine rounds, found operation by operation.
 
-An engine that rounds its activations to Q8_K before every product looks wrong everywhere when it is
-judged as float32. So the stages of one layer are replayed under
-each arithmetic, and the one that explains most of them is taken; of equals the least noisy.
-An engine that computes in float64 and rounds on dump shows where values are added: float32 would
-round their sum alone.
+Most stages of most dumps are sound. So each operation is replayed in several layers under one
+arithmetic after the other, the finest first, and the finest that explains most of its sites is what
+the engine is then held to everywhere. A site that needs a coarser one is a finding.
+
+What an engine rounds on its way into a product can be reproduced, and explains an output exactly or
+not at all. A type that results are rounded to shows in the values themselves: where they are not
+all numbers of that type, nothing is explained by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS, FLOAT32, Arithmetic, arithmetic_of_dtype
+from aprcore.engines.arithmetic import (
+    GGML,
+    PARTS,
+    RESULTS,
+    Arithmetic,
+    EngineArithmetic,
+    cached_in,
+    engine_arithmetic,
+    group,
+)
+from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FLOAT_TYPES, FloatType
+from aprcore.judging.arithmetic_choices import (
+    Choice,
+    Leeway,
+    choices,
+    leeway_of,
+    variants,
+    with_results,
+)
 from aprcore.judging.layouts import alternatives, layout_of
 from aprcore.judging.noise import assess
 from aprcore.judging.replay import Floats, RecordedSide
-from aprcore.network.graph import Graph
 from aprcore.network.stages import StageKey
-from aprcore.network.weights import Weight
+
+# Layers looked at, evenly spread: enough for a majority that one wrong layer does not change.
+LAYERS = 8
+LAYERS_OF_PRODUCTS = 3  # whose weights cost the most to read
+PASSES = 2
 
 
-def detect_arithmetic(
-    graph: Graph,
-    weights: Mapping[str, Weight],
-    tokens: Sequence[int] | None,
-    num_tokens: int,
+class Inferred(NamedTuple):
+    """What was found of an operation.
+
+    Attributes:
+        part: The operation, as in `EngineArithmetic.parts`.
+        arithmetic: What explains it, or None where nothing explains most of its sites.
+        explained, judged: Sites that it explains, of those that were replayed.
+    """
+
+    part: str
+    arithmetic: Arithmetic | None
+    explained: int
+    judged: int
+
+
+def infer_arithmetic(
+    side: RecordedSide,
     keys: Iterable[StageKey],
-    read: Callable[[StageKey], Floats | None],
+    stated: Mapping[str, str],
     dtype: str | None = None,
-) -> tuple[Arithmetic, int, int]:
-    """Find the arithmetic of an engine's dump.
+) -> tuple[EngineArithmetic, list[Inferred]]:
+    """Find what an engine computes in.
 
     Args:
-        graph, weights: The model that the engine ran.
-        tokens: Token ids, if known.
-        num_tokens: T.
-        keys: Stages that the dump holds; those of its first complete layer are replayed.
-        read: Fetches a tensor of the dump in canonical layout.
+        side: The dump, with any arithmetic.
+        keys: The stages that it holds.
+        stated: What is said of it (`engine_arithmetic`); that is taken as it is.
         dtype: The type of the dump's values, if it says so.
 
     Returns:
-        The arithmetic, how many stages it explains, and how many were replayed.
+        The arithmetic, and what was found of each operation that nothing was said of.
     """
-    stages = _one_layer(graph, keys)
-    # An engine of the dump's own type is the likelier one, and lets less pass than one that only
-    # dumps in it, whose every recorded input is off.
-    own = arithmetic_of_dtype(dtype)
-    is_coarse = own.stored.digits < FLOAT32.digits
-    likely = sorted(ARITHMETICS.values(), key=lambda a: is_coarse and a is not own)
-    candidates = [arithmetic.dumped_as(dtype) for arithmetic in likely]
-    best = (candidates[0], -1, 0)
-    for arithmetic in candidates:
-        side = RecordedSide(
-            graph, weights, tokens, num_tokens, Profile(arithmetic, weights_rounded=False),
-            read=read,
-        )  # fmt: skip
-        outcomes = [explained for key in stages if (explained := _explained(side, key)) is not None]
-        if sum(outcomes) > best[1]:
-            best = (arithmetic, sum(outcomes), len(outcomes))
-        if best[1] == best[2] > 0:
-            break  # nothing explains more than all of them
-    return best
+    said = engine_arithmetic(stated)
+    leeway = leeway_of(stated)
+    sites = _sites(side, keys)
+    if "all" in stated:
+        said = said.dumped_as(dtype)
+        return _refined(side, sites, said, said, leeway), []
+    told = engine_arithmetic({k: word for k, word in stated.items() if k in PARTS})
+    engine, found = _infer(side, sites, told, leeway, None)
+    # An engine that computes in a finer type than its dump has did not compute with what it
+    # recorded: sums of recorded values show it, whatever else is settled without.
+    for dumped in _storages(side, sites, dtype):
+        open_sites = {x.part: sites[x.part] for x in found if x.arithmetic is None}
+        if not open_sites:
+            break
+        _, outcomes = _infer(side, open_sites, told, leeway, dumped)
+        if not _settled(outcomes):
+            continue  # what is open stays open: a fault, say
+        other, outcomes = _infer(side, sites, told, leeway, dumped)
+        if _settled(outcomes) > _settled(found):
+            engine, found = other, outcomes
+    parts = _for_other_types(found) | dict(engine.parts)
+    for name in (x.part for x in found if x.arithmetic is None):
+        like = _like(name, parts) or said.parts.get(name)
+        if like is not None:
+            parts[name] = with_results(like, engine.common)
+    return _refined(side, sites, replace(engine, parts=parts), told, leeway), found
 
 
-def _one_layer(graph: Graph, keys: Iterable[StageKey]) -> list[StageKey]:
-    """The stages of the layer of which most are recorded, the first of equals; all have inputs."""
-    layers: dict[int, list[StageKey]] = {}
+def _refined(
+    side: RecordedSide,
+    sites: Mapping[str, Sequence[StageKey]],
+    engine: EngineArithmetic,
+    said: EngineArithmetic,
+    leeway: Leeway,
+) -> EngineArithmetic:
+    """An engine of which something was said, with that chosen which the words leave open."""
+    for part, keys in sites.items():
+        stated = said.parts.get(part.partition(".")[0])
+        if stated is None:
+            continue
+        judged = [key for key in keys if _is_judged(side, key)]
+        open_choices = list(variants(side, part, judged, stated, leeway))
+        if open_choices:
+            _, engine = _choose(side.with_engine(engine), part, judged, open_choices)
+    return engine
+
+
+def _settled(found: Sequence[Inferred]) -> int:
+    return sum(x.arithmetic is not None for x in found)
+
+
+def _storages(
+    side: RecordedSide, sites: Mapping[str, Sequence[StageKey]], dtype: str | None
+) -> list[Arithmetic]:
+    """Results that may have been rounded when they were dumped: of float64, or to a half type."""
+    every = [key for keys in sites.values() for key in keys]
+    halves = [RESULTS["f32"].dumped_as(kind.name) for kind in _types(side, every, dtype)]
+    return [RESULTS["f64"], *halves]
+
+
+def _infer(
+    side: RecordedSide,
+    sites: Mapping[str, Sequence[StageKey]],
+    said: EngineArithmetic,
+    leeway: Leeway,
+    dumped: Arithmetic | None,
+) -> tuple[EngineArithmetic, list[Inferred]]:
+    """Settle every operation of which nothing was said.
+
+    Args:
+        side, sites: The dump, and the stages to replay by operation.
+        said: What was said.
+        leeway: What is known of the others all the same.
+        dumped: How results were rounded on dump, if they were.
+    """
+    engine = said
+    if dumped is not None:
+        parts = {name: with_results(part, dumped) for name, part in said.parts.items()}
+        engine = EngineArithmetic(dumped, parts)
+    outcomes: dict[str, Inferred] = {}
+    for _ in range(PASSES):
+        # A stage whose inputs had to be recomputed tells nothing before their makers are settled.
+        waiting = [part for part in sites if part.partition(".")[0] not in said.parts
+                   and (part not in outcomes or outcomes[part].arithmetic is None)]  # fmt: skip
+        for part in sorted(waiting, key=lambda p: _is_span(side, sites[p])):
+            tried = side.with_engine(engine)
+            judged = [key for key in sites[part] if _is_judged(side, key)]
+            results = _results(_types(side, judged)) if dumped is None else [dumped]
+            offered = choices(tried, part, judged, results, leeway)
+            outcomes[part], engine = _choose(tried, part, judged, offered)
+    found = [outcomes[part] for part in sites if part in outcomes]
+    common = _common(found) if dumped is None else dumped
+    return replace(engine, common=common), found
+
+
+def _sites(side: RecordedSide, keys: Iterable[StageKey]) -> dict[str, list[StageKey]]:
+    """The stages to replay, by operation, in the order of computation."""
+    held: dict[str, dict[int | None, list[StageKey]]] = {}
     for key in keys:
-        if key.layer is not None and graph.inputs(key):
-            layers.setdefault(key.layer, []).append(key)
-    return max(layers.values(), key=len, default=[])
+        operation = side.graph.operation(key) if key in side.graph else None
+        if operation is not None and operation.role:
+            name = group(operation, side.weight_types(key))
+            held.setdefault(name, {}).setdefault(key.layer, []).append(key)
+    order = {key: number for number, key in enumerate(side.graph.keys)}
+    chosen = {}
+    for name, layers in held.items():
+        count = LAYERS_OF_PRODUCTS if name.startswith(("linear", "head")) else LAYERS
+        numbers = sorted(layers, key=lambda n: -1 if n is None else n)
+        spread = np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int))
+        chosen[name] = [key for i in spread.tolist() for key in layers[numbers[i]]]
+    return dict(sorted(chosen.items(), key=lambda item: order[item[1][0]]))
 
 
-def _explained(side: RecordedSide, key: StageKey) -> bool | None:
-    """Whether rounding explains a stage, in any layout; None where that cannot be judged."""
-    observed = side.tensor(key)
-    expected = side.expect(key)
-    if observed is None or expected is None or not np.isfinite(observed).all():
-        return None
-    if not np.isfinite(expected.estimate.value).all():
+def _for_other_types(found: Sequence[Inferred]) -> dict[str, Arithmetic]:
+    """What products compute in whose weights are of a type that no replayed stage has."""
+    settled = [x.arithmetic for x in found if x.part.startswith("linear.") and x.arithmetic]
+    most = max(settled, key=settled.count, default=None)
+    return {} if most is None else {"linear": most, "head": most}
+
+
+def _like(name: str, parts: Mapping[str, Arithmetic]) -> Arithmetic | None:
+    """What an operation is held to that nothing explains: what its like compute in.
+
+    Products by weights of one type round alike, and keys are cached as values are.
+    """
+    kind, _, types = name.partition(".")
+    match kind:
+        case "linear" | "head":
+            return parts.get(f"{'head' if kind == 'linear' else 'linear'}.{types}")
+        case "scores" | "values":
+            other = parts.get("values" if kind == "scores" else "scores")
+            if other is not None and other.cached:
+                plain = cached_in(other.cached)[kind == "values"]
+                beside = plain.activations if other.activations else ""
+                return with_results(replace(plain, activations=beside), other)
+    return None
+
+
+def _choose(
+    side: RecordedSide, part: str, judged: Sequence[StageKey], offered: Iterable[Choice]
+) -> tuple[Inferred, EngineArithmetic]:
+    """The first choice that explains most of the stages, or one as fine that explains more."""
+    best: tuple[int, int] = (0, 0)  # sites explained, and at which rank
+    chosen: Choice | None = None
+    readings: dict[StageKey, str] = {}
+    for choice in offered:
+        if chosen is not None and choice.rank > best[1]:
+            break  # what is finer explains most
+        engine = side.engine
+        for name, arithmetic in choice.parts.items():
+            engine = engine.with_part(name, arithmetic)
+        tried = side.with_engine(engine)
+        found: dict[StageKey, str] = {}
+        for number, key in enumerate(judged):
+            reading = _reading(tried, key)
+            if reading is not None:
+                found[key] = reading
+            left = len(judged) - number - 1
+            if len(found) + left <= max(best[0], len(judged) // 2):
+                break  # it can no longer be the best
+        if len(found) > len(judged) / 2 and len(found) > best[0]:
+            best, chosen, readings = (len(found), choice.rank), choice, found
+        if len(found) == len(judged):
+            break
+    if chosen is None:
+        return Inferred(part, None, 0, len(judged)), side.engine
+    _reorder(side, readings)
+    engine = side.engine
+    for name, arithmetic in chosen.parts.items():
+        engine = engine.with_part(name, arithmetic)
+    return Inferred(part, next(iter(chosen.parts.values())), best[0], len(judged)), engine
+
+
+def _is_span(side: RecordedSide, keys: Sequence[StageKey]) -> bool:
+    """Whether most stages are judged together with others, whose results are not recorded."""
+    spans = [any(side.tensor(x) is None for x in side.graph.inputs(key)) for key in keys]
+    return sum(spans) > len(spans) / 2
+
+
+def _results(types: Sequence[FloatType]) -> list[Arithmetic]:
+    """Types of results that the values allow."""
+    names = {FLOAT16: "f16", BFLOAT16: "bf16"}
+    return [RESULTS["f32"], *(RESULTS[names[kind]] for kind in types)]
+
+
+def _types(
+    side: RecordedSide, judged: Sequence[StageKey], dtype: str | None = None
+) -> list[FloatType]:
+    """The half types that hold every value of most of the stages."""
+    found = []
+    for kind in (FLOAT16, BFLOAT16):
+        tensors = (side.tensor(key) for key in judged)
+        held = [kind.holds(x) for x in tensors if x is not None]
+        if sum(held) > len(held) / 2:
+            found.append(kind)
+    stated = FLOAT_TYPES.get(dtype or "")
+    return sorted(found, key=lambda kind: kind is not stated)
+
+
+def _is_judged(side: RecordedSide, key: StageKey) -> bool:
+    """Whether a stage can be replayed at all."""
+    observed, inputs = side.tensor(key), side.inputs(key)
+    return observed is not None and inputs is not None and bool(np.isfinite(observed).all())
+
+
+def _reading(side: RecordedSide, key: StageKey) -> str | None:
+    """In which layout rounding explains a stage: "" for the canonical one, None for none."""
+    observed, expected = side.tensor(key), side.expect(key)
+    if observed is None or expected is None or not expected.estimate.is_finite():
         return None
     flat = observed.reshape(-1)
-    if flat.size != expected.estimate.value.size:
+    if flat.size != expected.estimate.size:
         return None
     layout = layout_of(key, side.sizes(), flat.size)
     if assess(flat, expected.estimate, layout).explained:
-        return True
-    return any(
-        assess(other, expected.estimate, layout).explained
-        for _, other in alternatives(
-            side.graph.operation(key), flat, layout, num_kv_heads=side.sizes()["K"]
-        )
-    )
+        return ""
+    for name, other in _layouts(side, key, flat):
+        if assess(other, expected.estimate, layout).explained:
+            return name
+    return None
+
+
+def _layouts(side: RecordedSide, key: StageKey, flat: Floats) -> Iterator[tuple[str, Floats]]:
+    layout = layout_of(key, side.sizes(), flat.size)
+    operation = side.graph.operation(key)
+    return alternatives(operation, flat, layout, num_kv_heads=side.sizes()["K"])
+
+
+def _reorder(side: RecordedSide, readings: Mapping[StageKey, str]) -> None:
+    """Put stages into canonical layout, in every layer, that most of their sites have another of.
+
+    An engine's layouts are its conventions; what reads these stages is replayed on them.
+    """
+    names: dict[str, list[str]] = {}
+    for key, name in readings.items():
+        names.setdefault(key.stage, []).append(name)
+    for stage, found in names.items():
+        most = max(found, key=found.count)
+        if most:
+            side.layouts[stage] = most
+        for key in side.graph.keys if most else ():
+            observed = side.tensor(key) if key.stage == stage else None
+            if observed is None:
+                continue
+            for name, other in _layouts(side, key, observed.reshape(-1)):
+                if name == most:
+                    side.record(key, other.reshape(observed.shape))
+                    side.reorder_past(key, most)
+
+
+def _common(found: Sequence[Inferred]) -> Arithmetic:
+    """What holds for operations that were not settled: the type of most results that were."""
+    stored = [x.arithmetic.stored for x in found if x.arithmetic is not None]
+    most = max(stored, key=stored.count, default=FLOAT32)
+    return next(x for x in RESULTS.values() if x.stored is most)
+
+
+def describe_inference(engine: EngineArithmetic, found: Sequence[Inferred]) -> str:
+    """What was found, in a sentence: what is common, then where operations differ."""
+    explained, judged = sum(x.explained for x in found), sum(x.judged for x in found)
+    differing: dict[str, list[str]] = {}
+    for part, arithmetic in engine.parts.items():
+        text = _differs(arithmetic, engine.common)
+        if text:
+            differing.setdefault(text, []).append(part)
+    words = [engine.common.name]
+    words += [f"{' and '.join(parts)} with {text}" for text, parts in differing.items()]
+    return f"{', '.join(words)} explains {explained} of {judged} stages replayed"
+
+
+def _differs(arithmetic: Arithmetic, common: Arithmetic) -> str:
+    """What an operation does otherwise than most."""
+    words = []
+    if (arithmetic.stored, arithmetic.rounds_on_dump) != (common.stored, common.rounds_on_dump):
+        words.append(f"{arithmetic.stored.name} results")
+    if arithmetic.accumulated.digits < common.accumulated.digits:
+        words.append(f"sums in {arithmetic.accumulated.name}")
+    if arithmetic.activations == GGML:
+        words.append("activations rounded as ggml does")
+    elif arithmetic.activations and arithmetic.activations != arithmetic.cached:
+        words.append(f"activations in {arithmetic.activations.partition(':')[0]}")
+    if arithmetic.cached:
+        also = " and what it meets" if arithmetic.activations == arithmetic.cached else ""
+        words.append(f"the cache{also} in {arithmetic.cached}")
+    if arithmetic.iterates_angles:
+        words.append("each angle from the one before in float32")
+    if arithmetic.scales_late:
+        words.append("the scale applied inside")
+    return " and ".join(words)

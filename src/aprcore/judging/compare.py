@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,29 +173,45 @@ def may_be_permuted(a: Floats, b: Floats, found: Comparison, bound: float) -> bo
     return float(in_order_a @ in_order_a) <= (most**2) * float(in_order_b @ in_order_b)
 
 
+def count_finite(x: Floats) -> int:
+    """How many values are neither NaN nor infinite."""
+    flat = x.reshape(-1)
+    return sum(int(np.count_nonzero(np.isfinite(piece))) for piece in _pieces(flat))
+
+
 def describe(x: Floats) -> Statistics:
     """Statistics of one tensor, accumulated in float64."""
-    x = x.reshape(-1)
-    values = x.astype(np.float64)
-    finite = np.isfinite(values)
-    nans = int(np.count_nonzero(np.isnan(values)))
-    infinities = int(x.size - np.count_nonzero(finite)) - nans
-    if nans or infinities:
-        values = values[finite]
-    if values.size == 0:
+    flat = x.reshape(-1)
+    nans = sum(int(np.count_nonzero(np.isnan(piece))) for piece in _pieces(flat))
+    infinities = x.size - count_finite(x) - nans
+    count = x.size - nans - infinities
+    if count == 0:
         nan = math.nan
         return Statistics(x.size, nan, nan, nan, nan, nan, 0, nans, infinities)
+
+    def finite() -> Iterator[Float64]:
+        for piece in _pieces(flat):
+            values = piece.astype(np.float64)
+            values = values[np.isfinite(values)] if nans or infinities else values
+            if values.size:
+                yield values
+
+    mean = math.fsum(float(values.sum()) for values in finite()) / count
     return Statistics(
         count=x.size,
-        mean=float(values.mean()),
-        std=float(values.std()),
-        minimum=float(values.min()),
-        maximum=float(values.max()),
-        rms=math.sqrt(float(values @ values) / values.size),
-        zeros=int(np.count_nonzero(values == 0)),
+        mean=mean,
+        std=math.sqrt(math.fsum(float(np.square(v - mean).sum()) for v in finite()) / count),
+        minimum=min(float(values.min()) for values in finite()),
+        maximum=max(float(values.max()) for values in finite()),
+        rms=math.sqrt(math.fsum(float(values @ values) for values in finite()) / count),
+        zeros=sum(int(np.count_nonzero(values == 0)) for values in finite()),
         nans=nans,
         infinities=infinities,
     )
+
+
+def _pieces(flat: Floats) -> Iterator[Floats]:
+    return (flat[start : start + CHUNK_VALUES] for start in range(0, flat.size, CHUNK_VALUES))
 
 
 @dataclass(slots=True)

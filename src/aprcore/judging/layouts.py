@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.network.graph import known_stages
+from aprcore.network.graph import Graph, known_stages
 from aprcore.network.operations import AddBias, Linear, Operation, Rotate, Scores
 from aprcore.network.stages import StageKey, axis_names, resolve_factors, resolve_shape
 
@@ -40,18 +40,61 @@ class Layout(NamedTuple):
 
 
 def layout_of(key: StageKey, sizes: Mapping[str, int], count: int) -> Layout:
-    """The layout of a stage's tensor of `count` values.
+    """The layout of a stage's tensor of `count` values: every token, or one row of the last.
 
     Falls back to one flat axis when the sizes are not known or do not fit.
     """
     shape = known_stages()[key.stage].shape
-    try:
-        resolved = resolve_shape(shape, sizes)
-    except KeyError:
-        return Layout((count,), (count,), ("index",))
-    if math.prod(resolved) != count:
-        return Layout((count,), (count,), ("index",))
-    return Layout(resolved, resolve_factors(shape, sizes), axis_names(shape))
+    for known in (sizes, {**sizes, "T": 1} if is_by_token(shape) else sizes):
+        try:
+            resolved = resolve_shape(shape, known)
+        except KeyError:
+            break
+        if math.prod(resolved) == count:
+            return Layout(resolved, resolve_factors(shape, known), axis_names(shape))
+    return Layout((count,), (count,), ("index",))
+
+
+def is_by_token(shape: str) -> bool:
+    """Whether a symbolic shape is a row for each token."""
+    return axis_names(shape)[0] == "token"
+
+
+def last_rows(
+    graph: Graph, counts: Mapping[StageKey, int], sizes: Mapping[str, int]
+) -> frozenset[StageKey]:
+    """The tensors of a dump that hold the last token's row only, and can be judged so.
+
+    Behind the last layer's attention, that is: everything that is made of them works row by row,
+    and none of it has every row.
+    """
+    if sizes.get("T", 1) < 2:
+        return frozenset()
+    rows = {
+        key: layout.shape[0]
+        for key, count in counts.items()
+        if (layout := layout_of(key, sizes, count)).axes[0] == "token"
+    }
+
+    found: dict[StageKey, bool] = {}
+
+    def is_last(key: StageKey) -> bool:
+        if key not in found:
+            operation = graph.operation(key)
+            by_row = operation is not None and operation.row_wise
+            found[key] = (by_row and not isinstance(operation, Rotate) and rows.get(key, 1) == 1
+                          and all(map(is_last, graph.readers(key))))  # fmt: skip
+        return found[key]
+
+    return frozenset(key for key, count in rows.items() if count == 1 and is_last(key))
+
+
+def is_readable(graph: Graph, key: StageKey, layout: Layout, sizes: Mapping[str, int]) -> bool:
+    """Whether stages that read a tensor find the rows that they expect of their side."""
+    if layout.axes == ("index",):
+        return False
+    is_whole = layout.axes[0] != "token" or layout.shape[0] == sizes.get("T")
+    return is_whole or graph.stage(key).last_token
 
 
 def infer_sizes(
@@ -105,7 +148,7 @@ def is_masked(operation: Operation | None) -> bool:
 def zero_masked(operation: Operation | None, x: Floats, layout: Layout) -> Floats:
     """`x` with what no judgment may look at set to zero.
 
-    Returns `x` itself for stages without such values.
+    Returns `x` itself for stages without such values, and where they are zero already.
 
     Args:
         operation: What makes the tensor: its mask says what nobody reads.
@@ -114,8 +157,29 @@ def zero_masked(operation: Operation | None, x: Floats, layout: Layout) -> Float
     """
     if not isinstance(operation, Scores) or len(layout.factors) != 3:
         return x
-    allowed = operation.mask.allowed(*layout.factors[1:])
-    return np.where(allowed, x.reshape(layout.factors), np.zeros(1, dtype=x.dtype)).reshape(-1)
+    hidden = ~operation.mask.allowed(*layout.factors[1:])
+    by_head = x.reshape(layout.factors)
+    if not any(np.any(of_head[hidden]) for of_head in by_head):
+        return x
+    zeroed = by_head.copy()
+    for of_head in zeroed:
+        of_head[hidden] = 0
+    return zeroed.reshape(-1)
+
+
+def hidden_rows(
+    operation: Operation | None, rows: slice, tokens: int, positions: int
+) -> NDArray[np.bool_] | None:
+    """What `zero_masked` sets to zero in rows of a head, [rows, S]; None for nothing."""
+    if not isinstance(operation, Scores):
+        return None
+    mask = operation.mask.before(tokens - rows.stop)
+    return ~mask.allowed(rows.stop - rows.start, positions)
+
+
+# How an engine that rotates dimension 2i with 2i + 1 keeps q and k, before and after.
+PAIRS = "adjacent pairs within each head"
+PAIRS_OF_JOINED = "adjacent pairs within each head of q and k"
 
 
 def alternatives(
@@ -164,7 +228,7 @@ def _column_orders(
 ) -> Iterator[tuple[str, Int64]]:
     """Where each canonical column lies in dumps of q, k and v with columns in another order."""
     if isinstance(operation, Rotate) and dim % 2 == 0:
-        yield "adjacent pairs within each head", _adjacent_pairs(heads, dim)
+        yield PAIRS, _adjacent_pairs(heads, dim)
     if not is_joined(operation) or is_oracle:
         return
     counts = range(1, heads // 3 + 1) if num_kv_heads is None else (num_kv_heads,)
@@ -175,7 +239,7 @@ def _column_orders(
         if dim % 2 == 0:
             columns = np.arange(heads * dim)
             columns[: rotated * dim] = _adjacent_pairs(rotated, dim)
-            yield "adjacent pairs within each head of q and k", columns
+            yield PAIRS_OF_JOINED, columns
         for name, order in interleavings(heads - 2 * kv, kv, dim):
             yield name, np.argsort(order)
 

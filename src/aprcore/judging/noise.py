@@ -11,15 +11,15 @@ The constants of this module are calibrated in docs/noise-floor.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.estimate import Estimate
+from aprcore.engines.estimate import BlockedEstimate, Estimate
 from aprcore.judging.layouts import Layout
 
 Float64 = NDArray[np.float64]
@@ -97,56 +97,184 @@ def assess(observed: NDArray[np.floating[Any]], expected: Estimate, layout: Layo
         expected: The estimate, of as many values.
         layout: Names the axes.
     """
-    shape = layout.factors
+    if isinstance(expected, BlockedEstimate) and len(layout.factors) == 3:
+        blocks = AssessedBlocks(observed, expected, layout)
+        for _ in blocks.pieces():
+            pass
+        return blocks.assessment()
+    shape, expected = layout.factors, expected.whole()
     error = np.square(np.asarray(observed, dtype=np.float64).reshape(shape)
                       - expected.value.reshape(shape))  # fmt: skip
-    predicted = expected.variance.reshape(shape)
     reference = float(np.square(expected.value).sum())
-    if error.size:
-        # A value that is exactly zero has no rounding of its own (a masked score, a dead row), yet
-        # the terms it sums may not cancel to the last bit.
-        predicted = predicted + SMALLEST_ENERGY * reference / error.size * 1e-6
+    predicted = expected.variance.reshape(shape) + _own_rounding(reference, error.size)
     token_dof = _independent_tokens(expected.value.reshape(shape), layout)
-    if expected.token_dof is not None:
-        token_dof = min(token_dof, expected.token_dof)
-    whole = float(error.sum())
-    floor = math.sqrt(float(predicted.sum()) / reference) if reference > 0 else 0.0
-    worst = TensorPart("whole tensor", 0.0, float(allowed_ratio(1.0)))
-    for part in _parts(error, predicted, layout, token_dof):
-        if part.ratio * worst.factor > worst.ratio * part.factor:
-            worst = part
-    total = float(predicted.sum())
-    return Assessment(_ratio(whole, total), floor, worst)
+    sums = {}
+    for kept in _kinds(layout):
+        summed = tuple(axis for axis in range(len(shape)) if axis not in kept)
+        sums[kept] = _Sums(error, predicted)
+        if summed:
+            squares = np.square(predicted).sum(axis=summed)
+            sums[kept] = _Sums(error.sum(axis=summed), predicted.sum(axis=summed), squares)
+    return _assessment(sums, layout, expected, reference, token_dof)
 
 
-def _parts(
-    error: Float64, predicted: Float64, layout: Layout, token_dof: float
-) -> Iterator[TensorPart]:
-    """The worst part of every kind: the whole, then by each axis and pair of axes, then values."""
-    axes = layout.axes
+class AssessedBlocks:
+    """As `assess`, of an estimate that is made block by block, and in two passes over its blocks.
+
+    Attributes:
+        is_finite: Whether all expected values are.
+    """
+
+    def __init__(
+        self, observed: NDArray[np.floating[Any]], expected: BlockedEstimate, layout: Layout
+    ) -> None:
+        """Take the first pass: how large the values are, and which tokens are alike.
+
+        Args:
+            observed: Finite values, any shape.
+            expected: The estimate, of as many values.
+            layout: Names the axes: head, token, position.
+        """
+        self._observed = observed.reshape(expected.shape)
+        self._expected = expected
+        self._layout = layout
+        heads, tokens, positions = expected.shape
+        seen, energy = np.zeros((tokens, PROJECTIONS)), np.zeros(tokens)
+        directions = _directions(heads * positions).reshape(heads, positions, PROJECTIONS)
+        self.is_finite = True
+        for head, rows, block in expected.blocks():
+            self.is_finite = self.is_finite and bool(np.isfinite(block.value).all())
+            if self.is_finite:
+                seen[rows] += block.value @ directions[head]
+                energy[rows] += np.square(block.value).sum(axis=1)
+        self._reference = float(energy.sum())
+        self._token_dof = _groups(seen, energy)
+        shape = expected.shape
+        self._sums = {
+            kept: _Sums(*(np.zeros([shape[axis] for axis in kept]) for _ in range(3)))
+            for kept in _kinds(layout)
+            if len(kept) < len(shape)
+        }
+        self._worst = TensorPart("", 0.0, 1.0)
+
+    def pieces(self) -> Iterator[tuple[NDArray[np.floating[Any]], Float64]]:
+        """Take the second pass, and hand out observed and expected values in order."""
+        own = _own_rounding(self._reference, self._expected.size)
+        values = "".join(f"{name} {{}}, " for name in self._layout.axes).removesuffix(", ")
+        for head, rows, block in self._expected.blocks():
+            observed = self._observed[head, rows]
+            error = np.square(observed - block.value)
+            predicted = block.variance + own
+            self._add(head, rows, error, predicted)
+            ratio = _ratios(error, predicted)
+            flat = int(np.argmax(ratio))
+            if ratio.reshape(-1)[flat] > self._worst.ratio or not self._worst.name:
+                row, position = divmod(flat, ratio.shape[1])
+                name = values.format(head, rows.start + row, position)
+                factor = float(allowed_ratio(1.0))
+                self._worst = TensorPart(name, float(ratio.reshape(-1)[flat]), factor)
+            yield observed.reshape(-1), block.value.reshape(-1)
+
+    def assessment(self) -> Assessment:
+        """What both passes have found."""
+        return _assessment(
+            self._sums, self._layout, self._expected, self._reference, self._token_dof,
+            self._worst,
+        )  # fmt: skip
+
+    def _add(self, head: int, rows: slice, error: Float64, predicted: Float64) -> None:
+        squares = np.square(predicted)
+        for kept, sums in self._sums.items():
+            place = tuple((head, rows, slice(None))[axis] for axis in kept)
+            summed = tuple(axis - 1 for axis in (1, 2) if axis not in kept)
+            for total, part in zip(sums, (error, predicted, squares)):
+                assert total is not None
+                total[place] += part.sum(axis=summed)
+
+
+class _Sums(NamedTuple):
+    """Errors of the parts of one kind, measured and predicted.
+
+    Attributes:
+        measured, predicted: Their energy.
+        squares: The sum of the squares of what is summed in `predicted`; None of single values.
+    """
+
+    measured: Float64
+    predicted: Float64
+    squares: Float64 | None = None
+
+
+def _own_rounding(reference: float, size: int) -> float:
+    """The least error of a value that is exactly zero (a masked score, a dead row).
+
+    It has no rounding of its own, yet the terms it sums may not cancel to the last bit.
+    """
+    return SMALLEST_ENERGY * reference / size * 1e-6 if size else 0.0
+
+
+def _kinds(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """The axes of each kind of part: of the whole none, then each, pairs of them, and values."""
+    axes, shape = layout.axes, layout.factors
     kinds: list[tuple[int, ...]] = [()]
-    kinds += [(axis,) for axis in range(len(axes)) if error.shape[axis] > 1]
+    kinds += [(axis,) for axis in range(len(axes)) if shape[axis] > 1]
     if axes == ("token", "head", "dim"):
         kinds += [(1, 2), (0, 1)]  # an output row; a head of one token
     if len(axes) > 1:
         kinds.append(tuple(range(len(axes))))
+    return tuple(dict.fromkeys(kinds))
+
+
+def _assessment(
+    sums: Mapping[tuple[int, ...], _Sums], layout: Layout, expected: Estimate, reference: float,
+    token_dof: float, value: TensorPart | None = None,
+) -> Assessment:  # fmt: skip
+    """The parts of every kind against what a sound part may reach.
+
+    Args:
+        sums: The parts of each kind, by its axes.
+        layout: Names the axes.
+        expected: The estimate.
+        reference: Energy of the expected values.
+        token_dof: Over how many independent errors a sum over tokens averages, by the values.
+        value: The worst of the single values, where they are not among the sums.
+    """
+    if expected.token_dof is not None:
+        token_dof = min(token_dof, expected.token_dof)
+    measured, total = float(sums[()].measured), float(sums[()].predicted)
+    floor = math.sqrt(total / reference) if reference > 0 else 0.0
+    worst = TensorPart("whole tensor", 0.0, float(allowed_ratio(1.0)))
+    parts = [
+        _worst_part(kept, each, layout, token_dof, expected.correlation)
+        for kept, each in sums.items()
+        if expected.size
+    ]
+    for part in (*parts, *([] if value is None else [value])):
+        if part.ratio * worst.factor > worst.ratio * part.factor:
+            worst = part
+    return Assessment(_ratio(measured, total), floor, worst)
+
+
+def _worst_part(
+    kept: tuple[int, ...], sums: _Sums, layout: Layout, token_dof: float, correlation: float
+) -> TensorPart:
+    axes, shape = layout.axes, layout.factors
+    summed = tuple(axis for axis in range(len(axes)) if axis not in kept)
+    dof = _degrees(sums)
     token = axes.index("token") if "token" in axes else None
-    for kept in dict.fromkeys(kinds):
-        if error.size == 0:
-            return
-        summed = tuple(axis for axis in range(len(axes)) if axis not in kept)
-        measured = error.sum(axis=summed) if summed else error
-        expected = predicted.sum(axis=summed) if summed else predicted
-        dof = _degrees(predicted, expected, summed)
-        if token in summed:
-            # Errors repeat from token to token where the inputs look alike.
-            dof = dof * min(1.0, token_dof / error.shape[token])
-        ratio = _ratios(measured, expected)
-        factor = np.broadcast_to(allowed_ratio(dof), ratio.shape)
-        flat = int(np.argmax(ratio if dof.size == 1 else ratio / factor))
-        position = np.unravel_index(flat, ratio.shape) if kept else ()
-        name = ", ".join(f"{axes[a]} {int(i)}" for a, i in zip(kept, position)) or "whole tensor"
-        yield TensorPart(name, float(ratio.reshape(-1)[flat]), float(factor.reshape(-1)[flat]))
+    if token in summed:
+        # Errors repeat from token to token where the inputs look alike.
+        dof = dof * min(1.0, token_dof / shape[token])
+    # Of n errors with this mean squared correlation, as many are independent as
+    # (tr C)^2 / |C|^2 of their covariance C.
+    values = math.prod(shape[axis] for axis in summed if axis != token)
+    dof = np.maximum(1.0, dof / (1 + (values - 1) * correlation))
+    ratio = _ratios(sums.measured, sums.predicted)
+    factor = np.broadcast_to(allowed_ratio(dof), ratio.shape)
+    flat = int(np.argmax(ratio if dof.size == 1 else ratio / factor))
+    position = np.unravel_index(flat, ratio.shape) if kept else ()
+    name = ", ".join(f"{axes[a]} {int(i)}" for a, i in zip(kept, position)) or "whole tensor"
+    return TensorPart(name, float(ratio.reshape(-1)[flat]), float(factor.reshape(-1)[flat]))
 
 
 def _independent_tokens(value: Float64, layout: Layout) -> float:
@@ -161,14 +289,18 @@ def _independent_tokens(value: Float64, layout: Layout) -> float:
         return 1.0
     rows = np.moveaxis(value, layout.axes.index("token"), 0)
     rows = rows.reshape(len(rows), -1)
-    seen = rows @ _directions(rows.shape[1])
+    return _groups(rows @ _directions(rows.shape[1]), np.square(rows).sum(axis=1))
+
+
+def _groups(seen: Float64, energy: Float64) -> float:
+    """(sum n)^2 / sum n^2 of groups of tokens, from the projections and squared sizes of each."""
     order = np.lexsort(seen.T)
-    limit = ALIKE * np.sqrt(np.square(rows[order]).sum(axis=1, keepdims=True))
+    limit = ALIKE * np.sqrt(energy[order][:, None])
     steps = np.abs(np.diff(seen[order], axis=0))
     # Tokens that are all zero tell nothing of what they were made of.
     begins = np.flatnonzero(np.any(steps > limit[1:], axis=1) | (limit[1:, 0] == 0)) + 1
-    sizes = np.diff(np.concatenate([[0], begins, [len(rows)]]))
-    return len(rows) ** 2 / float(np.square(sizes).sum())
+    sizes = np.diff(np.concatenate([[0], begins, [len(seen)]]))
+    return len(seen) ** 2 / float(np.square(sizes).sum())
 
 
 @lru_cache(maxsize=8)
@@ -176,13 +308,12 @@ def _directions(size: int) -> Float64:
     return np.random.default_rng(0).standard_normal((size, PROJECTIONS))
 
 
-def _degrees(predicted: Float64, sums: Float64, summed: tuple[int, ...]) -> Float64:
+def _degrees(sums: _Sums) -> Float64:
     """How many errors of one size a sum of unequal ones is worth: (sum v)^2 / sum v^2."""
-    if not summed:
+    if sums.squares is None:
         return np.ones(())
-    squares = np.square(predicted).sum(axis=summed)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(squares > 0, np.square(sums) / squares, 1.0)
+        return np.where(sums.squares > 0, np.square(sums.predicted) / sums.squares, 1.0)
 
 
 def _ratios(measured: Float64, predicted: Float64) -> Float64:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import EXACT
 from aprcore.engines.estimate import Profile
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.ground.errors import WeightError
-from aprcore.ground.precision import EXACT
 from aprcore.judging.replay import RecordedSide, run_stage
 from aprcore.judging.verdict import FLOAT_TYPES, HALF_TYPES
 from aprcore.network.operations import HEAD

@@ -11,16 +11,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.estimate import Estimate, Profile
+from aprcore.engines.arithmetic import EngineArithmetic
+from aprcore.engines.estimate import BlockedEstimate, Estimate, Profile, is_blocked
 from aprcore.engines.prediction import PredictionBackend
-from aprcore.judging.compare import compare
-from aprcore.judging.layouts import Layout
-from aprcore.judging.noise import allowed_ratio, assess
+from aprcore.judging.compare import compare, compare_pieces, count_finite
+from aprcore.judging.layouts import Layout, alternatives, layout_of
+from aprcore.judging.noise import AssessedBlocks, allowed_ratio, assess
 from aprcore.judging.verdict import Judgment
 from aprcore.network.backend import KeyValueCache, Site
 from aprcore.network.graph import Graph
@@ -30,6 +31,18 @@ from aprcore.network.weights import Weight
 Floats = NDArray[np.floating[Any]]
 Int64 = NDArray[np.int64]
 Read = Callable[[StageKey], "Floats | None"]
+
+
+class Rows(NamedTuple):
+    """A tensor of [H, T, S] values that is too large to be kept.
+
+    Attributes:
+        shape: H, T and S.
+        read: Rows of a head, [rows, S].
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, slice], Floats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,9 @@ class RecordedSide:
     """The tensors of one side, each kept until no later stage can read it.
 
     Attributes:
-        profile: What the side's engine rounds.
+        engine: What the side's engine computes in.
+        weights_rounded: As in `Profile`.
+        layouts: By stage another layout than the canonical one that the engine was found to have.
         graph: The stages of the model, with those that only this side recorded.
     """
 
@@ -62,9 +77,12 @@ class RecordedSide:
         weights: Mapping[str, Weight],
         tokens: Sequence[int] | None,
         num_tokens: int,
-        profile: Profile,
+        engine: EngineArithmetic,
         *,
+        weights_rounded: bool = False,
         read: Read | None = None,
+        read_unmasked: Read | None = None,
+        read_rows: Callable[[StageKey], Rows | None] | None = None,
         past: KeyValueCache | None = None,
     ) -> None:
         """Start with no tensor recorded.
@@ -73,11 +91,15 @@ class RecordedSide:
             graph, weights: The model whose operations are replayed.
             tokens: Token ids; without them the embedding cannot be replayed.
             num_tokens: T.
-            profile: What the side's engine rounds.
+            engine: What the side's engine computes in.
+            weights_rounded: As in `Profile`.
             read: Fetches a tensor that was not put in by `record`, or None where there is none.
+            read_unmasked: The same with what a mask hides as it was dumped.
+            read_rows: Fetches rows of one that is too large to be kept; None of any other.
             past: Keys and values before a decoding step, on the host; None for a full pass.
         """
-        self.profile = profile
+        self.engine = engine
+        self.weights_rounded = weights_rounded
         self.graph = graph
         self._weights = weights
         self._tokens = None if tokens is None else np.asarray(tokens, dtype=np.int64)
@@ -85,13 +107,26 @@ class RecordedSide:
         self._num_past = 0 if past is None else past.num_positions
         self._positions = np.arange(self._num_past, self._num_past + num_tokens)
         self._read = read
+        self._read_unmasked = read_unmasked
+        self._read_rows = read_rows
         self._recorded: dict[StageKey, Floats | None] = {}
         self._replayed: dict[StageKey, Expectation | None] = {}
         self._layer: int | None = -1
+        self.layouts: dict[str, str] = {}
 
-    def record(self, key: StageKey, tensor: Floats) -> None:
-        """Add a tensor in canonical layout; later stages may read it."""
-        self._recorded[key] = tensor
+    def record(self, key: StageKey, tensor: Floats, *, is_as_dumped: bool = False) -> None:
+        """Add a tensor in canonical layout; later stages may read it.
+
+        Args:
+            key: Which.
+            tensor: Its values.
+            is_as_dumped: Whether its dump holds the same: a large one is then read there again.
+        """
+        if not (is_as_dumped and self._rows(key) is not None):
+            self._recorded[key] = tensor
+
+    def _rows(self, key: StageKey) -> Rows | None:
+        return None if self._read_rows is None else self._read_rows(key)
 
     def enter(self, key: StageKey) -> None:
         """Forget what neither this stage nor a later one reads: earlier layers but their output."""
@@ -104,6 +139,21 @@ class RecordedSide:
         for held in (self._recorded, self._replayed):
             for old in [k for k in held if k.layer not in kept and k not in inputs]:
                 del held[old]
+
+    def profile(self, key: StageKey) -> Profile:
+        """What the engine rounds in a stage."""
+        operation = self.graph.operation(key)
+        types = () if operation is None else self.weight_types(key)
+        return Profile(self.engine.of(operation, types), self.weights_rounded)
+
+    def weight_types(self, key: StageKey) -> tuple[str, ...]:
+        """The stored types of the weights that a stage uses."""
+        operation = self.graph.operation(key)
+        if operation is None:
+            return ()
+        site = self.site(key)
+        found = (site.find(use.name) for use in operation.weights)
+        return tuple(sorted({weight.dtype for weight in found if weight is not None}))
 
     def recorded_keys(self) -> tuple[StageKey, ...]:
         """The tensors that are held at present."""
@@ -132,6 +182,36 @@ class RecordedSide:
             return self._recorded[key]
         return None if self._read is None else self._read(key)
 
+    @property
+    def past(self) -> KeyValueCache | None:
+        """Keys and values before a decoding step."""
+        return None if self._past is None else self._past.converted(lambda x: x.value)
+
+    def reorder_past(self, key: StageKey, name: str) -> None:
+        """Read cached keys in another layout, that which an engine's keys were found to have."""
+        held = None if self._past is None else self._past.held.get((key.layer, "k"))
+        operation = self.graph.operation(key)
+        if self._past is None or held is None or getattr(operation, "part", "") != "k":
+            return
+        sizes = self.graph.config.sizes(self._num_past)
+        flat = held.value.reshape(-1)
+        layout = layout_of(key, sizes, flat.size)
+        for found, rows in alternatives(operation, flat, layout, num_kv_heads=sizes["K"]):
+            if found == name:
+                value = rows.reshape(held.value.shape)
+                self._past.held[key.layer, "k"] = Estimate(value, held.variance)
+
+    def unmasked(self, key: StageKey) -> Floats | None:
+        """A recorded tensor with what a mask hides, where the dump shows it."""
+        return None if self._read_unmasked is None else self._read_unmasked(key)
+
+    def with_engine(self, engine: EngineArithmetic) -> RecordedSide:
+        """A copy of another arithmetic; what was recomputed is forgotten."""
+        other = copy(self)
+        other.engine = engine
+        other._replayed = {}
+        return other
+
     def with_tensor(self, key: StageKey, tensor: Floats) -> RecordedSide:
         """A copy that holds another tensor of one stage; what was recomputed is forgotten."""
         other = copy(self)
@@ -154,22 +234,41 @@ class RecordedSide:
         return found
 
     def _input(self, key: StageKey, layer: int | None) -> Expectation | None:
-        recorded = self.tensor(key)
+        rows = None if key in self._recorded else self._rows(key)
+        recorded = self.tensor(key) if rows is None else None
+        if recorded is not None and is_blocked(recorded.shape):
+            rows = Rows(recorded.shape, lambda head, rows: recorded[head, rows])
+        if rows is not None:
+            blocks = self._in_blocks(key, rows)
+            return Expectation(blocks, (key,)) if blocks.is_finite() else None
         if recorded is not None:
             if not np.isfinite(recorded).all():
                 return None
             value = np.asarray(recorded, dtype=np.float64)
-            return Expectation(Estimate(value, self._lost_on_dump(value)), (key,))
+            return Expectation(Estimate(value, self._lost_on_dump(key, value)), (key,))
         if key not in self._replayed:
             self._replayed[key] = self._recompute(key, layer)
         return self._replayed[key]
 
-    def _lost_on_dump(self, value: Floats) -> NDArray[np.float64]:
+    def _in_blocks(self, key: StageKey, recorded: Rows) -> BlockedEstimate:
+        """A large recorded tensor, in float64 a block at a time."""
+
+        def make(head: int, rows: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            value = np.asarray(recorded.read(head, rows), dtype=np.float64)
+            return value, self._lost_on_dump(key, value)
+
+        heads, tokens, positions = recorded.shape
+        is_exact = not self.profile(key).arithmetic.rounds_on_dump
+        return BlockedEstimate((heads, tokens, positions), make, is_exact=is_exact)
+
+    def _lost_on_dump(self, key: StageKey, value: Floats) -> NDArray[np.float64]:
         """The variance of a recorded tensor about what the engine computed with."""
-        arithmetic = self.profile.arithmetic
-        if arithmetic.rounds_on_dump:
-            return arithmetic.stored.rounding_variance(value)
-        return np.broadcast_to(0.0, value.shape)
+        arithmetic = self.profile(key).arithmetic
+        if not arithmetic.rounds_on_dump:
+            return np.broadcast_to(0.0, value.shape)
+        # What was recorded as zero may have been anything below half of the smallest number.
+        step = np.maximum(arithmetic.stored.spacing(value), arithmetic.stored.smallest)
+        return np.square(step) / 12
 
     def _recompute(self, key: StageKey, layer: int | None) -> Expectation | None:
         """A tensor that was not recorded, from its ancestors within one layer."""
@@ -179,9 +278,9 @@ class RecordedSide:
         inputs = self.inputs(key)
         if inputs is None:
             return None
-        backend = PredictionBackend([(None, self.profile)])
+        backend = PredictionBackend([(None, self.profile(key))])
         estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
-        if estimate is None or not np.isfinite(estimate.value).all():
+        if estimate is None or not estimate.is_finite():
             return None
         return Expectation(estimate, _starts(inputs), (*_recomputed(inputs), key))
 
@@ -190,13 +289,13 @@ class RecordedSide:
         inputs = self.inputs(key)
         if inputs is None:
             return None
-        backend = PredictionBackend([(None, self.profile)])
+        backend = PredictionBackend([(None, self.profile(key))])
         estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
         return None if estimate is None else self.expectation(key, inputs, estimate)
 
     def expect_from(self, key: StageKey, inputs: Sequence[Floats]) -> Expectation | None:
         """As `expect`, with these tensors for inputs."""
-        backend = PredictionBackend([(None, self.profile)])
+        backend = PredictionBackend([(None, self.profile(key))])
         values = [np.asarray(x, dtype=np.float64) for x in inputs]
         exact = [Estimate(x, np.broadcast_to(0.0, x.shape)) for x in values]
         estimate = run_stage(backend, self.site(key), self.graph, key, exact)
@@ -231,6 +330,12 @@ def run_stage(
         return None
     if any(use.needed and site.find(use.name) is None for use in operation.weights):
         return None
+    past = site.cache
+    if (
+        operation.cached and past is not None and past.num_positions
+        and (site.layer, operation.cached) not in past.held
+    ):  # fmt: skip
+        return None  # what lies before a decoding step is not known
     if graph.stage(key).last_token:
         inputs = [backend.rows(x, x.value.shape[0] - 1, x.value.shape[0]) for x in inputs]
     result: Estimate = operation(backend, site, *inputs)
@@ -255,13 +360,15 @@ def expect_both(
     last = trace.graph.stage(key).last_token
     stacked = [_stack(a.estimate, b.estimate, last) for a, b in zip(traced, captured)]
     rows = stacked[0].value.shape[0] // 2
-    backend = PredictionBackend([(rows, trace.profile), (rows, oracle.profile)])
+    profiles = trace.profile(key), oracle.profile(key)
+    backend = PredictionBackend([(rows, profile) for profile in profiles])
     site = trace.site(key)
     site = Site(site.config, site.tokens, np.tile(site.positions, 2), site.layer, site.weights)
     both: Estimate = operation(backend, site, *stacked)
-    dof = both.token_dof if trace.profile.rounds_weights else None
-    first = Estimate(both.value[:rows], both.variance[:rows], dof)
-    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof)
+    dof = both.token_dof if profiles[0].rounds_weights else None
+    shared = both.correlation
+    first = Estimate(both.value[:rows], both.variance[:rows], dof, shared)
+    second = Estimate(both.value[rows:], both.variance[rows:], both.token_dof, shared)
     return (
         trace.expectation(key, traced, first),
         oracle.expectation(key, captured, second),
@@ -273,16 +380,26 @@ def _stack(a: Estimate, b: Estimate, last_token: bool) -> Estimate:
     value = np.concatenate([a.value[rows], b.value[rows]])
     if not (np.any(a.variance) or np.any(b.variance)):
         return Estimate(value, np.broadcast_to(0.0, value.shape))
-    return Estimate(value, np.concatenate([a.variance[rows], b.variance[rows]]))
+    variance = np.concatenate([a.variance[rows], b.variance[rows]])
+    return Estimate(value, variance, None, max(a.correlation, b.correlation))
 
 
 def make_judgment(x: Floats, expected: Expectation, layout: Layout) -> Judgment | None:
     """A tensor against what its side's own inputs say it should be; None if that is not finite."""
     estimate = expected.estimate
-    if not np.isfinite(estimate.value).all() or not np.isfinite(x).all():
+    if count_finite(x) < x.size:
         return None
-    found = compare(x, estimate.value)
-    assessment = assess(x, estimate, layout)
+    if isinstance(estimate, BlockedEstimate) and len(layout.factors) == 3:
+        blocks = AssessedBlocks(x, estimate, layout)
+        if not blocks.is_finite:
+            return None
+        found = compare_pieces(blocks.pieces())
+        assessment = blocks.assessment()
+    else:
+        if not estimate.is_finite():
+            return None
+        found = compare(x, estimate.value)
+        assessment = assess(x, estimate, layout)
     bound = assessment.floor * math.sqrt(float(allowed_ratio(float(max(1, x.size)))))
     return Judgment(
         found.relative_l2, found.cosine, bound, assessment, expected.span, expected.recomputed

@@ -26,6 +26,7 @@ class Verdict(Enum):
     INHERITED = "INHERITED"
     LAYOUT = "LAYOUT"
     MISSING = "MISSING"
+    UNJUDGED = "UNJUDGED"
     FAIL = "FAIL"
     NONFINITE = "NONFINITE"
     SHAPE = "SHAPE"
@@ -143,7 +144,8 @@ def decide(found: Evidence) -> tuple[Verdict | None, str]:
     """The verdict and one sentence that says why; None when there is nothing to judge by.
 
     The first that holds: NONFINITE, LAYOUT, FAIL by kernel, FAIL by model, PASS, NOISE,
-    INHERITED. SHAPE and MISSING are settled before there is any evidence.
+    INHERITED. SHAPE and MISSING are settled before there is any evidence, and what should have been
+    judged and cannot be becomes UNJUDGED.
     """
     comparison = found.comparison
     nonfinite = _nonfinite(found)

@@ -72,6 +72,13 @@ class Model:
         """The stages of its pass."""
         return Graph(self.config)
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that sequences of a batch are filled up with, as far as the metadata says it."""
+        names = ("pad_token_id", "tokenizer.pad_token_id", "tokenizer.ggml.padding_token_id")
+        found = next((self.metadata[name] for name in names if name in self.metadata), None)
+        return found if type(found) is int else None
+
     @cached_property
     def tokenizer_data(self) -> TokenizerData | None:
         """The vocabulary that comes with the model, if any.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 
 from aprcore.ground.errors import PlanError
@@ -48,13 +49,18 @@ class Graph:
     """
 
     def __init__(
-        self, config: ModelConfig, also: Collection[str] = (), layers: Collection[int] | None = None
+        self,
+        config: ModelConfig,
+        also: Collection[str] = (),
+        last_rows: Collection[StageKey] = (),
+        layers: Collection[int] | None = None,
     ) -> None:
         """Resolve a configuration.
 
         Args:
             config: The configuration; its architecture says what there is.
             also: Conditional stages that are there whether the model has them or not.
+            last_rows: Tensors of which there is the last token's row only.
             layers: The layers that are there; None for all.
         """
         self.config = config
@@ -64,6 +70,7 @@ class Graph:
             inside if layers is None else sorted(layer for layer in layers if layer in inside)
         )
         self._also = frozenset(also)
+        self._last_rows = frozenset(last_rows)
         self._architecture = find_architecture(config.architecture)
         self._layers: dict[int | None, Mapping[str, Row]] = {}
         builder = Builder(config, None, also=self._also)
@@ -73,13 +80,25 @@ class Graph:
     def including(self, names: Iterable[str]) -> Graph:
         """The same with conditional stages that someone recorded: an oracle's bias, say."""
         more = self._also | set(names)
-        return self if more == self._also else Graph(self.config, more, self.layers)
+        if more == self._also:
+            return self
+        return Graph(self.config, more, self._last_rows, self.layers)
+
+    def with_last_rows(self, keys: Iterable[StageKey]) -> Graph:
+        """The same for an engine that goes on with the last token's row only from these on.
+
+        Engines drop what no logits are asked for behind the last layer's attention.
+        """
+        rows = frozenset(keys)
+        if rows == self._last_rows:
+            return self
+        return Graph(self.config, self._also, rows, self.layers)
 
     def layer(self, number: int | None) -> Mapping[str, Row]:
         """The rows of a layer, or of what follows the layers, by name in order of computation."""
         found = self._layers.get(number)
         if found is None:
-            found = {row.stage.name: row for row in self._build(number)}
+            found = {row.stage.name: self._narrowed(row) for row in self._build(number)}
             self._layers[number] = found
         return found
 
@@ -92,6 +111,11 @@ class Graph:
         else:
             self._architecture.layer(builder)
         yield from builder.rows
+
+    def _narrowed(self, row: Row) -> Row:
+        if row.key not in self._last_rows:
+            return row
+        return row._replace(stage=replace(row.stage, last_token=True))
 
     @cached_property
     def _last_name(self) -> str:
@@ -317,4 +341,4 @@ def outline(
     if architecture is None or architecture not in ARCHITECTURES:
         names = set(present)
         architecture = min(ARCHITECTURES, key=lambda a: len(names - known_names(a)))
-    return Graph(outline_config(architecture, num_layers), present, layers)
+    return Graph(outline_config(architecture, num_layers), present, layers=layers)

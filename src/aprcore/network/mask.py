@@ -44,6 +44,11 @@ class Mask(NamedTuple):
             seen &= position >= query - self.behind
         return seen
 
+    def before(self, count: int) -> Mask:
+        """The mask of queries that so many others follow, as if they were the last ones."""
+        behind = None if self.behind is None else self.behind + count
+        return Mask(behind, None if self.ahead is None else self.ahead - count)
+
     def describe(self) -> str:
         """In words: "causal", "causal, a window of 8"."""
         order = "causal" if self.is_causal else "in both directions"

@@ -69,9 +69,13 @@ class Operation:
 
     Attributes:
         row_wise: Whether each output row depends on the same row of the inputs only.
+        cached: What it reads of the tokens before, in a decoding step: "k" or "v".
+        role: What it is called where an engine's arithmetic is told; empty for what has no name.
     """
 
     row_wise: ClassVar[bool] = True
+    role: ClassVar[str] = ""
+    cached: ClassVar[str] = ""
 
     @property
     def weights(self) -> tuple[WeightUse, ...]:
@@ -91,6 +95,7 @@ class Operation:
 class Embed(Operation):
     """Rows of the embedding by token id, times `scale`."""
 
+    role = "embedding"
     row_wise = False
     scale: float = 1.0
 
@@ -109,6 +114,7 @@ class Embed(Operation):
 class Norm(Operation):
     """RMSNorm by `offset` + weight."""
 
+    role = "norm"
     weight: str
     eps: float
     offset: float = 0.0
@@ -132,6 +138,7 @@ class Linear(Operation):
         takes_bias: Whether a bias belongs to it, and is not a stage of its own.
     """
 
+    role = "linear"
     modules: tuple[Module, ...]
     takes_bias: bool = True
 
@@ -155,6 +162,7 @@ class Linear(Operation):
 class AddBias(Operation):
     """The biases of modules side by side."""
 
+    role = "bias"
     modules: tuple[Module, ...]
 
     @property
@@ -177,6 +185,7 @@ class Rotate(Operation):
         eps, offset: As in `Norm`.
     """
 
+    role = "rope"
     part: str
     norm: str
     eps: float
@@ -206,6 +215,8 @@ class Scores(Operation):
         mask: What each query sees.
     """
 
+    role = "scores"
+    cached = "k"
     row_wise = False
     scale: float
     cap: float | None = None
@@ -226,6 +237,7 @@ class Scores(Operation):
 class Softmax(Operation):
     """Softmax over what each query sees, zero elsewhere."""
 
+    role = "softmax"
     row_wise = False
     mask: Mask = CAUSAL
 
@@ -238,6 +250,8 @@ class Softmax(Operation):
 class Values(Operation):
     """The softmax times the values."""
 
+    role = "values"
+    cached = "v"
     row_wise = False
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
@@ -251,6 +265,7 @@ class Values(Operation):
 class Activate(Operation):
     """The activation function."""
 
+    role = "activation"
     kind: str
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
@@ -262,6 +277,8 @@ class Activate(Operation):
 class Multiply(Operation):
     """Two tensors, elementwise."""
 
+    role = "product"
+
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
         """Compute it."""
         return op.multiply(*inputs)
@@ -270,6 +287,8 @@ class Multiply(Operation):
 @dataclass(frozen=True, slots=True)
 class Add(Operation):
     """Two tensors: the residual stream and a branch."""
+
+    role = "residual"
 
     def __call__(self, op: Backend, at: Site, *inputs: Array) -> Array:
         """Compute it."""
@@ -280,6 +299,7 @@ class Add(Operation):
 class Head(Operation):
     """Logits: by the head, or the embedding where the two are tied; capped where there is a cap."""
 
+    role = "head"
     cap: float | None = None
 
     @property

@@ -54,20 +54,23 @@ class Reading(Enum):
 
 
 class Node(NamedTuple):
-    """What llama.cpp calls a stage's tensor, or the tensors that make it side by side.
+    """What an engine calls a stage's tensor, or the tensors that make it side by side.
 
     Attributes:
-        names: As its `cb()` names them.
+        names: As the engine names them: llama.cpp's `cb()`, a module, a hook. "a[0/2]" is the first
+            of two equal parts of a's columns, "a + b" a sum; "" is the output of the whole layer.
         reading: What must be done to the values.
         beside: Of this stage only in a dump that has one of these names as well: names change
             their meaning from version to version.
         without: Not of this stage in such a dump.
+        ahead: How many layers later the engine shows it.
     """
 
     names: tuple[str, ...]
     reading: Reading = Reading.PLAIN
     beside: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Stage:
         shown: Where transformers shows it, in alternatives: a module of the layer (or of the
             model), whose output it is, or "MODULE.input"; several side by side make one stage.
         nodes: The same of llama.cpp.
+        fused: The same of the modules of vLLM and SGLang, where they differ from transformers'.
+        hooks: The same of TransformerLens, in alternatives.
         conditional: Whether only some models of the architecture have it.
         last_token: Whether it reads only the last token's row of its inputs.
     """
@@ -95,6 +100,8 @@ class Stage:
     title: str
     shown: tuple[tuple[str, ...], ...] = ()
     nodes: tuple[Node, ...] = ()
+    fused: tuple[Node, ...] = ()
+    hooks: tuple[tuple[str, ...], ...] = ()
     conditional: bool = False
     last_token: bool = False
 

@@ -10,7 +10,7 @@ process with SIGBUS, whereas a short read is an error like any other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,15 @@ def row_chunks(weight: Weight, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple
         rows -= rows % 16  # whole register tiles of the matrix product
     for start in range(0, weight.shape[0], rows):
         yield start, min(start + rows, weight.shape[0])
+
+
+@runtime_checkable
+class StoredWeight(Weight, Protocol):
+    """A weight whose rows have stored bytes of their own."""
+
+    def read_raw(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The stored bytes of rows `start` to `stop`."""
+        ...
 
 
 def read_all(weight: Weight) -> Float32:

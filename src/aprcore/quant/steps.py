@@ -25,6 +25,12 @@ Halves = NDArray[np.uint16]
 _LARGEST = np.float32(np.finfo(np.float32).max)
 
 
+# By how much a tensor's numbers may all be smaller than they were. MXFP4's scale is a power of two
+# below the largest number, which is then cut off at 6 of up to 8: measured 0.020 on Gaussian
+# numbers, 0.026 on Student's with 5 degrees of freedom, 0.037 on a trained model's.
+SHRINKAGE = {"MXFP4": 0.04}
+
+
 def step_squares(
     dtype: str,
     raw: Bytes,

@@ -37,6 +37,7 @@ _GRAVITY = {
     Verdict.NOISE: 0,
     Verdict.LAYOUT: 0,
     Verdict.MISSING: 1,
+    Verdict.UNJUDGED: 1,
     Verdict.INHERITED: 2,
     Verdict.SHAPE: 3,
     Verdict.NONFINITE: 3,

@@ -173,6 +173,31 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CauseSought:
+    """A stage fails, and its cause is being looked for; its `StageReport` follows.
+
+    Attributes:
+        stage: What is known of it already: all but its explanation.
+        searched: For how many stages the whole catalogue has been tried before.
+        most: For how many it will be; None: for every one that needs it.
+    """
+
+    stage: StageReport
+    searched: int
+    most: int | None
+
+    def progress(self) -> str:
+        """Which search this is in a clause."""
+        of = "" if self.most is None else f" of at most {self.most}"
+        return f"search {self.searched + 1}{of}" if self.may_search else "among the known ones"
+
+    @property
+    def may_search(self) -> bool:
+        """Whether the whole catalogue may be tried for it."""
+        return self.most is None or self.searched < self.most
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A finished run.
 
@@ -208,8 +233,29 @@ class Report:
         found = [stage.verdict for stage in self.stages]
         return {verdict: found.count(verdict) for verdict in Verdict if verdict in found}
 
+    @property
+    def unjudged(self) -> tuple[StageReport, ...]:
+        """The stages that should have been judged and could not be."""
+        return tuple(stage for stage in self.stages if stage.verdict is Verdict.UNJUDGED)
+
+    @property
+    def is_mostly_unjudged(self) -> bool:
+        """Whether of more stages than not nothing is known, so that the run has found nothing."""
+        present = sum(stage.verdict is not Verdict.MISSING for stage in self.stages)
+        return 2 * len(self.unjudged) > present
+
+    @property
+    def unjudged_text(self) -> str:
+        """How many stages could not be judged, and why the first of them."""
+        found = self.unjudged
+        text = f"{len(found)} of {len(self.stages)} stages could not be judged"
+        return f"{text} ({found[0].key}: {found[0].reason})" if found else text
+
     def diverges(self, *, strict: bool = False) -> bool:
-        """Whether the run ends with exit code 1; `strict` counts missing stages too.
+        """Whether the run ends with exit code 1.
+
+        `strict` counts stages that are missing or could not be judged too; most of them that could
+        not be judged count in any case.
 
         A device that could not be used at all is none: then the CPU's verdict counts.
         """
@@ -217,8 +263,11 @@ class Report:
             return True
         if self.rejected is not None and self.rejected.by_gate:
             return True
+        if self.is_mostly_unjudged:
+            return True
         is_missing = any(stage.verdict is Verdict.MISSING for stage in self.parity)
-        return strict and (is_missing or Verdict.MISSING in self.counts)
+        is_open = is_missing or not {Verdict.MISSING, Verdict.UNJUDGED}.isdisjoint(self.counts)
+        return strict and is_open
 
     def summary(self) -> str:
         """The finding in one sentence."""
@@ -247,14 +296,19 @@ class Report:
         if first is not None:
             assert first.verdict is not None
             return f"first divergence: {first.key} {first.verdict.value}: {first.reason} ({counts})"
+        if self.is_mostly_unjudged:
+            return f"{self.unjudged_text}: this run says little ({counts})"
         if self.header.oracle is None:
             kernels = sum(stage.kernel is not None for stage in self.stages)
             if kernels:
-                return f"the kernel judgment finds nothing wrong in {kernels} stages; without an"\
-                    " oracle the model's weights are taken on trust"  # fmt: skip
+                rest = f"; {self.unjudged_text}" if self.unjudged else ""
+                return f"the kernel judgment finds nothing wrong in {kernels} stages{rest}; "\
+                    "without an oracle the model's weights are taken on trust"  # fmt: skip
             return f"{len(self.stages)} stages traced; no oracle to hold them against"
         return f"no divergence in {len(self.stages)} stages ({counts})"
 
 
-RunEvent = RunHeader | DeviceOpened | StageReport | StageParity | PathRejected | Report
+RunEvent = (
+    RunHeader | DeviceOpened | CauseSought | StageReport | StageParity | PathRejected | Report
+)
 """What a run streams, in that order: see `aprcore.runs.bisect.bisect`."""

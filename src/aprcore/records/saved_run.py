@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from aprcore.ground.archive import Archive
 from aprcore.ground.errors import AprError, FormatError
 from aprcore.ground.fields import parse_object
-from aprcore.ground.npy import NpyMember
+from aprcore.ground.npy import NpyArray
 from aprcore.ground.whole_file import write_whole
 from aprcore.judging.layouts import Layout
 from aprcore.network.stages import StageKey
@@ -198,9 +198,9 @@ class SavedRun:
             layout = Layout((values.size,), (values.size,), ("index",))
         return MemoryPlane(values.reshape(-1), layout)
 
-    def _find_tensor(self, name: str) -> NpyMember:
+    def _find_tensor(self, name: str) -> NpyArray:
         """A tensor by its header."""
-        array = NpyMember.find(self._archive, name)
+        array = NpyArray.in_archive(self._archive, name)
         if array is None or array.dtype != np.float32 or not array.shape:
             raise self._archive.broken(f"{name} is no array of float32")
         if array.count > MOST_SAVED_VALUES:

@@ -40,12 +40,14 @@ TWO_DUMPS = (
 )
 # One character per verdict, so that none is told by its colour alone.
 GLYPHS = {
-    "PASS": "✓", "NOISE": "≈", "INHERITED": "↳", "LAYOUT": "⇄", "MISSING": "∅", "FAIL": "✗",
-    "NONFINITE": "∞", "SHAPE": "≠",
+    "PASS": "✓", "NOISE": "≈", "INHERITED": "↳", "LAYOUT": "⇄", "MISSING": "∅",
+    "UNJUDGED": "?", "FAIL": "✗", "NONFINITE": "∞", "SHAPE": "≠",
 }  # fmt: skip
 UNJUDGED_GLYPH = "–"
 # Worst last: a layer is known by the last of these that it contains.
-SEVERITY = ("PASS", "NOISE", "INHERITED", "LAYOUT", "MISSING", "SHAPE", "NONFINITE", "FAIL")
+SEVERITY = (
+    "PASS", "NOISE", "INHERITED", "LAYOUT", "MISSING", "UNJUDGED", "SHAPE", "NONFINITE", "FAIL",
+)  # fmt: skip
 # The judgments that a stage can have beside the comparison with the oracle.
 OWN_JUDGMENTS = ("model", "kernel")
 JUDGMENTS = ("cumulative", *OWN_JUDGMENTS)
@@ -305,10 +307,20 @@ def headline(report: Report) -> tuple[str, str]:
         return "FAIL" if fault is None else fault.verdict.value, report.parity_summary()
     if report.header.oracle is None and not report.header.judged:
         return "", report.summary()
-    stages = f"in {plural(len(report.stages), 'stage')}"
+    if report.is_mostly_unjudged:
+        return "UNJUDGED", report.unjudged_text
+    return "PASS", soundness_text(report)
+
+
+def soundness_text(report: Report) -> str:
+    """What a run without a divergence found."""
+    found = len(report.stages) - len(report.unjudged)
+    stages = f"in {plural(found, 'stage')}"
+    if report.unjudged:
+        stages += f"; {report.unjudged_text}"
     if report.header.oracle is None:
-        return "PASS", f"no kernel fault {stages}; weights are taken on trust"
-    return "PASS", f"no divergence {stages}"
+        return f"no kernel fault {stages}; weights are taken on trust"
+    return f"no divergence {stages}"
 
 
 def opening_lines(report: Report) -> Iterator[str]:

@@ -313,7 +313,7 @@ def _verdict(verdict: Verdict | None) -> Markup:
 
 def _ink(word: str) -> str:
     """The class of the style sheet that colours a verdict."""
-    return word.lower() or "unjudged"
+    return word.lower() or "alone"
 
 
 def _anchor(key: StageKey) -> str:

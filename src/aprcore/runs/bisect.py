@@ -35,6 +35,7 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
 
     Yields:
         One `RunHeader`, a `StageReport` per stage in the order of computation, then the `Report`.
+        Before the report of a stage that fails, a `CauseSought`: looking for it takes a while.
         With a second side, a device or another dump: `DeviceOpened` once a device is open, a
         `StageParity` after the `StageReport` of each stage, and `PathRejected` if the device is
         given up, after which no more of it comes.
@@ -54,7 +55,7 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
         budgets = budgets.resolved(sides.graph)
         dtype = run_dtype(sides.header)
         yield sides.header
-        judge = StageJudge(sides, request.top_k)
+        judge = StageJudge(sides, request.top_k, request.causes)
         second = second_side(request, sides)
         if second is not None:
             stack.callback(second.close)
@@ -71,7 +72,12 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
             result: StageReport | None = None
             pair: tuple[Floats | None, Floats | None] = (tensor, None)
             if key in rows:
-                result = settle(judge.judge(key, tensor), budget, strict=request.strict)
+                judged = judge.judge(key, tensor)
+                result = settle(judged, budget, strict=request.strict)
+                sought = judge.sought(result)
+                if sought is not None:
+                    yield sought
+                    result = settle(judge.explain(judged), budget, strict=request.strict)
                 spent_s = unasked_s + made_s + time.perf_counter() - judged_at
                 result, unasked_s = replace(result, elapsed_s=spent_s), 0.0
                 pair = judge.tensors
@@ -83,6 +89,7 @@ def bisect(request: Request, kept: LayerInputs | None = None) -> Iterator[RunEve
                 unasked_s += made_s + time.perf_counter() - judged_at
             if second is not None:
                 yield from second.follow(FirstSide(key, *pair, result, budget, made_s))
+            del tensor, pair  # large ones would stay while the next are made
         if second is not None:
             second.finish()
     report = Report(sides.header, tuple(results), time.perf_counter() - started)

@@ -274,7 +274,8 @@ def own_error(stage: StageReport, *, strict: bool = False) -> float | None:
 
 def settle(stage: StageReport, budget: float | None, *, strict: bool = False) -> StageReport:
     """A judged stage under the user's budget, and at which budget it would pass if it fails."""
-    if stage.verdict in (None, Verdict.MISSING, Verdict.NONFINITE, Verdict.SHAPE):
+    settled = (None, Verdict.MISSING, Verdict.UNJUDGED, Verdict.NONFINITE, Verdict.SHAPE)
+    if stage.verdict in settled:
         return stage
     failed = stage.verdict is Verdict.FAIL
     error = own_error(stage, strict=strict or not failed)

@@ -6,6 +6,7 @@ run the same tokens at the same positions, and each tensor must be known to be t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,12 +18,19 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.directory import TraceDirectory
 from aprcore.dumps.name_map import read_name_map
-from aprcore.dumps.names import Dialect
-from aprcore.dumps.open import is_tensor_file, open_dump
+from aprcore.dumps.open import ReadingOptions, is_tensor_file, open_dump
 from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
+from aprcore.dumps.position_tree import PositionTree
+from aprcore.dumps.shards import ShardedDump, find_split
 from aprcore.dumps.source import StageSource
-from aprcore.ground.errors import OracleError, PlanError
-from aprcore.ground.precision import ARITHMETICS, Arithmetic, arithmetic_of_dtype
+from aprcore.engines.arithmetic import (
+    ENGINES,
+    EngineArithmetic,
+    arithmetic_of_dtype,
+    engine_arithmetic,
+    stated_arithmetic,
+)
+from aprcore.ground.errors import OracleError, PlanError, TraceError
 from aprcore.judging.layouts import infer_sizes
 from aprcore.judging.quantisation import open_reference
 from aprcore.judging.verdict import cumulative_bound
@@ -31,12 +39,14 @@ from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader, Side
 from aprcore.runs.request import Request
 from aprcore.runs.sides import Sides, token_texts
-from aprcore.runs.tokens import Dumps, agree_on_tokens
+from aprcore.runs.tokens import Dumps, agree_on_tokens, count_tokens
 
 if TYPE_CHECKING:
     from aprcore.models.model import Model
 
 Floats = NDArray[np.floating[Any]]
+
+_NUMBERS = re.compile(r"\d+")
 
 
 @contextmanager
@@ -67,6 +77,8 @@ def _check_options(request: Request) -> None:
     """
     if request.model is None and request.trace is None:
         raise PlanError("nothing to run", hint="name a model, or a directory with --trace")
+    if request.shards and request.against is not None:
+        raise PlanError("--shards and --against do not go together", hint="leave one out")
     if request.uses_device and request.model is None:
         raise PlanError("--gpu needs a model to run", hint="name one")
     if request.uses_device and request.trace is not None:
@@ -75,8 +87,11 @@ def _check_options(request: Request) -> None:
     if request.against is not None and request.trace is None:
         raise PlanError("--against is for two dumps", hint="name the one under test with --trace")
     given = [path for path in _paths(request) if path is not None]
-    if request.names is not None and not any(map(is_tensor_file, given)):
-        raise PlanError("--names is for dumps in one file; directories hold files of fixed names")
+    for option, value in (("--names", request.names), ("--row", request.row)):
+        if value is not None and not any(map(is_tensor_file, given)):
+            raise PlanError(
+                f"{option} is for dumps of named tensors; directories hold stages of fixed names"
+            )
     if request.reference_weights is None:
         return
     if request.model is None or request.oracle is None or request.cumulative_only:
@@ -91,29 +106,48 @@ def _paths(request: Request) -> tuple[Path | None, Path | None, Path | None]:
 
 def _open_dumps(request: Request, model: Model | None) -> Dumps:
     """The dumps that a request names."""
-    names = None if request.names is None else read_name_map(request.names)
+    options = ReadingOptions(
+        names=None if request.names is None else read_name_map(request.names),
+        row=request.row,
+        pad=None if model is None else model.pad_token_id,
+    )
     graph = None if model is None else model.graph
     opened: dict[Path | None, StageSource] = {}
     for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
-        opened[path] = _open_checked(path, names, graph)
+        opened[path] = _open_checked(path, options, graph)
         if model is None:  # directories come first: they tell what the stages of files may be
             graph = _outline(opened.values())
+    if request.shards:
+        shards = [opened.get(path) or _open_checked(path, options, graph)
+                  for path in request.shards]  # fmt: skip
+        opened[request.trace] = _joined(request, model, shards)
     dumps = Dumps(*(opened.get(path) for path in _paths(request)))
     _check_positions(model, dumps)
     return dumps
 
 
-def _open_checked(path: Path, names: Dialect | None, graph: Graph | None) -> StageSource:
-    directory = open_dump(path, names, graph=graph)
-    if isinstance(directory, TraceDirectory):
+def _joined(request: Request, model: Model | None, shards: Sequence[StageSource]) -> ShardedDump:
+    """All ranks of a tensor-parallel run as one dump."""
+    if model is None:
+        raise PlanError("--shards needs a model, which says what is dealt out", hint="name one")
+    tokens = request.tokens or shards[0].sidecar.tokens
+    num_tokens = len(tokens) if tokens else count_tokens(shards[0], model)
+    if num_tokens is None:
+        raise PlanError("the shards do not tell how many tokens ran", hint="give --tokens")
+    return ShardedDump(shards, model.graph, num_tokens)
+
+
+def _open_checked(path: Path, options: ReadingOptions, graph: Graph | None) -> StageSource:
+    directory = open_dump(path, options, graph=graph)
+    if isinstance(directory, TraceDirectory | PositionTree):
         directory.check_headers()
     return directory
 
 
 def _check_positions(model: Model | None, dumps: Dumps) -> None:
-    """A model and an oracle judge full passes; decoding steps are held against each other.
+    """An oracle judges full passes; decoding steps are judged alone or held against each other.
 
-    What a step read of its cache is not in its dump, so that nothing can be computed again.
+    An oracle's cache is not in its directory, so that nothing of a step can be computed again.
 
     Raises:
         OracleError: A step is held against something else.
@@ -127,12 +161,12 @@ def _check_positions(model: Model | None, dumps: Dumps) -> None:
                                   where=dump.path, hint="capture it again")  # fmt: skip
         return
     at = steps[0].sidecar.positions
-    if model is not None or dumps.oracle is not None:
+    if dumps.oracle is not None:
         raise OracleError(
             f"was captured at positions {list(at or ())}; only a full pass from position 0 can be"
-            " judged by a model or an oracle", where=steps[0].path,
-            hint="hold two steps against each other with --trace and --against alone, or let"
-            " `aprtui parity MODEL --stages` judge them",
+            " held against an oracle", where=steps[0].path,
+            hint="leave the oracle out, hold two steps against each other with --trace and"
+            " --against, or let `aprtui parity MODEL --stages` judge them",
         )  # fmt: skip
     histories = {dump.sidecar.history for dump in dumps.present}
     if len({positions for _, positions in starts}) > 1 or len(histories - {None}) > 1:
@@ -153,13 +187,15 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
     if not keys:
         raise PlanError("the plan selects no stage of this run", hint="widen --stages or --layers")
     dtypes = set()
+    if model is not None and tokens is not None:
+        _check_whole(model, dumps, len(tokens))
     for name, directory in dumps.named:
         if directory is not against:
             dtypes.add(directory.sidecar.dtype or "float32")
         if directory.sidecar.dtype is None:
             notes.append(f"{name} does not record its dtype; float32 is assumed")
         if directory.ignored:
-            few = _first_names(directory.ignored)
+            few = _first_names(_kinds_of_names(directory.ignored))
             notes.append(f"parts of {name} that name no stage are left out: {few}")
         if directory.unlisted:
             few = _first_names([key.path for key in directory.unlisted])
@@ -202,22 +238,21 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         sizes=_sizes(model, dumps, tokens),
         graph=graph,
         not_computed=missing if trace is None else frozenset(),
-        arithmetic=_arithmetic(request.arithmetic, trace),
+        arithmetic=arithmetic_of_dtype("float32"),  # the CPU path's
+        oracle_arithmetic=_oracle_arithmetic(oracle, notes),
         bound_alone=cumulative_bound(types),
         cumulative_only=request.cumulative_only,
         threads=request.threads,
+        past=None if model is None or trace is None else trace.past(model.config),
     )
-    if _must_detect(request.arithmetic, sides):
-        sides, note = _detect(sides, "the trace")
-        notes.append(note)
+    if trace is not None:
+        stated = _stated(request, trace, notes)
+        sides = _with_arithmetic(sides, stated, "the trace", notes)
     if against is not None:
-        # What --arithmetic says is said of the trace.
-        other = replace(
-            sides, trace=against, oracle=None, arithmetic=_arithmetic(None, against)
-        )  # fmt: skip
-        if _must_detect(None, other):
-            other, note = _detect(other, "the dump it is held against")
-            notes.append(note)
+        # What the command line says is said of the trace.
+        other = replace(sides, trace=against, oracle=None)
+        stated = _recorded_arithmetic(against, "the dump it is held against", notes)
+        other = _with_arithmetic(other, stated, "the dump it is held against", notes)
         sides = replace(sides, other=other)
     texts = None
     if tokens is not None and model is not None:
@@ -228,47 +263,82 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
 
 
+def _check_whole(model: Model, dumps: Dumps, num_tokens: int) -> None:
+    """Refuse one rank of several, of which little could be judged.
+
+    Raises:
+        TraceError: A dump is one.
+    """
+    for dump in dumps.present:
+        split = find_split(model.graph, dump.counts, model.config.sizes(num_tokens))
+        if split is not None:
+            raise TraceError(
+                f"is one shard of {split.ranks} of a tensor-parallel run: {split.key} has"
+                f" {split.held} values where {split.due} are due", where=dump.path,
+                hint="give all of them, in order, with --shards rank*/",
+            )  # fmt: skip
+
+
 def _first_names(names: Sequence[str]) -> str:
     """The first three of some names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
 
 
-def _arithmetic(stated: str | None, trace: StageSource | None) -> Arithmetic:
-    """What the engine behind a trace computes in, as stated or recorded."""
-    if trace is None:
-        return ARITHMETICS["f32"]  # the CPU path
-    stated = stated or trace.sidecar.arithmetic
-    dtype = trace.sidecar.dtype
-    known = ARITHMETICS.get(stated or "") or arithmetic_of_dtype(dtype)
-    return known.dumped_as(dtype)
+def _kinds_of_names(names: Sequence[str]) -> list[str]:
+    """Names that differ in numbers only as one: "kqv_out-N (30)"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_NUMBERS.sub("N", name), []).append(name)
+    return [of[0] if len(of) == 1 else f"{kind} ({len(of)})" for kind, of in kinds.items()]
 
 
-def _must_detect(stated: str | None, sides: Sides) -> bool:
-    """Whether the arithmetic of a dump matters and nobody says what it is."""
-    if sides.trace is None or sides.model is None or sides.cumulative_only:
-        return False
-    stated = stated or sides.trace.sidecar.arithmetic
-    return stated not in ARITHMETICS and "T" in sides.sizes
+def _stated(request: Request, trace: StageSource, notes: list[str]) -> dict[str, str]:
+    """What is said of a trace's arithmetic: on the command line, of its engine, in its sidecar."""
+    said = _recorded_arithmetic(trace, "the trace", notes)
+    if request.engine is not None:
+        said = ENGINES[request.engine] | said
+    if request.arithmetic == "auto":
+        return {}
+    return said | stated_arithmetic(request.arithmetic)
 
 
-def _detect(sides: Sides, name: str) -> tuple[Sides, str]:
-    """Sides with the arithmetic that explains the dump, and a note that says so."""
-    from aprcore.judging.arithmetic import detect_arithmetic
+def _recorded_arithmetic(dump: StageSource, name: str, notes: list[str]) -> dict[str, str]:
+    """What a dump says of its arithmetic; words of other programs are found out instead."""
+    try:
+        return stated_arithmetic(dump.sidecar.arithmetic)
+    except PlanError as error:
+        notes.append(f"what {name} says of its arithmetic is not understood ({error.what})")
+        return {}
 
-    assert sides.model is not None and sides.trace is not None
-    arithmetic, explained, judged = detect_arithmetic(
-        sides.graph, sides.model.weights, sides.header.tokens, sides.sizes["T"],
-        sides.trace.keys(), sides.reader(sides.trace), sides.trace.sidecar.dtype,
-    )  # fmt: skip
-    if not explained:
-        note = f"{name} does not record its arithmetic, and none explains it; see --arithmetic"
-        return sides, note
-    note = (
-        f"{name} does not record its arithmetic; {arithmetic.name} explains {explained} of"
-        f" {judged} stages of one layer"
-    )
-    return replace(sides, arithmetic=arithmetic), note
+
+def _oracle_arithmetic(oracle: StageSource | None, notes: list[str]) -> EngineArithmetic:
+    """What the engine behind the oracle computes in: as recorded, else in its values' type."""
+    if oracle is None:
+        return arithmetic_of_dtype(None)
+    stated = _recorded_arithmetic(oracle, "the oracle", notes)
+    dtype = oracle.sidecar.dtype
+    return engine_arithmetic(stated).dumped_as(dtype) if stated else arithmetic_of_dtype(dtype)
+
+
+def _with_arithmetic(sides: Sides, stated: Mapping[str, str], name: str, notes: list[str]) -> Sides:
+    """Sides that know what the dump's engine computes in; what nobody says is found out."""
+    assert sides.trace is not None
+    dtype = sides.trace.sidecar.dtype
+    is_judged = sides.model is not None and not sides.cumulative_only and "T" in sides.sizes
+    if not is_judged:
+        engine = engine_arithmetic(stated) if stated else arithmetic_of_dtype(dtype)
+        return replace(sides, arithmetic=engine.dumped_as(dtype))
+    from aprcore.judging.arithmetic import describe_inference, infer_arithmetic
+
+    side = sides.recorded()[0]
+    assert side is not None
+    engine, found = infer_arithmetic(side, sides.trace.keys(), stated, dtype)
+    if found:
+        notes.append(
+            f"{name} does not record its arithmetic; {describe_inference(engine, found)}"
+        )  # fmt: skip
+    return replace(sides, arithmetic=engine, past=side.past, layouts=side.layouts)
 
 
 def _outline(dumps: Iterable[StageSource]) -> Graph:
@@ -318,7 +388,8 @@ def _recorded(directory: StageSource) -> set[StageKey]:
 
 def _sizes(model: Model | None, dumps: Dumps, tokens: Sequence[int] | None) -> Mapping[str, int]:
     if model is not None and tokens is not None:
-        return model.config.sizes(len(tokens))
+        first = next((d.sidecar.positions[0] for d in dumps.present if d.sidecar.positions), 0)
+        return model.config.sizes(len(tokens), first + len(tokens))
     directories = [d for d in (dumps.oracle, dumps.trace, dumps.against) if d is not None]
     # The longer tensor has the canonical size: the other may hold the last token only.
     counts: dict[StageKey, int] = {}

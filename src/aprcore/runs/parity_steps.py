@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.engines.decode import Decoder
-from aprcore.engines.estimate import Profile
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.judging.compare import compare
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.replay import RecordedSide
@@ -43,7 +42,7 @@ def compare_stages(
     has_past = past.num_positions > 0
     side = RecordedSide(
         graph, tested.weights, tokens, len(tokens),
-        Profile(ARITHMETICS["f32"], weights_rounded=False), past=past if has_past else None,
+        arithmetic_of_dtype("float32"), past=past if has_past else None,
     )  # fmt: skip
     sizes = side.sizes()
     kernels = KernelJudge(side, has_past=has_past)
@@ -123,6 +122,7 @@ def timed(stream: Iterable[Item]) -> Iterator[tuple[Item, float]]:
     started = time.perf_counter()
     for item in stream:
         yield item, time.perf_counter() - started
+        del item  # a large tensor would stay while the next one is made
         started = time.perf_counter()
 
 

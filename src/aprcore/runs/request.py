@@ -15,6 +15,8 @@ SUFFIX = ".aprx"
 
 # How many of the largest differences a report keeps; the screen shows up to as many.
 TOP_K = 200
+# A failing stage of a large model takes about a second to search.
+SEARCHED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +32,21 @@ class Request:
         tokens: Token ids to run, instead of a prompt.
         plan: Stages and layers; default: those of the oracle, or all.
         threads: Threads of the CPU path; default: one per processor.
-        arithmetic: Precision that the engine behind `trace` computes in; default: what its sidecar
-            says, else the one that explains it.
+        arithmetic: What the engine behind `trace` computes in, in the words of
+            `aprcore.engines.arithmetic.stated_arithmetic`; what neither it nor the sidecar says is
+            found out. "auto": find out all of it.
+        engine: A name in `aprcore.engines.arithmetic.ENGINES`, whose arithmetic is known.
         names: A TOML file that says what a dump in one file calls the stages.
+        shards: The dumps of all ranks of a tensor-parallel engine, in order, joined to one; `trace`
+            is then the first of them.
+        row: Which sequence of a batch, where a dump holds several.
         reference_weights: The float model that a quantised one was made of.
         budgets: How large an error of its own is tolerated at a stage.
         strict: Whether an error beyond its budget fails even where rounding explains it.
         cumulative_only: Compare both sides and leave the model and kernel judgments out; about
             three times faster.
+        causes: For how many stages the whole catalogue of causes is tried; None: for every one.
+            What explained a stage is tried on the same stage of other layers all the same.
         top_k: How many of the largest differences to keep per stage.
         gpu: Whether `model` runs on an OpenCL device as well, held against the CPU stage by stage.
         require_gpu: Whether the run ends where the CPU would carry on without the device.
@@ -54,11 +63,15 @@ class Request:
     plan: Plan | None = None
     threads: int | None = None
     arithmetic: str | None = None
+    engine: str | None = None
     names: Path | None = None
+    shards: tuple[Path, ...] = ()
+    row: int | None = None
     reference_weights: Path | None = None
     budgets: Budgets | None = None
     strict: bool = False
     cumulative_only: bool = False
+    causes: int | None = SEARCHED
     top_k: int = TOP_K
     saved: Path | None = None
     gpu: bool = False

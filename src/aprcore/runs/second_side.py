@@ -240,7 +240,8 @@ class DumpSide:
         started = time.perf_counter()
         dumped = self._dump.read(first.key) if first.key in self._dump else None
         elapsed_s = time.perf_counter() - started
-        report = replace(self._judge.judge(first.key, dumped), budget=first.budget)
+        judged = self._judge.explain(self._judge.judge(first.key, dumped))
+        report = replace(judged, budget=first.budget)
         trusted, _ = self._judge.tensors
         side = side_of(report, elapsed_s=elapsed_s)
         if trusted is not None:

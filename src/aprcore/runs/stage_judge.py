@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.causes import Explanation, explain, explain_nonfinite
-from aprcore.judging.compare import Comparison, compare, describe, may_be_permuted
+from aprcore.causes import CauseSearch, explain_nonfinite
+from aprcore.judging.compare import (
+    Comparison,
+    compare,
+    count_finite,
+    describe,
+    may_be_permuted,
+)
 from aprcore.judging.layouts import (
+    PAIRS,
+    PAIRS_OF_JOINED,
     Layout,
     alternatives,
     is_joined,
     is_masked,
+    is_readable,
     last_token,
     layout_of,
     zero_masked,
 )
 from aprcore.judging.logits import compare_logits
 from aprcore.judging.quantisation import measure_quantisation
-from aprcore.judging.replay import Expectation, expect_both, make_judgment
+from aprcore.judging.replay import Expectation, RecordedSide, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
 from aprcore.network.graph import Inheritance
+from aprcore.network.operations import Rotate
 from aprcore.network.stages import StageKey
-from aprcore.records.report import LogitsReport, StageReport
+from aprcore.records.report import CauseSought, LogitsReport, StageReport
 from aprcore.runs.sides import Sides
 
 Floats = NDArray[np.floating[Any]]
 
 LOGITS_TOP_K = 5
+# A tensor nearer to what it should be than this, relatively, is in the order that it should have.
+LEAST_PERMUTED = 0.1
 
 # A tensor in canonical layout, its judgment and what was expected of it, as far as there are any.
 _Judged = tuple[Floats | None, Judgment | None, Expectation | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What an explanation of a stage starts from."""
+
+    side: RecordedSide
+    observed: Floats
+    expected: Expectation
+    layout: Layout
+    in_file: bool
 
 
 class StageJudge:
@@ -45,9 +69,13 @@ class StageJudge:
             could be told; None where a side lacks it.
     """
 
-    def __init__(self, sides: Sides, top_k: int) -> None:
+    def __init__(self, sides: Sides, top_k: int, most_searched: int | None = None) -> None:
         self._sides = sides
+        self._search = CauseSearch(most_searched)
         self._top_k = top_k
+        self._most_searched = most_searched
+        # Of the stage judged last, if it fails and its cause has not been looked for.
+        self._failure: _Failure | None = None
         self._trace, self._oracle = sides.recorded()
         # How many values of each tensor are not finite, on either side.
         self._lost: dict[StageKey, int] = {}
@@ -55,6 +83,8 @@ class StageJudge:
         self._spoiled, self._oracle_spoiled = Inheritance(sides.graph), Inheritance(sides.graph)
         self._verdicts: dict[StageKey, Verdict | None] = {}
         self._layouts: dict[tuple[str, int], Layout] = {}
+        # Layers whose q and k the trace keeps as adjacent pairs.
+        self._paired: set[int | None] = set()
         self._graph = sides.graph
         self.tensors: tuple[Floats | None, Floats | None] = (None, None)
 
@@ -68,13 +98,15 @@ class StageJudge:
             self._trace.record(key, traced)
 
     def judge(self, key: StageKey, traced: Floats | None) -> StageReport:
-        """The report of one stage.
+        """The report of one stage; `explain` adds why it fails, which may take longer.
 
         Args:
             key: Which stage.
             traced: The tensor under test, or None where that side lacks it.
         """
         sides = self._sides
+        self.tensors = None, None
+        self._failure = None
         oracle = None
         if sides.oracle is not None and key in sides.oracle:
             oracle = sides.oracle.read(key)
@@ -91,6 +123,32 @@ class StageJudge:
         result = self._with_quantisation(self._judge(key, traced, oracle))
         self._verdicts[key] = result.verdict
         return result
+
+    def sought(self, result: StageReport) -> CauseSought | None:
+        """What to say before the cause of the stage judged last is looked for; None: it is not."""
+        if self._failure is None:
+            return None
+        return CauseSought(result, self._search.searched, self._most_searched)
+
+    def explain(self, result: StageReport) -> StageReport:
+        """The report of the stage judged last, with why it fails.
+
+        Args:
+            result: What `judge` said of it.
+        """
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return result
+        explanation = self._search.explain(
+            failure.side, result.key, failure.observed, failure.expected, failure.layout,
+            in_file=failure.in_file,
+        )  # fmt: skip
+        if explanation is None:
+            reason = f"{result.reason}; its cause was not searched for (--causes all)"
+            return replace(result, reason=reason)
+        judgment, _, figures = result.reason.partition(": ")
+        reason = f"{judgment}: {explanation.clause()}; {figures}"
+        return replace(result, reason=reason, explanation=explanation)
 
     def _is_compared_alone(self, traced: Floats | None, oracle: Floats | None) -> bool:
         """Whether there is one comparison and no judgment: it counts what is not finite itself."""
@@ -134,19 +192,42 @@ class StageJudge:
                 continue
             row, layout = last
             pair = (part, row) if side == "trace" else (row, part)
+            kernel, model = self._judge_rows(key, traced, oracle)
             *_, found, permuted = self._aligned(key, *pair, layout)
             name = "; ".join(filter(None, (f"the last token only, in the {side}", permuted)))
-            evidence = self._evidence(key, found, layout=name)
+            evidence = self._evidence(key, found, layout=name, kernel=kernel, model=model)
             if not within(found, evidence.bound_alone):
                 evidence = replace(evidence, layout=None)
             verdict, reason = decide(evidence)
-            return StageReport(key, layout, verdict, reason, found, permuted=permuted or "")
+            return StageReport(key, layout, verdict, reason, found, kernel=kernel, model=model,
+                               permuted=permuted or "")  # fmt: skip
         layout = self._layout(key, oracle.size)
         return StageReport(
             key, layout, Verdict.SHAPE,
             f"the trace has {traced.size} values, the oracle {oracle.size}",
             trace=describe(traced), oracle=describe(oracle),
         )  # fmt: skip
+
+    def _judge_rows(
+        self, key: StageKey, traced: Floats, oracle: Floats
+    ) -> tuple[Judgment | None, Judgment | None]:
+        """The judgments of two sides of which one has the last token's row only."""
+        found: list[Judgment | None] = []
+        for side, x, lost in (
+            (self._trace, traced, self._lost), (self._oracle, oracle, self._oracle_lost),
+        ):  # fmt: skip
+            layout = self._layout(key, x.size)
+            is_usable = side is not None and not lost.get(key) and is_readable(
+                side.graph, key, layout, self._sides.sizes
+            )  # fmt: skip
+            expected = side.expect(key) if side is not None and is_usable else None
+            found.append(None if expected is None or expected.estimate.size != x.size
+                         else make_judgment(x, expected, layout))  # fmt: skip
+        self._keep(key, traced, None, self._layout(key, traced.size))
+        self._keep(key, None, oracle, self._layout(key, oracle.size))
+        if None in found:  # the comparison alone has to tell, which one judgment would soften
+            return None, None
+        return found[0], found[1]
 
     def _values(
         self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
@@ -159,8 +240,8 @@ class StageJudge:
         oracle, model, moved = self._canonical(
             key, oracle, expected_oracle, layout, "the oracle", True
         )
+        self._keep(key, traced, oracle, layout, moved=(permuted is not None, moved is not None))
         permuted = permuted or moved
-        self._keep(key, traced, oracle, layout)
         comparison = None
         if traced is not None and oracle is not None:
             if permuted is None and kernel is None and model is None:
@@ -175,14 +256,15 @@ class StageJudge:
         verdict, reason = decide(evidence)
         if comparison is None and (verdict is None or not verdict.is_divergence):
             verdict, reason = self._lone(key, traced, oracle, verdict, reason)
-        explanation = self._explain(
-            key, layout, verdict, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
-        )
-        if explanation is not None and verdict is Verdict.FAIL:
-            judgment, _, figures = reason.partition(": ")
-            reason = f"{judgment}: {explanation.clause()}; {figures}"
-        elif explanation is not None and explanation.named:
-            reason = f"{explanation.clause()}; {reason}"
+        explanation = None
+        if verdict is Verdict.FAIL:
+            self._failure = self._failure_of(
+                layout, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
+            )
+        elif verdict is Verdict.NONFINITE and self._trace is not None and traced is not None:
+            explanation = explain_nonfinite(self._trace, key, traced)
+            if explanation is not None and explanation.named:
+                reason = f"{explanation.clause()}; {reason}"
         logits = None
         if key == self._graph.logits and traced is not None and oracle is not None and traced.size:
             found = compare_logits(traced, oracle, k=LOGITS_TOP_K)
@@ -197,21 +279,14 @@ class StageJudge:
             permuted="; ".join(dict.fromkeys(filter(None, (permuted, moved)))),
         )  # fmt: skip
 
-    def _explain(
-        self, key: StageKey, layout: Layout, verdict: Verdict | None, traced: _Judged,
-        oracle: _Judged,
-    ) -> Explanation | None:  # fmt: skip
-        """Why a stage fails, by experiments on the inputs of the side that shows it."""
-        if verdict is Verdict.NONFINITE and self._trace is not None and traced[0] is not None:
-            return explain_nonfinite(self._trace, key, traced[0])
-        if verdict is not Verdict.FAIL:
-            return None
+    def _failure_of(self, layout: Layout, traced: _Judged, oracle: _Judged) -> _Failure | None:
+        """What experiments start from: the output and the inputs of the side that shows a fault."""
         for side, (x, judgment, expected), in_file in (
             (self._trace, traced, False), (self._oracle, oracle, True),
         ):  # fmt: skip
             if judgment is not None and not judgment.passed:
                 assert side is not None and x is not None and expected is not None
-                return explain(side, key, x, expected, layout, in_file=in_file)
+                return _Failure(side, x, expected, layout, in_file)
         return None
 
     def _lone(
@@ -220,6 +295,8 @@ class StageJudge:
     ) -> tuple[Verdict | None, str]:  # fmt: skip
         """What to say of a tensor that only one side has."""
         sides = self._sides
+        if sides.oracle is None and verdict is None and sides.header.judged:
+            return Verdict.UNJUDGED, self._why_unjudged(key, traced)
         if sides.oracle is None:
             return verdict, reason or "no oracle to hold it against"
         if traced is not None or key in sides.not_computed:
@@ -228,6 +305,25 @@ class StageJudge:
         if sides.model is not None and key not in self._graph and is_layer:
             return self._foreign(key, oracle)
         return Verdict.MISSING, "the trace lacks it"
+
+    def _why_unjudged(self, key: StageKey, traced: Floats | None) -> str:
+        """Why nothing can be said of a traced tensor that has no other side."""
+        sides, graph = self._sides, self._graph
+        num_tokens = sides.sizes.get("T")
+        if key not in graph:
+            return "this model has no such stage"
+        if self._trace is None or num_tokens is None:
+            return "the number of tokens is not known; give --tokens"
+        assert traced is not None
+        due = math.prod(graph.shape(key, sides.sizes))
+        if traced.size != due:
+            return f"it has {traced.size} values where {due} are due for {num_tokens} tokens"
+        if not graph.inputs(key) and sides.header.tokens is None:
+            return "the token ids are not known; give --tokens"
+        lacking = [source for source in graph.inputs(key) if self._trace.tensor(source) is None]
+        if lacking:
+            return f"the trace lacks what it is made of: {', '.join(map(str, lacking))}"
+        return "what it should be is not finite"
 
     def _foreign(self, key: StageKey, oracle: Floats | None) -> tuple[Verdict, str]:
         """A stage that the oracle has and this model's table has not: perhaps lost on import."""
@@ -262,47 +358,77 @@ class StageJudge:
         if x is None:
             return None, None, None
         dumped, x = x, self._unmasked(key, x, layout)
-        if expected is None or expected.estimate.value.size != x.size:
+        if expected is None or expected.estimate.size != x.size:
             return x, None, None
         judgment = make_judgment(x, expected, layout)
         if judgment is None or judgment.passed or not may_permute:
             return x, judgment, None
+        if judgment.relative_l2 < LEAST_PERMUTED:
+            return x, judgment, None
         is_oracle = side == "the oracle"
         kv_heads = self._sides.sizes.get("K")
+        usual = None if is_oracle else self._usual_layout(key)
+        as_usual = None
         for name, reading in alternatives(
             self._graph.operation(key), dumped, layout, num_kv_heads=kv_heads, is_oracle=is_oracle
         ):
             permuted = self._unmasked(key, reading, layout)
             other = make_judgment(permuted, expected, layout)
+            if name == usual:
+                as_usual = permuted, other
             if other is None or not other.passed:
                 continue
-            if not is_oracle and not self._readers_agree(key, permuted.reshape(layout.shape)):
-                break
+            if not is_oracle and not self._is_convention(key, dumped, permuted, layout):
+                return x, judgment, None
+            if name == PAIRS_OF_JOINED and not is_oracle:
+                self._paired.add(key.layer)
             return permuted, other, f"{name} in {side}"
+        if as_usual is not None:  # what is wrong is wrong in the order that the engine keeps
+            return *as_usual, f"{usual} in {side}"
         return x, judgment, None
 
-    def _readers_agree(self, key: StageKey, qkv: Floats) -> bool:
-        """Whether the next stages of the trace can have read q, k and v as they are taken here.
+    def _usual_layout(self, key: StageKey) -> str | None:
+        """The layout in which the trace keeps a stage: that of most layers, or of what it reads."""
+        known = self._sides.layouts.get(key.stage)
+        is_rotated = isinstance(self._graph.operation(key), Rotate)
+        return PAIRS if known is None and is_rotated and key.layer in self._paired else known
 
-        An engine that permutes the rows of q and k writes what one writes that keeps them in
-        another order throughout. What reads them tells the two apart.
+    def _is_convention(
+        self, key: StageKey, dumped: Floats, permuted: Floats, layout: Layout
+    ) -> bool:
+        """Whether an engine keeps q, k and v in another order, and does not permute them wrongly.
+
+        Both write the same. What reads them tells the two apart: it is explained by the tensor as
+        it was dumped only where the order is a fault. Where neither explains it, it has one itself.
         """
         if not is_joined(self._graph.operation(key)) or self._trace is None:
             return True
         for reader in self._graph.readers(key):
-            dumped = self._trace.peek(reader)
-            if dumped is None or len(self._graph.inputs(reader)) > 1:
+            if len(self._graph.inputs(reader)) > 1 or self._explains(reader, permuted, layout):
                 continue
-            expected = self._trace.expect_from(reader, [qkv])
-            layout = layout_of(reader, self._sides.sizes, dumped.size)
-            kv_heads = self._sides.sizes.get("K")
-            readings = [dumped.reshape(-1)]
-            readings += [y for _, y in alternatives(self._graph.operation(reader), readings[0],
-                                                    layout, num_kv_heads=kv_heads)]  # fmt: skip
-            judged = (make_judgment(x, expected, layout) for x in readings if expected is not None)
-            if expected is not None and not any(j is not None and j.passed for j in judged):
+            if self._explains(reader, dumped, layout):
                 return False
         return True
+
+    def _explains(self, reader: StageKey, qkv: Floats, layout: Layout) -> bool:
+        """Whether a stage of the trace is what this input gives, in any layout; so if not there."""
+        assert self._trace is not None
+        dumped = self._trace.peek(reader)
+        if dumped is None:
+            return True
+        expected = self._trace.expect_from(reader, [qkv.reshape(layout.shape)])
+        if expected is None:
+            return True
+        own = layout_of(reader, self._sides.sizes, dumped.size)
+        readings = [dumped.reshape(-1)]
+        readings += [
+            y for _, y in alternatives(
+                self._graph.operation(reader), readings[0], own,
+                num_kv_heads=self._sides.sizes.get("K"),
+            )
+        ]  # fmt: skip
+        judged = (make_judgment(x, expected, own) for x in readings)
+        return any(j is not None and j.passed for j in judged)
 
     def _aligned(
         self, key: StageKey, a: Floats, b: Floats, layout: Layout
@@ -343,12 +469,26 @@ class StageJudge:
                 yield "; ".join(f"{name} in {side}" for name, side in parts if name) or None, x, y
 
     def _keep(
-        self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout
-    ) -> None:
-        """Remember canonical tensors for the stages that read them."""
-        for side, x in ((self._trace, traced), (self._oracle, oracle)):
-            if side is not None and x is not None and layout.axes != ("index",):
-                side.record(key, x.reshape(layout.shape))
+        self, key: StageKey, traced: Floats | None, oracle: Floats | None, layout: Layout,
+        moved: tuple[bool, bool] = (False, False),
+    ) -> None:  # fmt: skip
+        """Remember canonical tensors for the stages that read them.
+
+        Args:
+            key: Which stage.
+            traced, oracle: Its tensors.
+            layout: Their layout.
+            moved: Whether each is in another order than in its dump.
+        """
+        sides = self._sides
+        for side, dump, x, is_moved in (
+            (self._trace, sides.trace, traced, moved[0]),
+            (self._oracle, sides.oracle, oracle, moved[1]),
+        ):
+            if side is None or x is None or (dump is not None and not dump.is_exact(key)):
+                continue
+            if is_readable(side.graph, key, layout, sides.sizes):
+                side.record(key, x.reshape(layout.shape), is_as_dumped=not is_moved)
 
     def _evidence(
         self, key: StageKey, comparison: Comparison | None, *, layout: str | None,
@@ -388,7 +528,7 @@ class StageJudge:
     def _count_nonfinite(self, key: StageKey, x: Floats) -> int:
         """NaN and infinities of a tensor where they count: scores may be -inf over the diagonal."""
         layout = self._layout(key, x.size)
-        return x.size - int(np.count_nonzero(np.isfinite(self._unmasked(key, x, layout))))
+        return x.size - count_finite(self._unmasked(key, x, layout))
 
     def _lose(
         self, key: StageKey, traced: int | None = None, oracle: int | None = None

@@ -13,6 +13,7 @@ from aprcore.dumps.plan import DEFAULT_PROMPT
 from aprcore.dumps.source import StageSource
 from aprcore.ground.errors import OracleError, PlanError, TokenizerError
 from aprcore.network.graph import known_stages
+from aprcore.runs.embedded import embedded_tokens
 from aprcore.runs.request import Request
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ def agree_on_tokens(
         tokens = claims[0][1]
         if silent:
             notes.append("the directories do not record their token ids; yours are taken on trust")
+    elif model is not None and trace is not None and (ran := embedded_tokens(trace, model)):
+        tokens = ran
+        notes.append("the trace does not record its token ids; its rows of the embedding tell them")
     elif trace is not None or model is None:
         notes.append(
             "neither side recorded token ids: nothing shows that both ran the same tokens"
@@ -96,29 +100,31 @@ def agree_on_tokens(
             hint = None if source is None else f"was it captured from {model.path.name}?"
             raise TokenizerError(error.what, where=source, hint=hint) from None
         for directory in directories:
-            _check_length(directory, model, len(tokens))
+            _check_length(directory, model, len(tokens), "were given" if silent else "are recorded")
     return tokens, notes
 
 
-def _check_length(directory: StageSource, model: Model, num_tokens: int) -> None:
-    """Hold the number of tokens against a directory that does not record its ids.
+def count_tokens(dump: StageSource, model: Model) -> int | None:
+    """How many tokens a dump holds: the rows of the residual stream; one may be the last alone."""
+    width = model.config.hidden_size
+    counts = [n for key, n in dump.counts.items() if known_stages()[key.stage].shape == "T,E"]
+    return max((n // width for n in counts if n and n % width == 0), default=None)
+
+
+def _check_length(dump: StageSource, model: Model, num_tokens: int, whose: str) -> None:
+    """Hold the number of tokens against what a dump holds, whatever ids it records.
 
     Raises:
         OracleError: It holds another number of tokens (one alone may be the last of them).
     """
-    if directory.sidecar.tokens is not None:
+    found = count_tokens(dump, model)
+    if found in (None, 1, num_tokens):
         return
-    width = model.config.hidden_size
-    for key, count in directory.counts.items():
-        if known_stages()[key.stage].shape == "T,E" and count % width == 0:
-            found = count // width
-            if found not in (1, num_tokens):
-                raise OracleError(
-                    f"holds {found} tokens, and {num_tokens} would be run",
-                    where=directory.path,
-                    hint="give the token ids that it was made from with --tokens",
-                )
-            return
+    ran = embedded_tokens(dump, model)
+    hint = "give the token ids that it was made from with --tokens"
+    if ran is not None:
+        hint = f"its embedding is that of --tokens {','.join(map(str, ran))}"
+    raise OracleError(f"has {found} tokens where {num_tokens} {whose}", where=dump.path, hint=hint)
 
 
 def _encode(model: Model | None, prompt: str) -> tuple[int, ...]:

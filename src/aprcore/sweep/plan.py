@@ -33,10 +33,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from aprcore.dumps.plan import parse_layers, parse_stages
+from aprcore.engines.arithmetic import stated_arithmetic
 from aprcore.ground.errors import PlanError
 from aprcore.ground.fields import convert, read_toml
 from aprcore.ground.home import expand_user
-from aprcore.ground.precision import ARITHMETICS
 from aprcore.runs.budget import parse_budgets
 from aprcore.sweep.cases import BACKENDS, DUMP, Case, CaseSettings, Prompt, Source
 from aprcore.sweep.files import base_name, fingerprint, is_url
@@ -271,9 +271,8 @@ class _Table:
         held = self._held
         if held.stages is not None:
             self._parse("stages", parse_stages, held.stages)
-        if held.arithmetic is not None and held.arithmetic not in ARITHMETICS:
-            raise self._fault(f"'arithmetic' is {held.arithmetic!r}",
-                              f"expected {', '.join(ARITHMETICS)}")  # fmt: skip
+        if held.arithmetic is not None:
+            self._parse("arithmetic", stated_arithmetic, held.arithmetic)
         file = None if held.tolerances is None else Path(self._locate(held.tolerances).location)
         weights = held.reference_weights
         return CaseSettings(

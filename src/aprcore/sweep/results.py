@@ -36,8 +36,6 @@ DEVICE = "device"
 
 OTHER_FILE = "choose another file with -o"
 
-OTHER_FILE = "choose another file with -o"
-
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -204,12 +202,17 @@ def parse_result(line: bytes) -> CaseResult:
     """A result from a line of a results file.
 
     Raises:
-        FormatError: It is nothing of the kind.
+        FormatError: It is nothing of the kind, or has a verdict that there is not.
     """
     data = parse_object(line, None, "the line")
     if data.get("schema") != CASE_SCHEMA:
         raise FormatError("no result of a sweep")
-    return convert(data, CaseResult, None)
+    result = convert(data, CaseResult, None)
+    told = {result.verdict, *(result.counts or ()), *(fault.verdict for fault in result.faults)}
+    unknown = sorted(told - {ERROR, *(verdict.value for verdict in Verdict)})
+    if unknown:
+        raise FormatError(f"there is no verdict {unknown[0]!r}")
+    return result
 
 
 class ResultsFile:

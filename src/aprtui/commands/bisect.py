@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     parser.add_argument(
         "--strict", action="store_true",
-        help="let a MISSING stage, and noise beyond its --budget, fail the run too",
+        help="let a MISSING or UNJUDGED stage, and noise beyond its --budget, fail the run too",
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path, metavar="FILE", action="append", default=[],
@@ -68,13 +68,14 @@ def print_run(
     from aprcore.runs.bisect import bisect
     from aprcore.runs.tensors import LayerInputs
     from aprtui.exporting import check_export_path
+    from aprtui.progress import with_searches_shown
     from aprtui.stage_table import StageTable
 
     for path in files:
         check_export_path(path)
     table = None if as_json else StageTable()
     kept = LayerInputs() if files else None
-    for event in bisect(request, kept):
+    for event in with_searches_shown(bisect(request, kept)):
         if table is not None:
             table.take(event)
         if isinstance(event, PathRejected):

@@ -81,7 +81,7 @@ def _line(row: DiffRow, width: int) -> str:
     name = f"{visible(row.name):<{width}}"
     found = row.comparison
     if found is None:
-        return f"{name} {row.verdict.value}  {row.detail}"
+        return f"{name} {row.verdict.value}  {visible(row.detail)}"
     figures = f"{found.cosine:>12.7f} {found.relative_l2:>12.3e} {found.max_abs_diff:>12.3e}"
     word = "" if row.verdict.value == "PASS" else "  DIFFERS"
     if found.unequal_nonfinite:

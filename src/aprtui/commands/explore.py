@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aprtui.commands.run_options import add_run_options, add_save_option, make_request
-from aprtui.screen_options import ScreenOptions
+from aprtui.outgoing import is_terminal
+from aprtui.screen_options import ALLOW_WRITE_VARIABLE, ScreenOptions
 from aprtui.settings import THEMES
 
 if TYPE_CHECKING:
@@ -59,7 +61,20 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = choose_settings(args)
     options = ScreenOptions(args.watch, args.save, tuple(sys.argv))
+    if os.environ.get("TEXTUAL_DRIVER") == WEB_DRIVER:
+        options = _in_browser(options)
     return open_explorer(request_under(args, settings), settings, options)
+
+
+def _in_browser(options: ScreenOptions) -> ScreenOptions:
+    """Options of an explorer that may write where its server says, and else nowhere."""
+    allowed = os.environ.get(ALLOW_WRITE_VARIABLE, "")
+    return replace(
+        options,
+        save=None if options.save is None else options.save.absolute(),
+        may_write=bool(allowed),
+        folder=Path(allowed) if allowed else None,
+    )
 
 
 def choose_settings(args: argparse.Namespace) -> Settings:
@@ -111,7 +126,7 @@ def open_explorer(
 
     # A dumb terminal has no cursor to move; the explorer would draw into it for ever.
     is_dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
-    has_terminal = not is_dumb and sys.stdin.isatty() and sys.stdout.isatty()
+    has_terminal = not is_dumb and sys.stdin.isatty() and is_terminal(sys.stdout)
     # `aprtui serve` puts a browser in the terminal's place.
     if not has_terminal and os.environ.get("TEXTUAL_DRIVER") != WEB_DRIVER:
         raise PlanError(

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from aprtui.outgoing import is_terminal, overwrite
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command and its arguments."""
@@ -43,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         AprError: The arguments or the model are unusable.
     """
-    from aprcore.dumps.oracle import OracleRequest, write_oracle
+    from aprcore.capture.oracle import OracleRequest, write_oracle
     from aprcore.dumps.plan import DEFAULT_PROMPT, parse_layers, parse_tokens
+    from aprtui.text import visible
 
     tokens = None if args.tokens is None else parse_tokens(args.tokens)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
@@ -58,16 +61,17 @@ def run(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         check=args.check,
     )
-    on_terminal = sys.stderr.isatty()
+    on_terminal = is_terminal(sys.stderr)
     if on_terminal:
-        print("loading ...", end="", file=sys.stderr, flush=True)
+        overwrite("loading ...")
     try:
         summary = write_oracle(request, args.output, _show_progress if on_terminal else None)
     finally:
         if on_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            overwrite("")
     ids = ",".join(map(str, summary.tokens))
-    print(f"{summary.count} tensors in {summary.directory}, {len(summary.tokens)} tokens: {ids}")
+    where = visible(str(summary.directory))
+    print(f"{summary.count} tensors in {where}, {len(summary.tokens)} tokens: {ids}")
     if on_terminal:
         told = f"{summary.judged} stages follow from their inputs" if args.check else "not checked"
         print(told, file=sys.stderr)
@@ -75,4 +79,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_progress(done: int, total: int) -> None:
-    print(f"\r\x1b[Kcapturing {done}/{total}", end="", file=sys.stderr, flush=True)
+    overwrite(f"capturing {done}/{total}")

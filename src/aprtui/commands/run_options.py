@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,12 @@ def whole_number(what: str, least: int = 0, most: int = MOST_NUMBER) -> Callable
         return int(text)
 
     return read
+
+
+def _number_of_causes(text: str) -> float:
+    """A number of stages; infinity for all of them."""
+    words = {"all": math.inf, "none": 0}
+    return words[text] if text in words else whole_number("a number of stages, all or none")(text)
 
 
 def add_token_options(parser: argparse.ArgumentParser) -> None:
@@ -97,12 +104,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         " instead of tracing MODEL",
     )  # fmt: skip
     parser.add_argument(
+        "--shards", type=Path, nargs="+", default=(), metavar="DIR",
+        help="in place of --trace: the dumps of all ranks of a tensor-parallel engine, in order",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", type=Path, metavar="DIR",
         help="hold --trace against these stage files too, stage by stage: a GPU's against a CPU's",
     )  # fmt: skip
     parser.add_argument(
         "--names", type=Path, metavar="MAP.toml",
         help="what such a file calls the stages, if not as transformers or llama.cpp do",
+    )  # fmt: skip
+    parser.add_argument(
+        "--row", type=whole_number("a row of a batch"), metavar="N",
+        help="which sequence, where a dump holds a batch of several; counts from 0",
     )  # fmt: skip
     add_token_options(parser)
     parser.add_argument(
@@ -114,10 +129,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_thread_option(parser)
     add_gpu_options(parser)
     parser.add_argument(
-        "--arithmetic", choices=("f32", "f64", "f16", "bf16", "q8_0", "q8_1", "q8_k", "auto"),
-        default="auto",
-        help="precision that the engine behind --trace computes in (default: auto, find out)",
+        "--arithmetic", metavar="WORDS",
+        help="what the engine behind --trace computes in: f16, or linear=q8_0,kv_cache=f16 and so"
+        " on; auto: find out (default: as recorded, and the rest is found out)",
     )  # fmt: skip
+    parser.add_argument(
+        "--causes", metavar="N", type=_number_of_causes,
+        help="for how many failing stages every known cause is tried, all or none (default: 16);"
+        " what explained a stage is tried on it in other layers all the same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine",
+        choices=("llama.cpp", "vllm", "mlx", "transformers"),
+        help="the engine behind --trace, whose arithmetic is known",
+    )
     parser.add_argument(
         "--cumulative-only", action="store_true",
         help="only compare with the oracle; no model and kernel judgments, about 3 times faster",
@@ -160,7 +185,10 @@ def make_request(args: argparse.Namespace) -> Request:
     from aprcore.runs.budget import parse_budgets
     from aprcore.runs.request import SUFFIX, Request, is_saved_run
 
-    if args.model is None and args.trace is None:
+    if args.shards and args.trace is not None:
+        raise PlanError("--shards takes the place of --trace", hint="leave one out")
+    trace = args.shards[0] if args.shards else args.trace
+    if args.model is None and trace is None:
         raise PlanError("no model given", hint="name one, or a directory with --trace; see --help")
     if getattr(args, "save", None) is not None and not is_saved_run(args.save):
         raise PlanError(f"{args.save} is no name for a saved run", hint=f"end it in {SUFFIX}")
@@ -170,13 +198,16 @@ def make_request(args: argparse.Namespace) -> Request:
     request = Request(
         model=args.model,
         oracle=args.oracle,
-        trace=args.trace,
+        trace=trace,
+        shards=tuple(args.shards),
         prompt=None if args.prompt is None else check_prompt(args.prompt),
         tokens=None if args.tokens is None else parse_tokens(args.tokens),
         plan=plan,
         threads=args.threads,
-        arithmetic=None if args.arithmetic == "auto" else args.arithmetic,
+        arithmetic=args.arithmetic,
+        engine=args.engine,
         names=args.names,
+        row=args.row,
         reference_weights=args.reference_weights,
         budgets=parse_budgets(args.budget, args.tolerances),
         strict=getattr(args, "strict", False),
@@ -186,6 +217,9 @@ def make_request(args: argparse.Namespace) -> Request:
         device=args.device,
         against=args.against,
     )
+    if args.causes is not None:
+        most = None if args.causes == math.inf else int(args.causes)
+        request = replace(request, causes=most)
     return _saved(request) if is_saved_run(args.model or Path()) else request
 
 

@@ -191,12 +191,12 @@ def _say(line: str) -> None:
 @contextmanager
 def _bar(total: int, kept: int) -> Iterator[Any]:
     """A bar with the time left; nothing where stderr is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from aprtui.drawing import VisibleConsole
     from aprtui.text import visible
 
-    console = Console(stderr=True)
+    console = VisibleConsole(stderr=True)
     if not console.is_terminal:
         yield lambda event: None
         return

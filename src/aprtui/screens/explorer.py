@@ -35,6 +35,7 @@ from aprtui.widgets.tabs import DetailTab, TabStrip
 from aprtui.widgets.verdict_bar import VerdictBar
 
 if TYPE_CHECKING:
+    from aprcore.records.report import StageReport
     from aprcore.runs.request import Request
     from aprtui.session import Engine
 
@@ -104,7 +105,8 @@ class ExplorerScreen(Screen[None]):
         self.detail = StageDetail(self.state, id="detail")
         self._refresh_timer: Timer | None = None
         self._detail_timer: Timer | None = None
-        self._is_detail_judged = False
+        # What the detail pane says its stage was found to be.
+        self._detailed: StageReport | None = None
         # On a tiny screen, in the place of the tree.
         self._is_detail_open = False
 
@@ -191,14 +193,14 @@ class ExplorerScreen(Screen[None]):
     # What is drawn
 
     def _show_progress(self) -> None:
-        """Draw what changes while stages come in; a stage's own figures change but once."""
+        """Draw what changes while stages come in; a stage's own figures change but rarely."""
         self._refresh_timer = None
         self.tree_of_stages.rearrange()
         self.verdict_bar.refresh()
         self.stages.profile.refresh()
         self.views.refresh()
         row = self.tree_of_stages.row
-        if row.key is None or (row.key in self.state.reports) != self._is_detail_judged:
+        if row.key is None or self.state.reports.get(row.key) is not self._detailed:
             self._show_detail()
 
     def show_all(self) -> None:
@@ -225,8 +227,7 @@ class ExplorerScreen(Screen[None]):
             self._detail_timer = None
         row = self.tree_of_stages.row
         self.detail.show(row, self.top_k, self.tab)
-        report = None if row.key is None else self.state.reports.get(row.key)
-        self._is_detail_judged = report is not None
+        self._detailed = None if row.key is None else self.state.reports.get(row.key)
 
     def on_resize(self) -> None:
         """Columns depend on the width; a run that is not open has none."""

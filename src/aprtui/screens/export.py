@@ -14,7 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from aprcore.ground.home import expand_user
-from aprtui.exporting import check_export_path
+from aprtui.exporting import check_export_path, place_export
 from aprtui.text import visible
 from aprtui.theme import Paint
 
@@ -31,14 +31,19 @@ class ExportScreen(ModalScreen[Path | None]):
     """A file name, whose suffix says what is written. Ends with the path, or None.
 
     A file that exists is replaced when that is said a second time.
+
+    Args:
+        suggested: The name that stands there.
+        folder: Below which the file has to be; None: anywhere.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "cancel", id="export.close", tooltip="Write nothing"),
     ]
 
-    def __init__(self, suggested: Path) -> None:
+    def __init__(self, suggested: Path, folder: Path | None = None) -> None:
         super().__init__()
+        self._folder = folder
         self._suggested = suggested
         self._warned_of: Path | None = None
 
@@ -64,8 +69,8 @@ class ExportScreen(ModalScreen[Path | None]):
     def _accept(self, event: Input.Submitted) -> None:
         from aprcore.ground.errors import AprError
 
-        path = expand_user(event.value.strip() or ".")
         try:
+            path = place_export(expand_user(event.value.strip() or "."), self._folder)
             check_export_path(path, has_screen=True)
         except AprError as error:
             self._tell(visible(str(error)), "verdict-fail")

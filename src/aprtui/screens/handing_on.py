@@ -34,12 +34,16 @@ class HandingOn:
 
     def _ask(self) -> None:
         """Ask for a file name; its suffix says what is written."""
+        if not self._options.may_write:
+            self._screen.notify("this page may not write: serve it with --allow-write DIR")
+            return
         if self._state.report is None:
             self._screen.notify("the run is not over yet")
             return
         picture = self._screen.app.export_screenshot()
         header = self._state.report.header
-        name = Path(header.model or header.trace.path).stem or "run"
+        # The name is a file's, and an input shows what is typed as it is.
+        name = visible(Path(header.model or header.trace.path).stem) or "run"
 
         def write(path: Path | None) -> None:
             if path is not None:
@@ -47,11 +51,12 @@ class HandingOn:
 
         from aprtui.screens.export import ExportScreen
 
-        self._screen.app.push_screen(ExportScreen(Path(f"{name}-report.html")), write)
+        suggested = Path(f"{name}-report.html")
+        self._screen.app.push_screen(ExportScreen(suggested, self._options.folder), write)
 
     def save(self) -> None:
         """Write a run that is over to the file that was asked for with it, if one was."""
-        if self._options.save is not None:
+        if self._options.save is not None and self._options.may_write:
             self._write(self._options.save)
 
     def _copy(self) -> None:

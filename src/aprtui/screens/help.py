@@ -14,7 +14,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from aprtui.theme import MARKS, PENDING, UNJUDGED, Paint
+from aprtui.theme import ALONE, MARKS, PENDING, Paint
 
 # Signs of the figures, with what they say.
 LEGEND = (
@@ -67,7 +67,7 @@ class HelpScreen(ModalScreen[None]):
     @staticmethod
     def _marks(paint: Paint) -> Table:
         table = Table.grid(padding=(0, 2))
-        for mark in (PENDING, *MARKS.values(), UNJUDGED):
+        for mark in (PENDING, *MARKS.values(), ALONE):
             style = paint(mark.ink, bold=mark is not PENDING)
             table.add_row(Text(mark.glyph, style), Text(mark.word, style), Text(mark.meaning))
         return table

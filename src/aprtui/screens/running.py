@@ -144,6 +144,6 @@ class Running:
         asked = self.request
         given = (
             asked.model, asked.trace, asked.oracle, asked.against, asked.names,
-            asked.reference_weights, asked.saved,
+            asked.reference_weights, asked.saved, *asked.shards,
         )  # fmt: skip
         return [path for path in given if path is not None]

@@ -16,7 +16,7 @@ from aprcore.records.telling import worst_of
 from aprtui.measures import JUDGMENTS, Measure
 from aprtui.rows import RUN_ROW, Row, SortOrder, summarise_layer
 from aprtui.run_state import RunState
-from aprtui.theme import PENDING, UNJUDGED, Mark, Paint, mark_of, mark_of_verdict
+from aprtui.theme import ALONE, PENDING, Mark, Paint, mark_of, mark_of_verdict
 from aprtui.widgets.stage_columns import MARKS_COLUMN, Column, FigurePainter, columns_for
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ class RowPainter:
                 text.append(f" {blamed[0].upper()}", self.paint(mark_of_verdict(verdict).ink))
             return text
         if any(column.name == "NaN/Inf" for column in self.columns):
-            return Text(UNJUDGED.glyph if self.state.measures else "", self.paint(UNJUDGED.ink))
+            return Text(ALONE.glyph if self.state.measures else "", self.paint(ALONE.ink))
         if nonfinite == 0 and (self.state.measures or self.state.counts):
-            return Text(UNJUDGED.glyph, self.paint(UNJUDGED.ink))
+            return Text(ALONE.glyph, self.paint(ALONE.ink))
         return FigurePainter(self.paint, self.is_long).count(nonfinite)
 
     @property

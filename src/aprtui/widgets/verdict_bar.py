@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 from textual.widget import Widget
 
-from aprcore.records.telling import SEVERITY, finding_of, token_name
+from aprcore.records.telling import SEVERITY, finding_of, headline, token_name
 from aprtui.bindings import shown_key
 from aprtui.measures import Measure
 from aprtui.run_state import RunState
@@ -78,11 +78,9 @@ class VerdictBar(Widget):
             mark = MARKS["PASS"]
             said = f" {mark.glyph} {state.report.parity_summary()}"
             return Text(said, paint(mark.ink, bold=True))
-        mark, stages = MARKS["PASS"], f"in {len(state.reports)} stages"
-        said = f" {mark.glyph} no divergence {stages}"
-        if not state.has_oracle:
-            said = f" {mark.glyph} no kernel fault {stages}; weights are taken on trust"
-        return Text(said, paint(mark.ink, bold=True))
+        word, said = headline(state.report)
+        mark = MARKS[word]
+        return Text(f" {mark.glyph} {visible(said)}", paint(mark.ink, bold=True))
 
     def _parity_fault(self, paint: Paint) -> Text:
         """The first stage that is wrong on one side only, which the run's exit code counts."""
@@ -101,7 +99,9 @@ class VerdictBar(Widget):
         filled = BAR_CELLS * done // total
         latest = state.latest
         text = Text()
-        if latest is not None and latest.layer is not None:
+        if state.sought is not None:
+            text.append(f"cause of {latest}, {state.sought.progress()} … ", paint("ink-quiet"))
+        elif latest is not None and latest.layer is not None:
             text.append(f"layer {latest.layer}/{state.header.num_layers} … ", paint("ink-quiet"))
         text.append(f"{done} of {total} stages ")
         text.append("▓" * filled, paint("ink-oracle"))

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from aprcore.dumps.capture import (
+from aprcore.capture.transformers_pass import (
     Float32,
     Module,
     capture,
@@ -26,10 +26,9 @@ from aprcore.dumps.capture import (
 )
 from aprcore.dumps.sidecar import Sidecar
 from aprcore.dumps.writer import TraceWriter
-from aprcore.engines.estimate import Profile
+from aprcore.engines.arithmetic import arithmetic_of_dtype
 from aprcore.formats.huggingface import CONFIG_NAME, HuggingFaceFiles, read_huggingface
 from aprcore.ground.errors import OracleError
-from aprcore.ground.precision import arithmetic_of_dtype
 from aprcore.judging.compare import compare
 from aprcore.judging.layouts import layout_of
 from aprcore.judging.replay import RecordedSide, make_judgment
@@ -159,8 +158,8 @@ class _Check:
         _, weights = assemble(declared, held.tensors, request.source)
         self._graph = graph
         # These are the very weights that it runs with: only a cast to its type changes them.
-        profile = Profile(arithmetic_of_dtype(request.dtype), weights_rounded=False)
-        self._side = RecordedSide(graph, weights, tokens, len(tokens), profile)
+        engine = arithmetic_of_dtype(request.dtype)
+        self._side = RecordedSide(graph, weights, tokens, len(tokens), engine)
         self._layer: dict[StageKey, Float32] = {}
         self.judged = 0
 
