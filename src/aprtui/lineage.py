@@ -92,12 +92,13 @@ def _ancestors(state: RunState, key: StageKey) -> dict[StageKey, StageKey]:
 
 def _graph(header: RunHeader) -> Graph:
     """What reads what in a run; its model may not be at hand."""
-    return _outline(header.num_layers, frozenset(k.stage for k in header.keys), header.architecture)
+    return _outline(header.num_layers, header.keys, header.architecture)
 
 
 @lru_cache(maxsize=4)
-def _outline(num_layers: int, names: frozenset[str], architecture: str | None) -> Graph:
-    return outline(num_layers, names, architecture)
+def _outline(num_layers: int, keys: tuple[StageKey, ...], architecture: str | None) -> Graph:
+    layers = {key.layer for key in keys if key.layer is not None}
+    return outline(num_layers, {key.stage for key in keys}, architecture, layers)
 
 
 def _word(state: RunState, key: StageKey) -> str | None:

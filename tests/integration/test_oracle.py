@@ -14,7 +14,14 @@ import pytest
 
 from aprcore.capture.oracle import OracleRequest, load_model, quiet_transformers, write_oracle
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.ground.errors import AprError, FormatError, OracleError, PlanError, TraceError
+from aprcore.ground.errors import (
+    AprError,
+    FormatError,
+    OracleError,
+    PlanError,
+    TokenizerError,
+    TraceError,
+)
 from aprcore.network.graph import outline
 from aprcore.network.stages import StageKey
 from models import ARCHITECTURES, build, save, save_tokenizer, small_model
@@ -357,7 +364,9 @@ class TestBadInput:
 
     def test_damaged_tokenizer(self, source):
         (source / "tokenizer.json").write_text("{")
-        self.fails(OracleRequest(source, prompt="hello"), "its tokenizer cannot be used")
+        self.fails(
+            OracleRequest(source, prompt="hello"), "cannot be read as a tokenizer", TokenizerError
+        )
 
     def test_empty_prompt(self, source):
         self.fails(OracleRequest(source, prompt=""), "the prompt is empty")

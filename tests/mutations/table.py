@@ -540,7 +540,7 @@ LINEAGE = mutations_of(
          "source not in state.reports or _word(state, source) not in CARRIES_ON"),
         ("ancestors(key, carries_on)", "ancestors(key, lambda _: True)",
          "ancestors(key, lambda _: False)"),
-        ("frozenset(k.stage for k in header.keys)", "frozenset()"),
+        ("{key.stage for key in keys}", "set()"),
         (", header.architecture)", ", None)"),
         ("_outline(header.num_layers,", "_outline(1,", "_outline(header.num_layers + 1,"),
         ("report is not None and report.is_divergence", "report is not None",
@@ -554,11 +554,11 @@ GRAPH = mutations_of(
     [
         # Readers.
         ("near: list[int | None] = [key.layer]", "near: list[int | None] = []"),
-        ("near.append(key.layer + 1 if", "near.append(key.layer + 2 if",
-         "near.append(key.layer if"),
-        ("if key.layer + 1 < self.num_layers else None", "if key.layer < self.num_layers else None",
-         "if key.layer + 2 < self.num_layers else None", "if False else None"),
-        ("if key.layer is not None:\n            near", "if False:\n            near"),
+        ("bisect_left(self.layers, key.layer + 1)", "bisect_left(self.layers, key.layer)",
+         "bisect_left(self.layers, key.layer + 2)"),
+        ("if after < len(self.layers) else None", "if after + 1 < len(self.layers) else None",
+         "if False else None"),
+        ("if key.layer is not None:\n            after", "if False:\n            after"),
         ("if key in row.inputs", "if key not in row.inputs", "if key in row.inputs[:1]",
          "if key in row.inputs[-1:]"),
         # Ancestors.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -384,6 +387,7 @@ class TestHostileFiles:
                 open_dump(self.member(tmp_path / "a.npz", shape, bytes(20)))
 
     def test_a_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("aprcore.ground.archive.HARMLESS_BYTES", 1000)
         monkeypatch.setattr("aprcore.dumps.tensor_files.HARMLESS_BYTES", 1000)
         path = self.member(tmp_path / "a.npz", (1 << 20,), bytes(4 << 20))
         with pytest.raises(FormatError, match="expands from"):
@@ -394,11 +398,121 @@ class TestHostileFiles:
         with pytest.raises(FormatError, match="repeats 4 stored bytes"):
             open_dump(tmp_path / "a.pt")
 
-    def test_without_torch(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "a.pt").write_bytes(b"x")
-        monkeypatch.setitem(__import__("sys").modules, "torch", None)
-        with pytest.raises(TraceError, match="needs torch to be read; pip install"):
+    def test_a_member_that_is_there_twice(self, tmp_path: Path) -> None:
+        path = self.member(tmp_path / "a.npz", (2,), bytes(8))
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+            warnings.simplefilter("ignore")
+            archive.writestr(f"{NORM.path}.npy", b"x")
+        with pytest.raises(FormatError, match="is there twice"):
+            open_dump(path)
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_a_member_that_is_packed_otherwise(self, tmp_path: Path, method: int) -> None:
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+            archive.writestr(f"{NORM.path}.npy", b"x")
+        with pytest.raises(FormatError, match="only stored and deflated members are read"):
+            open_dump(tmp_path / "a.npz")
+
+    @pytest.mark.parametrize("claimed", [8, 0xFFFFFF])
+    def test_a_member_that_is_longer_than_it_says(self, tmp_path: Path, claimed: int) -> None:
+        """The directory's size is a claim; what is unpacked must not go beyond it."""
+        path = tmp_path / "a.npz"
+        size = 10_000_000
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"{NORM.path}.npy", bytes(size))
+        data = path.read_bytes()
+        path.write_bytes(data.replace(size.to_bytes(4, "little"), claimed.to_bytes(4, "little")))
+        with pytest.raises(FormatError, match="is no"):
+            open_dump(path)
+
+    def test_a_pickle_before_the_zip_format(self, tmp_path: Path) -> None:
+        import torch
+
+        torch.save({NORM.path: torch.ones(2)}, tmp_path / "a.pt",
+                   _use_new_zipfile_serialization=False)  # fmt: skip
+        with pytest.raises(FormatError, match=r"torch before 1\.6"):
             open_dump(tmp_path / "a.pt")
+
+    def test_a_tensor_beyond_its_storage(self, tmp_path: Path) -> None:
+        """torch.load would read what lies behind it in memory."""
+        import torch
+
+        torch.save({NORM.path: torch.ones(2, 3)}, tmp_path / "a.pt")
+        data = (tmp_path / "a.pt").read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(
+            tmp_path / "b.pt", "w"
+        ) as new:  # fmt: skip
+            for name in old.namelist():
+                held = old.read(name)
+                # The shape (2, 3) is two small integers and the tuple of them.
+                new.writestr(name, held.replace(b"K\x02K\x03\x86", b"K\x02K\x09\x86"))
+        with pytest.raises(FormatError, match=r"a tensor of \[2, 9\] beyond the 24 bytes"):
+            open_dump(tmp_path / "b.pt")
+
+
+class TestTorchFiles:
+    """Without torch: what torch.save wrote is read as torch.load would."""
+
+    def test_views_types_and_parameters(self, tmp_path: Path) -> None:
+        import torch
+
+        whole = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+        module = torch.nn.Linear(3, 2)
+        held = {
+            "layers.0": {"input_layernorm": whole.t(), "mlp.down_proj": whole[1:3, ::2]},
+            "layers.1": {"input_layernorm": torch.nn.Parameter(whole), "mlp": whole.double()},
+            "layers.2": {"input_layernorm": whole.half(), "mlp": whole.bfloat16()},
+            "layers.3": {"input_layernorm": whole.to_sparse(), "mlp": torch.ones(2).to("meta")},
+            "layers.4": {"input_layernorm": whole.to(torch.float8_e4m3fn)},
+            "layers.5": {"input_layernorm": torch.zeros(0, 6)},
+            "module": module.state_dict(), "tokens": torch.tensor([[3, 1]], dtype=torch.int32),
+            "size": whole.shape, "type": torch.float32, "device": torch.device("cpu"),
+        }  # fmt: skip
+        torch.save(held, tmp_path / "a.pt")
+        dump = open_dump(tmp_path / "a.pt")
+        for key in dump.keys():
+            names = {"attn_norm": "input_layernorm", "ffn_out": "mlp"}
+            group = held[f"layers.{key.layer}"]
+            name = names[key.stage]
+            tensor = group.get(name, group.get("mlp.down_proj"))
+            assert dump.read(key).tolist() == tensor.detach().float().reshape(-1).tolist(), key
+        assert [key.layer for key in dump.keys()] == [0, 0, 1, 1, 2, 2]
+        assert dump.sidecar.tokens == (3, 1)
+
+    @pytest.mark.parametrize("kind", ["bfloat16", "meta", "sparse", "grad", "float8_e4m3fn"])
+    def test_tokens_that_are_none(self, tmp_path: Path, kind: str) -> None:
+        import torch
+
+        tensor = torch.ones(3)
+        match kind:
+            case "meta":
+                tensor = tensor.long().to("meta")
+            case "sparse":
+                tensor = tensor.long().to_sparse()
+            case "grad":
+                tensor.requires_grad_()
+            case _:
+                tensor = tensor.to(getattr(torch, kind))
+        torch.save({"tokens": tensor, NORM.path: torch.ones(2)}, tmp_path / "a.pt")
+        with pytest.raises(FormatError, match="token ids"):
+            open_dump(tmp_path / "a.pt")
+
+    def test_a_large_tensor_is_read_by_position(self, tmp_path: Path) -> None:
+        import torch
+
+        torch.save({"lm_head": torch.arange(64.0).reshape(8, 8)}, tmp_path / "a.pt")
+        assert open_dump(tmp_path / "a.pt").read(StageKey(None, "lm_head")).tolist() == [
+            float(x) for x in range(56, 64)
+        ]
+
+    def test_torch_is_not_needed(self, tmp_path: Path) -> None:
+        import torch
+
+        torch.save({NORM.path: torch.ones(2)}, tmp_path / "a.pt")
+        code = ("import sys; from aprcore.dumps.open import open_dump; from pathlib import Path\n"
+                "dump = open_dump(Path(sys.argv[1])); dump.read(dump.keys()[0])\n"
+                "assert 'torch' not in sys.modules")  # fmt: skip
+        subprocess.run([sys.executable, "-c", code, tmp_path / "a.pt"], check=True)
 
 
 def test_what_is_a_file_and_what_a_directory(tmp_path: Path) -> None:

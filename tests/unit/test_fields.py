@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from aprcore.ground.errors import FormatError, PlanError
-from aprcore.ground.fields import convert, parse_object, read_object
+from aprcore.ground.fields import convert, parse_object, read_object, read_toml
 
 
 class Inner(msgspec.Struct, forbid_unknown_fields=True):
@@ -91,3 +92,32 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}" + " " * 100)
     with pytest.raises(FormatError, match="102 bytes are too many"):
         read_object(tmp_path / "a.json", limit_bytes=10)
+
+
+def test_half_a_character_is_no_text() -> None:
+    """No encoding can write it, so nothing that is made of it could be saved or printed."""
+    with pytest.raises(FormatError, match="half of a character"):
+        parse_object(b'{"a": ["\\ud83d"]}', "f.json", "the file")
+    assert parse_object(b'{"a": "\\ud83d\\ude00 \\\\ud83d"}', "f.json", "the file") == {
+        "a": "\U0001f600 \\ud83d"
+    }
+
+
+@pytest.mark.parametrize("text", ["a." * 200_000 + "b = 1", "[" + "'a' . " * 90_000 + "b]",
+                                  "x = {" + "a." * 1000 + "b = 1}"],
+    ids=["key", "table", "inline"])  # fmt: skip
+def test_a_key_of_many_parts_is_refused_before_it_is_parsed(tmp_path: Path, text: str) -> None:
+    """Python's parser takes a minute for the first."""
+    path = tmp_path / "t.toml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(FormatError, match="a key of more than 100 parts"):
+        read_toml(path)
+    assert time.process_time() - began < 1
+    path.write_text(f'a.b.c = [{"1.5, " * 500}]\nd = "{"e. " * 99}{"word word. " * 100}"')
+    assert len(read_toml(path)["a"]["b"]["c"]) == 500
+
+
+def test_a_value_of_thousands_of_digits() -> None:
+    with pytest.raises(FormatError, match="too much to show"):
+        convert({"flag": 16**9999}, Outer, "f")

@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from aprcore.ground.errors import ConfigError
+from aprcore.ground.fields import Fields
 from aprcore.network.dialects import declare_huggingface
 from aprcore.network.rope import Rope, RopeScaling
+from aprcore.network.rope_dialects import rope_from_gguf, rope_from_json
 
 # transformers computes frequencies in float32: a power, a division and for scaled kinds a few
 # products more, each rounded to 2^-24; the argument of the power (up to ln theta = 13) is itself
@@ -125,3 +128,21 @@ def test_divisors_divide() -> None:
     plain = Rope(1e4, 8).inverse_frequencies()
     divided = Rope(1e4, 8, divisors=(1.0, 2.0, 4.0, 8.0)).inverse_frequencies()
     np.testing.assert_array_equal(divided, plain / [1, 2, 4, 8])
+
+
+@pytest.mark.parametrize("scaling", [
+    {"beta_fast": -1}, {"beta_slow": -2.5}, {"beta_fast": 1e-320}, {"beta_slow": 1e-310},
+    {"factor": 1e-310}, {"mscale": 1e308, "mscale_all_dim": 1.0, "factor": 1e300},
+    {"mscale": 1.0, "mscale_all_dim": -10 / math.log(4.0), "factor": 4.0},
+])  # fmt: skip
+def test_numbers_that_give_no_frequencies_are_refused(scaling: dict[str, float]) -> None:
+    """Each may be, and together they overflow: in the first rotation, long after reading."""
+    whole = {"rope_scaling": {"type": "yarn", "factor": 2.0,
+                              "original_max_position_embeddings": 32, **scaling}}  # fmt: skip
+    with pytest.raises(ConfigError, match="rope_scaling give no frequencies"):
+        rope_from_json(Fields(whole, "config.json"), 8, 64)
+    if "factor" not in scaling:
+        keys = {f"llama.rope.scaling.{name}": value for name, value in scaling.items()}
+        keys |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
+        with pytest.raises(ConfigError):
+            rope_from_gguf(Fields(keys, "m.gguf"), "llama", 8, 64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import zipfile
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from aprcore.ground.errors import AprError, FormatError
 from aprcore.judging.layouts import Layout
+from aprcore.judging.ranking import Ranking
 from aprcore.network.stages import StageKey
 from aprcore.records import saved_run
 from aprcore.records.report import Report, Side
@@ -203,14 +206,19 @@ class TestWriting:
 
 class TestBroken:
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(FormatError, match="does not exist"):
+        with pytest.raises(FormatError, match="no such file"):
             SavedRun(tmp_path / "run.aprx")
 
     def test_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(FormatError, match="cannot be read"):
+        with pytest.raises(FormatError, match="is a directory"):
             SavedRun(tmp_path)
 
-    @pytest.mark.parametrize("content", [b"", b"PK", b"no archive at all" * 100])
+    def test_a_pipe(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "run.aprx")
+        with pytest.raises(FormatError, match="is not a regular file"):
+            SavedRun(tmp_path / "run.aprx")
+
+    @pytest.mark.parametrize("content", [b"x", b"PK", b"no archive at all" * 100], ids=len)
     def test_no_archive(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "run.aprx").write_bytes(content)
         with pytest.raises(FormatError, match="not a saved run"):
@@ -243,6 +251,58 @@ class TestBroken:
         with pytest.raises(FormatError, match="sizes of layer-0/attn_norm"):
             SavedRun(tmp_path / "odd.aprx")
 
+    @pytest.mark.parametrize("key", [StageKey(0, "\x1b[31m"), StageKey(9, "attn_norm"),
+                                     StageKey(-1, "attn_norm"), StageKey(None, "attn_norm"),
+                                     StageKey(0, "lm_head")])  # fmt: skip
+    @pytest.mark.parametrize("place", ["header", "stage", "span"])
+    def test_stages_that_are_none(
+        self, report: Report, tmp_path: Path, key: StageKey, place: str
+    ) -> None:
+        """Everything that shows a run looks its stages up by name."""
+        match place:
+            case "header":
+                odd = replace(report, header=replace(report.header, keys=(key,)))
+            case "stage":
+                odd = replace(report, stages=(replace(report.stages[0], key=key),))
+            case _:
+                stage = next(s for s in report.stages if s.kernel is not None)
+                assert stage.kernel is not None
+                kernel = replace(stage.kernel, span=(key,))
+                odd = replace(report, stages=(replace(stage, kernel=kernel),))
+        save_run(tmp_path / "odd.aprx", odd)
+        with pytest.raises(FormatError, match=r"no stage of this version|of layer"):
+            SavedRun(tmp_path / "odd.aprx")
+
+    @pytest.mark.parametrize("change", [
+        {"max_index": 1 << 40}, {"first_nonfinite": 1 << 40}, {"count": 3},
+        {"top": Ranking(np.array([1 << 40]), np.ones(1), np.ones(1))},
+        {"top": Ranking(np.array([0]), np.ones(2), np.ones(1))},
+    ], ids=str)  # fmt: skip
+    def test_places_beyond_the_tensor(
+        self, report: Report, tmp_path: Path, change: dict[str, Any]
+    ) -> None:
+        stage = next(s for s in report.stages if s.comparison is not None)
+        assert stage.comparison is not None
+        odd = replace(stage, comparison=replace(stage.comparison, **change))
+        save_run(tmp_path / "odd.aprx", replace(report, stages=(odd,)))
+        with pytest.raises(FormatError, match="not a saved run, or broken"):
+            SavedRun(tmp_path / "odd.aprx")
+
+    def test_an_error_beyond_all_numbers(self, report: Report, tmp_path: Path) -> None:
+        """Its square is infinite, and is told as that."""
+        stage = next(s for s in report.stages if s.comparison is not None)
+        assert stage.comparison is not None
+        odd = replace(stage, comparison=replace(stage.comparison, relative_l2=1e300))
+        save_run(tmp_path / "odd.aprx", replace(report, stages=(odd,)))
+        assert SavedRun(tmp_path / "odd.aprx").report.stages[0].comparison.nmse == math.inf
+
+    def test_a_path_that_is_no_unicode(self, report: Report, tmp_path: Path) -> None:
+        odd = replace(report.header, trace=replace(report.header.trace, path="/a/\udcff"))
+        save_run(tmp_path / "odd.aprx", replace(report, header=odd), None, ["x", "/b/\udcff"])
+        saved = SavedRun(tmp_path / "odd.aprx")
+        assert (saved.report.header.trace.path, saved.command) == (r"/a/\udcff",
+                                                                   ("x", r"/b/\udcff"))  # fmt: skip
+
     @pytest.mark.parametrize("key", ["command", "environment"])
     def test_what_made_it_is_no_such_thing(self, saved: Path, tmp_path: Path, key: str) -> None:
         with zipfile.ZipFile(saved) as archive:
@@ -256,7 +316,8 @@ class TestBroken:
     def test_a_member_that_unpacks_to_too_much(
         self, saved: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(saved_run, "MOST_REPORT_BYTES", 1000)
+        monkeypatch.setattr(saved_run, "HARMLESS_REPORT_BYTES", 1000)
+        monkeypatch.setattr(saved_run, "REPORT_EXPANSION_LIMIT", 0)
         with pytest.raises(FormatError, match="larger than any run"):
             SavedRun(saved)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from aprcore.ground.errors import PlanError
 from aprcore.network.architectures import ARCHITECTURES
 from aprcore.network.graph import (
     Graph,
+    Inheritance,
     computation_order,
     find_stage,
     known_stages,
@@ -20,6 +23,7 @@ from aprcore.network.graph import (
 from aprcore.network.mask import CAUSAL, Mask
 from aprcore.network.stages import (
     ALIASES,
+    MOST_LAYERS,
     Scope,
     StageKey,
     axis_names,
@@ -95,7 +99,7 @@ def test_only_expert_stages_have_no_operation() -> None:
     assert all(stage.title for stage in STAGES)
 
 
-@given(names, st.integers(0, 2**32))
+@given(names, st.integers(0, MOST_LAYERS - 1))
 def test_paths_round_trip(name: str, layer: int) -> None:
     scope = known_stages()[name].scope
     number = {Scope.MODEL: None, Scope.FIRST_LAYER: 0, Scope.LAYER: layer}[scope]
@@ -114,7 +118,7 @@ def test_any_text_is_a_path_or_is_none(text: str) -> None:
     ["attn_norm", "layer-1/embedding", "layer-0/lm_head", "layer-/attn_norm", "layer--1/attn_norm",
      "layer-1", "layer-x/attn_norm", "layer-²/attn_norm", "layer-٣/attn_norm",
      "x/layer-0/attn_norm", "layer-0/layer-0/attn_norm", "layer-0/Attn_norm", "layer-0/", "",
-     "Layer-0/ffn_up"],
+     "Layer-0/ffn_up", f"layer-{MOST_LAYERS}/ffn_up", "layer-4000000000/ffn_up"],
 )  # fmt: skip
 def test_other_paths_name_no_stage(path: str) -> None:
     assert parse_path(path) is None
@@ -192,6 +196,35 @@ def test_ancestors_come_nearest_first_once_each_and_only_through_what_goes_on() 
     assert {source for source, _ in ancestors("lm_head")} == {key.path for key in graph.keys} - {
         "lm_head"
     }
+
+
+def test_layers_that_nothing_was_recorded_of_are_passed_over() -> None:
+    graph = outline(900_000, (), "llama", {5, 2, 899_999})
+    assert graph.layers == [2, 5, 899_999]
+    residual = [StageKey(n, "post_ffn_residual") for n in (2, 5, 899_999)]
+    assert graph.inputs(StageKey(2, "attn_norm")) == (StageKey(0, "embedding"),)
+    assert graph.inputs(StageKey(5, "attn_norm")) == (residual[0],)
+    assert graph.inputs(StageKey(899_999, "attn_norm")) == (residual[1],)
+    assert graph.inputs(StageKey(None, "final_norm")) == (residual[2],)
+    assert graph.readers(residual[0])[0] == StageKey(5, "attn_norm")
+    assert graph.readers(residual[2]) == (StageKey(None, "final_norm"),)
+    assert graph.including(["qkv_bias"]).layers == graph.layers
+
+
+@given(graphs, st.randoms(use_true_random=False))
+def test_what_is_inherited_is_what_the_nearest_recorded_ancestors_say(
+    graph: Graph, draw: Random
+) -> None:
+    told = {key: draw.randrange(4) for key in graph.keys if draw.random() < 0.3}
+    found = Inheritance(graph)
+    for key in graph.keys:
+        nearest = graph.ancestors(key, lambda source: source not in told)
+        expected = 0
+        for source, _ in nearest:
+            expected |= told.get(source, 0)
+        assert found.before(key) == expected
+        if key in told:
+            found.tell(key, told[key])
 
 
 def test_layers_are_chained_by_the_residual_stream() -> None:

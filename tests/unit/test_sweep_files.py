@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,20 @@ class TestFiles:
         assert [result.verdict for result in found] == ["PASS", "PASS"]
         assert found[0].counts == found[1].counts
         assert found[0].worst_relative_l2 == found[1].worst_relative_l2
+
+    def test_a_fingerprint_does_not_walk_the_disk(self, tmp_path: Path) -> None:
+        """`model = "/"` is a slip of the hand; a model's and a dump's files are near the top."""
+        (tmp_path / "layer-0").mkdir()
+        (tmp_path / "other" / "deep").mkdir(parents=True)
+        before = fingerprint(str(tmp_path))
+        (tmp_path / "other" / "deep" / "x").write_text("x")
+        (tmp_path / "other" / "y").write_text("x")
+        assert fingerprint(str(tmp_path)) == before
+        (tmp_path / "layer-0" / "a.bin").write_text("x")
+        inside = fingerprint(str(tmp_path))
+        assert inside != before
+        (tmp_path / "layer-0" / "a.bin").write_text("xy")
+        assert fingerprint(str(tmp_path)) != inside
+        began = time.perf_counter()
+        fingerprint("/")
+        assert time.perf_counter() - began < 1

@@ -295,3 +295,97 @@ def test_stories260k(shared: Path) -> None:
         assert tokenizer.encode(text) == embedded.encode(text) == theirs(text)["input_ids"]
     texts = [embedded.token_text(token) for token in (1, 403, 407, 261, 378)]
     assert texts == ["<s>", " Once", " upon", " a", " time"]
+
+
+def library_file(folder: Path, change: Any = None, **model: Any) -> Path:
+    """A `tokenizer.json` of a trained tokenizer, changed."""
+    held = json.loads(train("qwen2").to_str())
+    held["model"].update(model)
+    if change is not None:
+        change(held)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(held))
+    return path
+
+
+class TestLibrary:
+    """What the library is given: it prints over the screen and ends processes."""
+
+    @pytest.mark.parametrize("pattern", PATTERNS)
+    @pytest.mark.parametrize("bos", [False, True])
+    def test_usual_files_are_not_tried_apart(
+        self, tmp_path: Path, pattern: str, bos: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aprcore.tokenization.library._try_apart", _fail)
+        folder = save(tmp_path / "m", train(pattern, bos=bos))
+        assert Tokenizer.from_file(folder / "tokenizer.json").encode("a b")
+
+    def test_unusual_files_are_tried_apart_and_used(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def strange(held: Any) -> None:
+            held["normalizer"] = {"type": "Lowercase"}
+
+        path = library_file(tmp_path, strange)
+        found = Tokenizer.from_file(path)
+        assert found.encode("THE") == found.encode("the")
+        monkeypatch.setattr("aprcore.tokenization.library._try_apart", _fail)
+        with pytest.raises(AssertionError):
+            Tokenizer.from_file(path)
+
+    @pytest.mark.parametrize("part", [
+        {"post_processor": {"type": "TemplateProcessing", "special_tokens": {},
+                            "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+                            "pair": [{"Sequence": {"id": "A", "type_id": 0}}]}},
+        {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 9}},
+        {"truncation": {"max_length": 2, "strategy": "LongestFirst", "stride": 9,
+                        "direction": "Right"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    ], ids=lambda part: next(iter(part)))  # fmt: skip
+    def test_what_the_library_panics_on_is_one_line(
+        self, tmp_path: Path, part: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        path = library_file(tmp_path, lambda held: held.update(part))
+        try:
+            Tokenizer.from_file(path).encode("What is 2+2?")
+        except TokenizerError as error:
+            assert "tokenizer" in str(error) and "\n" not in str(error)
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_trial_that_does_not_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("aprcore.tokenization.library.TRIAL_S", 0.01)
+        monkeypatch.setattr("aprcore.tokenization.library.TRIAL_BYTES_A_SECOND", 1 << 40)
+        with pytest.raises(TokenizerError, match="not within"):
+            Tokenizer.from_file(library_file(tmp_path, lambda held: held.pop("version")))
+
+    @pytest.mark.parametrize("last", [10**6, 2**24, 2**31 - 1, 2**32 - 1])
+    def test_ids_with_holes_without_end(self, tmp_path: Path, last: int) -> None:
+        def leap(held: Any) -> None:
+            held["model"]["vocab"]["far"] = last
+
+        path = library_file(tmp_path, leap)
+        with pytest.raises(TokenizerError):
+            Tokenizer.from_file(path)
+        with pytest.raises(TokenizerError, match="ids out of range"):
+            read_tokenizer_json(tmp_path)
+
+
+def _fail(*_: Any) -> None:
+    raise AssertionError("tried apart")
+
+
+def test_a_token_of_a_whole_file_is_not_merged() -> None:
+    """A token of n characters has n ways to be put together, each of n characters."""
+    vocabulary = ["<unk>", *"ab", "a" * 60_000]
+    data = TokenizerData(vocabulary, [], [0.0] * len(vocabulary), "llama")
+    with pytest.raises(TokenizerError, match="token 3 has 60000 characters"):
+        Tokenizer.from_data(data, "m.gguf")
+
+
+def test_tokens_that_can_be_merged_in_every_way() -> None:
+    vocabulary = ["<unk>", *("a" * n for n in range(1, 250)), *("b" * n for n in range(1, 250))]
+    data = TokenizerData(vocabulary, [], [0.0] * len(vocabulary), "llama")
+    with pytest.raises(TokenizerError, match="can be merged in more than"):
+        Tokenizer.from_data(data, "m.gguf")

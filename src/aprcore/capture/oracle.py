@@ -37,6 +37,8 @@ from aprcore.network.architectures import COMPUTED
 from aprcore.network.dialects import declare_huggingface
 from aprcore.network.graph import Graph
 from aprcore.network.stages import StageKey
+from aprcore.tokenization.library import check
+from aprcore.tokenization.vocabulary import TOKENIZER_NAME
 
 Progress = Callable[[int, int], None]  # tensors written, tensors in all
 
@@ -44,7 +46,7 @@ Progress = Callable[[int, int], None]  # tensors written, tensors in all
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 _INSTALL = "pip install 'aprtui[oracle]'"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = (TOKENIZER_NAME, "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,8 @@ def encode_prompt(request: OracleRequest) -> tuple[int, ...]:
     """Token ids of the prompt, as the model's own tokenizer makes them (a BOS token included).
 
     Raises:
-        OracleError: The prompt is empty, or the tokenizer is missing or damaged.
+        OracleError: The prompt is empty, or the tokenizer is missing.
+        TokenizerError: It is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -228,6 +231,8 @@ def encode_prompt(request: OracleRequest) -> tuple[int, ...]:
         raise OracleError("the model has no tokenizer", where=source,
                           hint="put its tokenizer.json beside it or pass token ids")  # fmt: skip
     with explained("its tokenizer cannot be used", source):
+        if (source / TOKENIZER_NAME).exists():
+            check(source / TOKENIZER_NAME)
         tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=True, trust_remote_code=request.trust_remote_code
         )

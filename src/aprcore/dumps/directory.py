@@ -85,11 +85,15 @@ class TraceDirectory:
 
     def shape(self, key: StageKey) -> tuple[int, ...] | None:
         """The recorded shape of a tensor, if it fits the number of values."""
+        shape = self._stated_shape(key)
+        return shape if shape is not None and math.prod(shape) == self.counts[key] else None
+
+    def _stated_shape(self, key: StageKey) -> tuple[int, ...] | None:
         entry = (self.sidecar.stages or {}).get(key.path)
         shape = entry.get("shape") if isinstance(entry, Mapping) else None
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             return None
-        return tuple(shape) if math.prod(shape) == self.counts[key] else None
+        return tuple(shape)
 
     def file(self, key: StageKey) -> Path:
         """The file of a tensor."""
@@ -125,9 +129,16 @@ class TraceDirectory:
 
         Raises:
             FormatError: As `read_stage_file`.
+            TraceError: A file has another size than the sidecar says: it is another run's.
         """
         for key, (path, _) in self._files.items():
             use_file(path, partial(check_header, path, self._place(key)))
+            shape = self._stated_shape(key)
+            if shape is not None and math.prod(shape) != self.counts[key]:
+                raise TraceError(
+                    f"has {self.counts[key]} values, and the sidecar says {list(shape)}: files of"
+                    " two runs are mixed", where=path, hint="dump it again",
+                )  # fmt: skip
 
     def _place(self, key: StageKey) -> StageKey | None:
         """What a file's header must say; the first layer's own at the top level may say either."""

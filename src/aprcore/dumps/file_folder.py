@@ -20,8 +20,9 @@ Readers = Mapping[str, Callable[[Path], TensorFile]]
 
 NPY = ".npy"
 _SUFFIXES = frozenset({NPY, ".pt", ".pth", ".safetensors", ".npz"})
-# A pass of a deep model has tens of thousands of tensors; a home directory has more.
-FILES_LIMIT = 1 << 18
+# A pass of a deep model has tens of thousands of tensors; a home directory has more, and deeper.
+FILES_LIMIT = 100_000
+DEEPEST = 6
 # Names of the only tensor in a file that say nothing.
 _ANONYMOUS = frozenset({"", "data", "tensor", "value", "output", "arr_0", "0"})
 
@@ -103,6 +104,8 @@ def _files(root: Path) -> Iterator[tuple[str, str]]:
     for folder, folders, names in os.walk(root):
         folders.sort()
         below = os.path.relpath(folder, root)
+        if below.count(os.sep) + 1 >= DEEPEST:
+            folders.clear()
         for name in sorted(names):
             count += 1
             if count > FILES_LIMIT:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from aprcore.network.graph import Graph, known_stages, parse_path
 from aprcore.network.operations import Softmax
-from aprcore.network.stages import Node, Reading, Row, Scope, StageKey
+from aprcore.network.stages import MOST_LAYERS, Node, Reading, Row, Scope, StageKey
 
 Place = tuple[int | None, str]  # the layer, and the name within it
 
@@ -179,7 +179,8 @@ def _key(layer: int | None, stage: str) -> StageKey | None:
         case Scope.FIRST_LAYER:
             return StageKey(0, stage) if not layer else None
         case Scope.LAYER:
-            return None if layer is None or layer < 0 else StageKey(layer, stage)
+            known = layer is not None and 0 <= layer < MOST_LAYERS
+            return StageKey(layer, stage) if known else None
 
 
 def known_dialects(names: Iterable[str], graph: Graph) -> tuple[Dialect, ...]:

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+from aprcore.ground.data_file import read_small
 from aprcore.ground.errors import FormatError, TraceError
-from aprcore.ground.fields import convert, read_object
+from aprcore.ground.fields import MAX_SIZE, convert, read_object
 
 SIDECAR_NAME = "_trace.json"
 PROVENANCE_NAME = "_PROVENANCE.txt"
@@ -23,7 +24,9 @@ SIDECAR_SCHEMA = "aprtui-trace-v1"
 # Tokens of the longest context take a tenth of it.
 SIDECAR_LIMIT_BYTES = 256 * 1024 * 1024
 
-Integers = tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+PROVENANCE_LIMIT_BYTES = 16 * 1024 * 1024
+
+Integers = tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ def read_sidecar(root: Path) -> Sidecar:
             return _parse_sidecar(path)
         path = root / PROVENANCE_NAME
         if path.exists():
-            return _parse_provenance(path.read_text("utf-8", errors="replace"))
+            data = read_small(path, PROVENANCE_LIMIT_BYTES, may_be_empty=True)
+            return _parse_provenance(data.decode(errors="replace"))
     except OSError as error:
         raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
     return Sidecar()

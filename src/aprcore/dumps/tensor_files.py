@@ -1,15 +1,12 @@
 """Files of named tensors that other engines dump: .safetensors, .npz and .pt.
 
-Headers are read on opening, values when they are asked for; only a .pt file, which has no header,
-is read whole. Nothing in a file is ever run: no pickled objects but tensors in dicts and lists.
+Headers are read on opening, values when they are asked for. Nothing in a file is ever run: of what
+is pickled, tensors in dicts and lists are understood, and nothing else.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +18,13 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.plan import parse_tokens
 from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.torch_file import MOST_OBJECTS, TorchTensor, open_torch_file
 from aprcore.formats.huggingface import METADATA_NAME, read_entry, read_safetensors_header
 from aprcore.formats.storage import StoredTensor
+from aprcore.ground.archive import EXPANSION_LIMIT, HARMLESS_BYTES, Archive
 from aprcore.ground.data_file import DataFile
-from aprcore.ground.errors import AprError, FormatError, TraceError, UnsupportedError
+from aprcore.ground.errors import AprError, FormatError, UnsupportedError
+from aprcore.ground.npy import NpyArray
 from aprcore.ground.precision import BFLOAT16
 
 Float32 = NDArray[np.float32]
@@ -33,12 +33,11 @@ Float32 = NDArray[np.float32]
 TOKEN_NAMES = ("tokens", "input_ids", "token_ids")
 TEXT_NAMES = ("prompt", "dtype", "arithmetic", "backend")
 
-# Nothing that an engine computes is a hundred times smaller compressed; a file made to fill the
-# memory is. Below the size nothing can be filled.
-EXPANSION_LIMIT = 100
-HARMLESS_BYTES = 256 * 1024 * 1024
-# Ids of tokens: more than any context.
-TOKENS_LIMIT = 1 << 24
+# Ids of tokens: more than any context that is dumped.
+TOKENS_LIMIT = 1 << 22
+
+# How deeply dicts and lists may lie in each other, and how long the joined names may become.
+DEEPEST, LONGEST_NAME = 64, 512
 
 # What a type is called in sidecars. Values are held as float32, so float64 counts as that.
 DTYPE_NAMES = {
@@ -176,100 +175,35 @@ def read_npz_dump(path: Path) -> TensorFile:
     Two-byte values of no type are bfloat16: that is what numpy makes of them.
 
     Raises:
-        FormatError: The file is malformed, or a member expands beyond reason.
+        FormatError: The file is malformed, or expands beyond reason.
     """
-    DataFile(path).close()  # says what is wrong with the path in our words
-    try:
-        archive = zipfile.ZipFile(path)
-        entries = [(info, _read_npy_header(archive, info)) for info in archive.infolist()
-                   if info.filename.endswith(".npy")]  # fmt: skip
-    except _NPZ_ERRORS as error:
-        raise _npz_error(path, error) from error
-    arrays, integers, ignored = {}, {}, []
+    archive = Archive(path, "is no readable .npz file", "dump it again")
+    arrays: dict[str, StoredArray] = {}
+    integers: dict[str, StoredIntegers] = {}
+    ignored = []
     texts: dict[str, Any] = {}
-    for info, (shape, dtype) in entries:
-        name = info.filename.removesuffix(".npy")
-        _check_member(path, info, math.prod(shape) * dtype.itemsize)
-        is_small = math.prod(shape) <= TOKENS_LIMIT
-        if dtype.kind in "iu" and is_small:
-            read = partial(_read_member, archive, path, info.filename)
-            integers[name] = StoredIntegers(shape, read)
-        elif name in (*TOKEN_NAMES, *TEXT_NAMES) and dtype.kind in "US" and shape == ():
-            text = _read_member(archive, path, info.filename).item()
-            texts[name] = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        elif (kind := _float_name(dtype)) is not None:
-            load = _member_loader(archive, path, info.filename)
-            arrays[name] = StoredArray(drop_batch(shape), kind, load)
+    for member in archive.members:
+        if not member.endswith(".npy"):
+            continue
+        name = member.removesuffix(".npy")
+        array = NpyArray.in_archive(archive, member)
+        is_text = array is not None and array.dtype.kind in "US" and array.shape == ()
+        stored = None if array is None else store_npy(array)
+        if array is not None and is_text and name in (*TOKEN_NAMES, *TEXT_NAMES):
+            texts[name] = array.read_text()
+        elif isinstance(stored, StoredArray):
+            arrays[name] = stored
+        elif isinstance(stored, StoredIntegers):
+            integers[name] = stored
         else:
             ignored.append(name)
     return TensorFile(arrays, integers, make_sidecar(texts, path), tuple(ignored))
-
-
-_NPZ_ERRORS = (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError, RuntimeError)
-
-
-def _npz_error(path: Path, error: Exception) -> FormatError:
-    return FormatError(f"is no readable .npz file: {error}", where=path, hint="dump it again")
-
-
-def _read_npy_header(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of a member; its size must be what they take.
-
-    Raises:
-        ValueError: The header is malformed or the member has another size.
-    """
-    with archive.open(info) as stream:
-        return _read_header(stream, info.file_size, info.filename)
-
-
-def _read_header(
-    stream: Any, size_bytes: int, name: str
-) -> tuple[tuple[int, ...], np.dtype[Any]]:  # fmt: skip
-    version = np.lib.format.read_magic(stream)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in readers:
-        raise ValueError(f"{name} is of version {version}")
-    shape, _, dtype = readers[version](stream)
-    expected = stream.tell() + math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and size_bytes != expected:
-        raise ValueError(f"{name} has {size_bytes} bytes where {expected} are due")
-    return tuple(int(size) for size in shape), dtype
-
-
-def _check_member(path: Path, info: zipfile.ZipInfo, size_bytes: int) -> None:
-    if size_bytes > HARMLESS_BYTES and size_bytes > EXPANSION_LIMIT * max(1, info.compress_size):
-        raise FormatError(
-            f"{info.filename} expands from {info.compress_size} to {size_bytes} bytes", where=path,
-            hint="if that is meant, save it with numpy.savez, which does not compress",
-        )  # fmt: skip
 
 
 def _float_name(dtype: np.dtype[Any]) -> str | None:
     if dtype.kind == "f":
         return DTYPE_NAMES.get(dtype.newbyteorder("=").name)
     return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 and not dtype.names else None
-
-
-def _read_member(archive: zipfile.ZipFile, path: Path, member: str) -> NDArray[Any]:
-    try:
-        with archive.open(member) as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except _NPZ_ERRORS as error:
-        raise _npz_error(path, error) from error
-
-
-def _member_loader(
-    archive: zipfile.ZipFile, path: Path, member: str
-) -> Callable[[int, int], Float32]:
-    def load(start: int, stop: int) -> Float32:
-        return _as_float32(_read_member(archive, path, member))[start:stop]
-
-    return load
 
 
 def _as_float32(array: NDArray[Any]) -> Float32:
@@ -287,112 +221,127 @@ def read_npy_dump(path: Path) -> TensorFile:
     Raises:
         FormatError: The file is malformed.
     """
-    DataFile(path).close()
-    try:
-        with path.open("rb") as stream:
-            shape, dtype = _read_header(stream, path.stat().st_size, path.name)
-    except (*_NPZ_ERRORS, OSError) as error:
-        raise FormatError(f"is no readable .npy file: {error}", where=path,
-                          hint="dump it again") from error  # fmt: skip
-
-    def read() -> NDArray[Any]:
-        with path.open("rb") as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-
-    def load(start: int, stop: int) -> Float32:
-        return _as_float32(read())[start:stop]
-
-    nothing: dict[str, Any] = {}
-    if dtype.kind in "iu" and math.prod(shape) <= TOKENS_LIMIT:
-        return TensorFile(nothing, {"": StoredIntegers(shape, read)}, Sidecar(), ())
-    kind = _float_name(dtype)
-    if kind is None:
-        return TensorFile(nothing, {}, Sidecar(), ("",))
-    return TensorFile({"": StoredArray(drop_batch(shape), kind, load)}, {}, Sidecar(), ())
+    array = NpyArray.in_file(path)
+    stored = None if array is None else store_npy(array)
+    if isinstance(stored, StoredIntegers):
+        return TensorFile({}, {"": stored}, Sidecar(), ())
+    if stored is None:
+        return TensorFile({}, {}, Sidecar(), ("",))
+    return TensorFile({"": stored}, {}, Sidecar(), ())
 
 
-def store_array(array: NDArray[Any]) -> StoredArray | StoredIntegers | None:
-    """An array that is at hand as one of a file; None of another type."""
-    if array.dtype.kind in "iu" and array.size <= TOKENS_LIMIT:
-        return StoredIntegers(array.shape, lambda: array)
+def store_npy(array: NpyArray) -> StoredArray | StoredIntegers | None:
+    """An array of a file as floating-point values or as integers; None of another type."""
+    if array.dtype.kind in "iu" and array.count <= TOKENS_LIMIT:
+        return StoredIntegers(array.shape, array.read)
     kind = _float_name(array.dtype)
     if kind is None:
         return None
-    return StoredArray(drop_batch(array.shape), kind, lambda a, b: _as_float32(array)[a:b])
+    return StoredArray(
+        drop_batch(array.shape), kind, lambda start, stop: _as_float32(array.read())[start:stop]
+    )
 
 
 def read_torch_dump(path: Path) -> TensorFile:
     """A .pt file: a dict or list of tensors, nested as it likes; names are joined with dots.
 
     Raises:
-        TraceError: torch is not installed.
         FormatError: The file holds anything but tensors and plain values, or is damaged.
     """
-    DataFile(path).close()
-    try:
-        import torch
-    except ImportError as error:
-        raise TraceError(
-            "needs torch to be read", where=path,
-            hint="pip install 'aprtui[oracle]', or save it as .safetensors or .npz",
-        ) from error  # fmt: skip
-    try:
-        with warnings.catch_warnings():  # about damage that is reported below
-            warnings.simplefilter("ignore")
-            held = torch.load(path, map_location="cpu", weights_only=True)
-        items = list(_flatten(held, ""))
-    except pickle.UnpicklingError as error:
-        raise FormatError("holds more than tensors in dicts and lists", where=path,
-                          hint="save a plain dict of tensors") from error  # fmt: skip
-    except Exception as error:  # a damaged pickle fails in any way at all
-        raise FormatError("is no readable .pt file", where=path, hint="dump it again") from error
-    arrays, integers, ignored = {}, {}, []
+    if _is_old_torch_file(path):
+        raise UnsupportedError(
+            "was written by torch before 1.6, or without its zip format", where=path,
+            hint="torch.load it, and torch.save it again",
+        )  # fmt: skip
+    archive, held = open_torch_file(path)
+    arrays: dict[str, StoredArray] = {}
+    integers: dict[str, StoredIntegers] = {}
+    ignored = []
     texts: dict[str, Any] = {}
-    for name, value in items:
-        is_tensor = isinstance(value, torch.Tensor)
-        is_integer = is_tensor and str(value.dtype) in ("torch.int64", "torch.int32")
-        is_plain = is_tensor and value.layout == torch.strided and value.device.type == "cpu"
-        if is_integer and is_plain and value.numel() <= TOKENS_LIMIT:
-            integers[name] = StoredIntegers(tuple(value.shape), value.numpy)
-        elif name in TOKEN_NAMES and is_tensor:
-            raise FormatError("its token ids are not non-negative integers", where=path)
+    listed: list[int] = []
+    size_bytes = 0
+    for name, value in _flatten(held, path):
+        stored = _store_torch(archive, value) if isinstance(value, TorchTensor) else None
+        if isinstance(stored, StoredIntegers):
+            integers[name] = stored
+        elif name in TOKEN_NAMES and not isinstance(value, str | int | float | None):
+            raise FormatError(f"{name!r} holds no token ids", where=path,
+                              hint="save them as a dense tensor of int64")  # fmt: skip
         elif name in (*TOKEN_NAMES, *TEXT_NAMES) and isinstance(value, str):
             texts[name] = value
-        elif is_tensor and value.layout == torch.strided and str(value.dtype) in DTYPE_NAMES:
-            arrays[name] = _torch_array(path, name, value)
+        elif isinstance(stored, StoredArray):
+            arrays[name] = stored
+            size_bytes += 4 * math.prod(stored.shape)
+            if size_bytes > max(HARMLESS_BYTES, EXPANSION_LIMIT * archive.size_bytes):
+                raise FormatError(
+                    f"{name!r} repeats {value.storage_bytes} stored bytes as"
+                    f" {list(value.shape)}", where=path, hint="save contiguous copies",
+                )  # fmt: skip
+        elif type(value) is int and name.rpartition(".")[0] in TOKEN_NAMES:
+            listed.append(value)
         elif value is not None:  # the bias that a module of vLLM has not
             ignored.append(name)
-    listed = [value for name, value in items if name.rpartition(".")[0] in TOKEN_NAMES]
-    if listed and all(type(value) is int for value in listed):
+    if listed:
         ids = np.asarray(listed)
         integers.setdefault(TOKEN_NAMES[0], StoredIntegers(ids.shape, lambda: ids))
-        ignored = [name for name in ignored if name.rpartition(".")[0] not in TOKEN_NAMES]
     return TensorFile(arrays, integers, make_sidecar(texts, path), tuple(ignored))
 
 
-def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        yield name, value
-        return
-    for key, item in items:
-        yield from _flatten(item, f"{name}.{key}" if name else str(key))
+def _is_old_torch_file(path: Path) -> bool:
+    """Whether a file is a bare pickle or a tar archive, as torch wrote before its zip format."""
+    with DataFile(path) as file:
+        start = file.read_bytes(0, min(262, file.size_bytes))
+    return start[:1] == b"\x80" or start[257:] == b"ustar"
 
 
-def _torch_array(path: Path, name: str, tensor: Any) -> StoredArray:
-    size_bytes = tensor.numel() * tensor.element_size()
-    stored_bytes = tensor.untyped_storage().nbytes()
-    if size_bytes > HARMLESS_BYTES and size_bytes > EXPANSION_LIMIT * max(1, stored_bytes):
-        raise FormatError(f"{name!r} repeats {stored_bytes} stored bytes to {size_bytes}",
-                          where=path, hint="save a contiguous copy")  # fmt: skip
-    shape = drop_batch(tuple(tensor.shape))
-    rows = tensor.detach().reshape(shape or (1,))
+def _flatten(held: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """What dicts and lists hold, under their keys joined with dots.
+
+    Raises:
+        FormatError: There is no end to it: one that lies in itself, or in many others.
+    """
+    seen = 0
+    # An iterator for each dict and list that is open: names of what is in them are made one by one.
+    opened: list[tuple[str, Iterator[tuple[Any, Any]]]] = [("", iter([("", held)]))]
+    while opened:
+        within, items = opened[-1]
+        for key, value in items:
+            seen += 1
+            name = f"{within}.{key}" if within else str(key)
+            if seen > MOST_OBJECTS or len(opened) > DEEPEST or len(name) > LONGEST_NAME:
+                raise FormatError("its dicts and lists have no end", where=path,
+                                  hint="save a plain dict of tensors")  # fmt: skip
+            if isinstance(value, Mapping):
+                opened.append((name, iter(value.items())))
+                break
+            if isinstance(value, list | tuple):
+                opened.append((name, iter(enumerate(value))))
+                break
+            yield name, value
+        else:
+            opened.pop()
+
+
+def _store_torch(archive: Archive, tensor: TorchTensor) -> StoredArray | StoredIntegers | None:
+    """A tensor as floating-point values or as integers; None of another type."""
+    if tensor.dtype in ("int64", "int32") and math.prod(tensor.shape) <= TOKENS_LIMIT:
+        return StoredIntegers(tensor.shape, lambda: _read_rows(archive, tensor, tensor.shape))
+    if tensor.dtype not in DTYPE_NAMES:
+        return None
+    shape = drop_batch(tensor.shape)
 
     def load(start: int, stop: int) -> Float32:
-        values: Float32 = rows[start:stop].float().contiguous().numpy()
-        return values
+        return _as_float32(_read_rows(archive, tensor, shape, start, stop))
 
-    return StoredArray(shape, DTYPE_NAMES[str(tensor.dtype)], load)
+    return StoredArray(shape, DTYPE_NAMES[tensor.dtype], load)
+
+
+def _read_rows(
+    archive: Archive, tensor: TorchTensor, shape: tuple[int, ...], start: int = 0,
+    stop: int | None = None,
+) -> NDArray[Any]:  # fmt: skip
+    """Rows of a tensor, `shape` being its own without leading axes of one."""
+    strides = tensor.strides[len(tensor.strides) - len(shape) :] if shape else ()
+    rows = replace(tensor, shape=shape or (1,), strides=strides or (1,))
+    found = rows.read(archive, start, rows.shape[0] if stop is None else stop)
+    return found if shape else found.reshape(())

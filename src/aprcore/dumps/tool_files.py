@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.sidecar import Sidecar
-from aprcore.dumps.tensor_files import StoredArray, StoredIntegers, TensorFile, store_array
+from aprcore.dumps.tensor_files import StoredArray, StoredIntegers, TensorFile, store_npy
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import FormatError, TraceError
 from aprcore.ground.fields import read_object
+from aprcore.ground.npy import NpyArray
 
 JSON_LIMIT_BYTES = 4 * 1024**3
 _CLASS = "polygraphy_class"
@@ -49,7 +48,8 @@ def read_polygraphy_dump(path: Path) -> TensorFile:
     integers: dict[str, StoredIntegers] = {}
     ignored = []
     for name, held in found[0][1][0].items():
-        stored = store_array(_decode(path, name, held))
+        array = _decode(path, name, held)
+        stored = None if array is None else store_npy(array)
         if isinstance(stored, StoredArray):
             arrays[name] = stored
         elif isinstance(stored, StoredIntegers):
@@ -67,18 +67,20 @@ def _runner(entry: Any) -> tuple[Any, list[dict[str, Any]]]:
     return entry[0], [x for x in results if isinstance(x, dict)]
 
 
-def _decode(path: Path, name: str, held: Any) -> NDArray[Any]:
+def _decode(path: Path, name: str, held: Any) -> NpyArray | None:
+    def broken(fault: str) -> FormatError:
+        return FormatError(f"{name!r} {fault}", where=path, hint="dump it again")
+
     while isinstance(held, dict) and "values" in held:
         held = held["values"]
     text = held.get("array") if isinstance(held, dict) else None
+    if not isinstance(text, str):
+        raise broken("is no array")
     try:
-        if not isinstance(text, str):
-            raise ValueError("is no array")
-        return np.asarray(np.load(io.BytesIO(base64.b64decode(text, validate=True)),
-                                  allow_pickle=False))  # fmt: skip
-    except (ValueError, EOFError, OSError, binascii.Error) as error:
-        raise FormatError(f"{name!r} is damaged: {error}", where=path,
-                          hint="dump it again") from error  # fmt: skip
+        data = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise broken(f"is damaged: {error}") from error
+    return NpyArray.in_bytes(data, broken)
 
 
 def read_llama_debug_dump(path: Path) -> TensorFile:

@@ -28,18 +28,19 @@ class DataFile:
         size_bytes: Its length when it was opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, may_be_empty: bool = False) -> None:
         """Open `path`; the descriptor is closed by `close` or with the last reference.
 
         Raises:
-            FormatError: The file is missing, unreadable, empty or not a regular file.
+            FormatError: The file is missing, unreadable, not a regular file, or empty where that
+                says nothing.
         """
         self.path = Path(path)
         descriptor = _open_regular(self.path)
         self._descriptor = descriptor
         self._finalizer = weakref.finalize(self, os.close, descriptor)
         self.size_bytes = os.fstat(descriptor).st_size
-        if self.size_bytes == 0:
+        if self.size_bytes == 0 and not may_be_empty:
             self.close()
             raise FormatError("the file is empty", where=path, hint="fetch or write it again")
 
@@ -125,6 +126,18 @@ def _open_error(path: Path, error: OSError) -> FormatError:
                 "permission denied", where=path, hint="make the file readable for this user"
             )
     return FormatError(f"cannot be opened: {error.strerror}", where=path)
+
+
+def read_small(path: Path, limit_bytes: int, *, may_be_empty: bool = False) -> bytes:
+    """All of a file that is held whole.
+
+    Raises:
+        FormatError: As `DataFile`, or it is larger than `limit_bytes`.
+    """
+    with DataFile(path, may_be_empty=may_be_empty) as file:
+        if file.size_bytes > limit_bytes:
+            raise FormatError(f"{file.size_bytes} bytes are too many for such a file", where=path)
+        return file.read_bytes(0, file.size_bytes)
 
 
 class Cursor:

@@ -16,7 +16,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that is most like another, which may be a slip of the hand."""
     import difflib
 
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    # Comparing takes the product of the lengths, and a name may be all of a file.
+    return difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.0)[0]
 
 
 class AprError(Exception):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aprcore.ground.data_file import DataFile
+from aprcore.ground.data_file import read_small
 from aprcore.ground.errors import AprError, ConfigError, FormatError, Where, nearest
 
 # Larger than any size of a real model, small enough that products of three fit in an int64.
@@ -194,6 +194,9 @@ def convert(
             slip = nearest(f"{within}{unknown[1]}", known)
             hint = f"did you mean {slip}? There are {', '.join(known)}"
         raise error(what, where=where, hint=hint) from fault
+    except RecursionError as fault:
+        what = f"{prefix.rstrip('.: ') or 'the whole'} nests too deeply"
+        raise error(what, where=where, hint=hint) from fault
 
 
 def _describe(fault: str, value: Any, prefix: str) -> str:
@@ -219,7 +222,10 @@ def _describe(fault: str, value: Any, prefix: str) -> str:
 
 
 def _shorten(value: Any) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
+        return "too much to show"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
@@ -233,7 +239,7 @@ def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) 
         unique: Whether a key that is there twice is an error; otherwise the last counts.
 
     Raises:
-        FormatError: The bytes are no JSON object, or nest too deeply.
+        FormatError: The bytes are no JSON object, nest too deeply, or hold what is no Unicode.
     """
     # Not by msgspec, which refuses the NaN and Infinity that Python itself writes.
     hook = _unique if unique else None
@@ -242,7 +248,22 @@ def parse_object(data: bytes, where: Where, what: str, *, unique: bool = False) 
     )
     if not isinstance(value, dict):
         raise FormatError(f"{what} is not a JSON object", where=where)
+    if _HALF_CHARACTER.search(data) and not _is_unicode(value):
+        raise FormatError(f"{what} has half of a character in a text (a lone surrogate)",
+                          where=where)  # fmt: skip
     return value
+
+
+# What may be half of a character beyond U+FFFF: JSON can write one that no encoding can.
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
@@ -251,25 +272,25 @@ def read_object(path: Path, *, limit_bytes: int) -> dict[str, Any]:
     Raises:
         FormatError: The file cannot be read, is larger, or is no JSON object.
     """
-    return parse_object(_read_whole(path, limit_bytes), path, "the file")
+    return parse_object(read_small(path, limit_bytes), path, "the file")
+
+
+# "a.b.c" of a hundred parts: Python's parser takes the square of their number, in time and memory.
+_LONG_KEY = re.compile(rb"""(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){100}""")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A table out of a TOML file that a person wrote.
 
     Raises:
-        FormatError: The file cannot be read, is far too large, or is not TOML.
+        FormatError: The file cannot be read, is far too large, is not TOML, or has a key of more
+            than 100 parts.
     """
-    data = _read_whole(path, TOML_LIMIT_BYTES)
+    data = read_small(path, TOML_LIMIT_BYTES)
+    if _LONG_KEY.search(data):
+        raise FormatError("has a key of more than 100 parts", where=path)
     table: dict[str, Any] = _parsed(lambda: tomllib.loads(data.decode()), path, "", "TOML")
     return table
-
-
-def _read_whole(path: Path, limit_bytes: int) -> bytes:
-    with DataFile(path) as file:
-        if file.size_bytes > limit_bytes:
-            raise FormatError(f"{file.size_bytes} bytes are too many for such a file", where=path)
-        return file.read_bytes(0, file.size_bytes)
 
 
 def _parsed(parse: Callable[[], Any], where: Where, subject: str, kind: str) -> Any:

@@ -76,7 +76,7 @@ class Comparison:
     @property
     def nmse(self) -> float:
         """|a - b|^2 / |b|^2, as llama.cpp's test-backend-ops reports it."""
-        return self.relative_l2**2
+        return self.relative_l2 * self.relative_l2  # `**` raises where this is infinite
 
     @property
     def identical(self) -> bool:

@@ -8,8 +8,9 @@ package knows a stage by its name.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 
@@ -23,13 +24,28 @@ from aprcore.network.architectures import (
 )
 from aprcore.network.config import ModelConfig
 from aprcore.network.operations import Operation
-from aprcore.network.stages import ALIASES, Builder, Row, Scope, Stage, StageKey, resolve_shape
+from aprcore.network.stages import (
+    ALIASES,
+    MOST_LAYERS,
+    Builder,
+    Row,
+    Scope,
+    Stage,
+    StageKey,
+    resolve_shape,
+)
 
 
 class Graph:
     """The stages of one model.
 
     Layers are resolved when they are asked for, so that an absurd number of them costs nothing.
+
+    Attributes:
+        config: What was resolved.
+        num_layers: One more than the highest layer.
+        layers: Those that are there, in order: all, or of a run whose model is not at hand those
+            that something was recorded of. Each reads what the one before it made.
     """
 
     def __init__(
@@ -37,6 +53,7 @@ class Graph:
         config: ModelConfig,
         also: Collection[str] = (),
         last_rows: Collection[StageKey] = (),
+        layers: Collection[int] | None = None,
     ) -> None:
         """Resolve a configuration.
 
@@ -44,9 +61,14 @@ class Graph:
             config: The configuration; its architecture says what there is.
             also: Conditional stages that are there whether the model has them or not.
             last_rows: Tensors of which there is the last token's row only.
+            layers: The layers that are there; None for all.
         """
         self.config = config
         self.num_layers = config.num_layers
+        inside = range(self.num_layers)
+        self.layers: Sequence[int] = (
+            inside if layers is None else sorted(layer for layer in layers if layer in inside)
+        )
         self._also = frozenset(also)
         self._last_rows = frozenset(last_rows)
         self._architecture = find_architecture(config.architecture)
@@ -58,7 +80,9 @@ class Graph:
     def including(self, names: Iterable[str]) -> Graph:
         """The same with conditional stages that someone recorded: an oracle's bias, say."""
         more = self._also | set(names)
-        return self if more == self._also else Graph(self.config, more, self._last_rows)
+        if more == self._also:
+            return self
+        return Graph(self.config, more, self._last_rows, self.layers)
 
     def with_last_rows(self, keys: Iterable[StageKey]) -> Graph:
         """The same for an engine that goes on with the last token's row only from these on.
@@ -66,7 +90,9 @@ class Graph:
         Engines drop what no logits are asked for behind the last layer's attention.
         """
         rows = frozenset(keys)
-        return self if rows == self._last_rows else Graph(self.config, self._also, rows)
+        if rows == self._last_rows:
+            return self
+        return Graph(self.config, self._also, rows, self.layers)
 
     def layer(self, number: int | None) -> Mapping[str, Row]:
         """The rows of a layer, or of what follows the layers, by name in order of computation."""
@@ -77,8 +103,7 @@ class Graph:
         return found
 
     def _build(self, number: int | None) -> Iterator[Row]:
-        before = self.num_layers - 1 if number is None else number - 1
-        builder = Builder(self.config, number, self._stream_after(before), self._also)
+        builder = Builder(self.config, number, self.stream(number), self._also)
         if number == 0:
             yield from self._begin
         if number is None:
@@ -92,12 +117,6 @@ class Graph:
             return row
         return row._replace(stage=replace(row.stage, last_token=True))
 
-    def _stream_after(self, layer: int) -> StageKey:
-        """The residual stream behind a layer: what its last row makes."""
-        if layer < 0:
-            return self._stream
-        return StageKey(layer, self._last_name)
-
     @cached_property
     def _last_name(self) -> str:
         """What every layer calls its output; layers differ in what is between."""
@@ -108,7 +127,7 @@ class Graph:
     @cached_property
     def keys(self) -> tuple[StageKey, ...]:
         """Every tensor of a pass, in the order of computation."""
-        layers: list[int | None] = [*range(self.num_layers), None]
+        layers: list[int | None] = [*self.layers, None]
         return tuple(row.key for number in layers for row in self.layer(number).values())
 
     def __contains__(self, key: object) -> bool:
@@ -139,7 +158,8 @@ class Graph:
         """The tensors that read one, in the order of computation."""
         near: list[int | None] = [key.layer]
         if key.layer is not None:
-            near.append(key.layer + 1 if key.layer + 1 < self.num_layers else None)
+            after = bisect_left(self.layers, key.layer + 1)
+            near.append(self.layers[after] if after < len(self.layers) else None)
         return tuple(
             row.key for n in near for row in self.layer(n).values() if key in row.inputs
         )  # fmt: skip
@@ -177,7 +197,8 @@ class Graph:
 
     def stream(self, layer: int | None) -> StageKey:
         """The residual stream that a layer is given, or what follows the layers (None)."""
-        return self._stream_after(self.num_layers - 1 if layer is None else layer - 1)
+        before = len(self.layers) if layer is None else bisect_left(self.layers, layer)
+        return StageKey(self.layers[before - 1], self._last_name) if before else self._stream
 
     def is_stream(self, key: StageKey) -> bool:
         """Whether a tensor is the residual stream between two layers."""
@@ -197,6 +218,43 @@ class Graph:
     def logits(self) -> StageKey:
         """The tensor that the next token is chosen from."""
         return [*self.layer(None).values()][-1].key
+
+
+class Inheritance:
+    """What the recorded stages say, handed on through those that nobody recorded.
+
+    A residual stream that was not recorded leads from every stage to every earlier one; here it is
+    walked once, however many ask. Stages are told of and asked about in the order of computation.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        """Start with no stage recorded."""
+        self._graph = graph
+        self._said: dict[StageKey, int] = {}
+
+    def tell(self, key: StageKey, flags: int) -> None:
+        """Say something of a recorded stage, in bits."""
+        self._said[key] = flags
+
+    def before(self, key: StageKey) -> int:
+        """Every bit that one of the nearest recorded ancestors of a stage has."""
+        unseen = list(self._graph.inputs(key))
+        while unseen:
+            source = unseen[-1]
+            if source in self._said:
+                unseen.pop()
+                continue
+            waiting = [k for k in self._graph.inputs(source) if k not in self._said]
+            unseen += waiting
+            if not waiting:
+                self._said[source] = self._merge(source)
+        return self._merge(key)
+
+    def _merge(self, key: StageKey) -> int:
+        flags = 0
+        for source in self._graph.inputs(key):
+            flags |= self._said[source]
+        return flags
 
 
 @cache
@@ -246,8 +304,9 @@ def parse_path(path: str) -> StageKey | None:
             return StageKey(None, name)
         return StageKey(0, name) if stage.scope is Scope.FIRST_LAYER else None
     number = folder.removeprefix("layer-")
-    # APRT stores a layer in 32 bits; Python refuses to read thousands of digits.
     if number == folder or not (number.isascii() and number.isdigit() and len(number) <= 10):
+        return None
+    if int(number) >= MOST_LAYERS:
         return None
     if stage.scope is Scope.MODEL or (stage.scope is Scope.FIRST_LAYER and int(number) != 0):
         return None
@@ -266,18 +325,20 @@ def computation_order(key: StageKey) -> tuple[int, int]:
 
 
 def outline(
-    num_layers: int, present: Collection[str], architecture: str | None = None
+    num_layers: int, present: Collection[str], architecture: str | None = None,
+    layers: Collection[int] | None = None,
 ) -> Graph:  # fmt: skip
     """The graph of a run whose model is not at hand, from the names of its stages.
 
     Sizes and numbers of its configuration mean nothing; what reads what does.
 
     Args:
-        num_layers: How many layers there are.
+        num_layers: One more than the highest layer.
         present: Names of stages that were recorded.
         architecture: The architecture, if it is known; else the first that has most of the stages.
+        layers: The layers that something was recorded of; None for all.
     """
     if architecture is None or architecture not in ARCHITECTURES:
         names = set(present)
         architecture = min(ARCHITECTURES, key=lambda a: len(names - known_names(a)))
-    return Graph(outline_config(architecture, num_layers), present)
+    return Graph(outline_config(architecture, num_layers), present, layers=layers)

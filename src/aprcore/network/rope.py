@@ -98,6 +98,27 @@ class Rope:
             return _mscale(factor, scaling.mscale) / _mscale(factor, scaling.mscale_all_dim)
         return _mscale(factor, 1.0)
 
+    def ramp_limits(self) -> tuple[float, float]:
+        """yarn's ramp: from which of the D/2 frequencies, to which.
+
+        Raises:
+            ArithmeticError, ValueError: The numbers of the scaling give none.
+        """
+        scaling, dim = self.scaling, self.head_dim
+        original = scaling.original_max_position_embeddings or self.max_position_embeddings or 2048
+
+        def dimension_of(rotations: float) -> float:
+            """The dimension whose wavelength makes that many turns over the original context."""
+            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        if low == high:
+            high += 0.001  # as in transformers: no division by zero
+        return low, high
+
     def _llama3(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
         import numpy as np
 
@@ -116,21 +137,10 @@ class Rope:
     def _yarn(self, plain: NDArray[np.float64]) -> NDArray[np.float64]:
         import numpy as np
 
-        scaling, dim = self.scaling, self.head_dim
-        original = scaling.original_max_position_embeddings or self.max_position_embeddings or 2048
-
-        def dimension_of(rotations: float) -> float:
-            """The dimension whose wavelength makes that many turns over the original context."""
-            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
-
-        low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
-        if scaling.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, dim - 1)
-        if low == high:
-            high += 0.001  # as in transformers: no division by zero
+        low, high = self.ramp_limits()
+        dim, factor = self.head_dim, self.scaling.factor
         ramp = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / (high - low), 0, 1)
-        return plain / scaling.factor * ramp + plain * (1 - ramp)
+        return plain / factor * ramp + plain * (1 - ramp)
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -45,7 +45,27 @@ def rope_from_json(fields: Fields, head_dim: int, context: int) -> Rope:
         theta = fields.number(("rope_theta",), DEFAULT_THETA, above=1.0)
     kind = nested.text(("rope_type", "type")) or "default"
     scaling = _scaling_from_json(fields, nested, kind, context)
-    return Rope(theta, head_dim, context or None, scaling)
+    return _checked(Rope(theta, head_dim, context or None, scaling), nested)
+
+
+def _checked(rope: Rope, fields: Fields) -> Rope:
+    """A schedule whose numbers give frequencies.
+
+    Raises:
+        ConfigError: They do not: each is a number that may be, and together they overflow.
+    """
+    try:
+        numbers = [1.0 / rope.scaling.factor, rope.attention_factor()]
+        if rope.scaling.kind == "yarn":
+            numbers += rope.ramp_limits()
+        sound = all(map(math.isfinite, numbers))
+    except (ArithmeticError, ValueError):
+        sound = False
+    if not sound:
+        name = fields.prefix.rstrip(".") or "RoPE"
+        raise ConfigError(f"the numbers of {name} give no frequencies ({rope.scaling.kind})",
+                          where=fields.where)  # fmt: skip
+    return rope
 
 
 def _scaling_from_json(fields: Fields, nested: Fields, kind: str, context: int) -> RopeScaling:
@@ -73,8 +93,8 @@ def _scaling_from_json(fields: Fields, nested: Fields, kind: str, context: int) 
         nested.number(("factor",), context / original if context else None),
         original,
         # transformers reads 0 as "not given" here.
-        beta_fast=nested.optional_number(("beta_fast",), above=-1.0) or 32.0,
-        beta_slow=nested.optional_number(("beta_slow",), above=-1.0) or 1.0,
+        beta_fast=nested.optional_number(("beta_fast",), above=-math.inf) or 32.0,
+        beta_slow=nested.optional_number(("beta_slow",), above=-math.inf) or 1.0,
         attention_factor=nested.optional_number(("attention_factor",)),
         mscale=nested.optional_number(("mscale",), above=-math.inf),
         mscale_all_dim=nested.optional_number(("mscale_all_dim",), above=-math.inf),
@@ -113,8 +133,9 @@ def rope_from_gguf(fields: Fields, architecture: str, head_dim: int, context: in
     if kind not in ("linear", "yarn"):
         raise _unsupported(Fields({}, fields.where, f"{prefix}scaling."), kind)
     factor = fields.number((f"{prefix}scaling.factor",), legacy or 1.0)
+    inner = Fields({}, fields.where, f"{prefix}scaling.")
     if kind == "linear":
-        return Rope(theta, head_dim, context or None, RopeScaling(kind, factor))
+        return _checked(Rope(theta, head_dim, context or None, RopeScaling(kind, factor)), inner)
     original = fields.optional_size((f"{prefix}scaling.original_context_length",)) or context
     if not original:
         raise fields.missing((f"{prefix}scaling.original_context_length",))
@@ -130,7 +151,7 @@ def rope_from_gguf(fields: Fields, architecture: str, head_dim: int, context: in
         beta_fast=fields.number(keys[1], 32.0), beta_slow=fields.number(keys[2], 1.0),
         attention_factor=attention,
     )  # fmt: skip
-    return Rope(theta, head_dim, context or None, scaling)
+    return _checked(Rope(theta, head_dim, context or None, scaling), inner)
 
 
 def _unsupported(fields: Fields, kind: str) -> ConfigError:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from aprcore.network.operations import Operation
 
 
+# No model is as deep; what names a higher layer names no stage.
+MOST_LAYERS = 1_000_000
+
+
 class Scope(Enum):
     """Where a stage's file lives."""
 

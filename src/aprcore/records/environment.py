@@ -102,7 +102,13 @@ def _shell_word(argument: str) -> str:
     return '"$HOME"'.join(pieces) or "''"
 
 
+def as_unicode(text: str) -> str:
+    """A text that every encoding can write: bytes of a path that are no UTF-8 as "\\udcff"."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _split_at_home(text: str) -> list[str]:
+    text = as_unicode(text)
     home = str(expand_user("~"))
     # A path that was resolved has the directory by its other name, where it is a link.
     names = {home, os.path.realpath(home)} - {os.sep} if home != "~" else set()

@@ -8,9 +8,7 @@ It is passed on, so it says nothing of the user's home directory: paths below it
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,11 +19,15 @@ from typing import TYPE_CHECKING, Any, get_origin
 import numpy as np
 from numpy.typing import NDArray
 
+from aprcore.ground.archive import Archive
 from aprcore.ground.errors import AprError, FormatError
+from aprcore.ground.fields import parse_object
+from aprcore.ground.npy import NpyArray
 from aprcore.ground.whole_file import write_whole
 from aprcore.judging.layouts import Layout
 from aprcore.network.stages import StageKey
 from aprcore.pictures.plane import MemoryPlane, Plane, TensorPair
+from aprcore.records.checking import check_report
 from aprcore.records.environment import (
     Environment,
     read_environment,
@@ -40,14 +42,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SCHEMA = "aprtui-run-v1"
-ABOUT, REPORT = "aprx.json", "report.msgpack"
+ABOUT, REPORT, TENSORS = "aprx.json", "report.msgpack", "tensors/"
 
 # Both sides of this many values in all, of the first divergences; a report of 28 x 20 stages with
 # their largest differences takes 1 to 2 MB beside them.
 MOST_SAVED_VALUES = 16 * 1024 * 1024
-# A report of 126 layers with 200 differences a stage is below a tenth of this; a file that claims
-# to unpack to more is not one of ours.
-MOST_REPORT_BYTES = 1 << 30
+# A report compresses to a third or a quarter. One that claims to unpack to more is not one of ours,
+# unless it is small: a byte of it can make eight.
+HARMLESS_REPORT_BYTES = 16 * 1024 * 1024
+REPORT_EXPANSION_LIMIT = 6
+MOST_ABOUT_BYTES = 1024 * 1024
 
 
 def save_run(
@@ -115,7 +119,7 @@ def _count(plane: Plane) -> int:
 
 
 def _member(key: StageKey, side: str) -> str:
-    return f"tensors/{key.path}.{side}.npy"
+    return f"{TENSORS}{key.path}.{side}.npy"
 
 
 class SavedRun:
@@ -136,18 +140,14 @@ class SavedRun:
             FormatError: The file is missing, broken, or not a saved run of this version.
         """
         self.path = path
-        try:
-            self._archive = zipfile.ZipFile(path)
-        except FileNotFoundError:
-            raise FormatError("does not exist", where=path, hint="check the path") from None
-        except OSError as error:
-            raise FormatError(f"cannot be read ({error.strerror})", where=path) from error
-        except zipfile.BadZipFile as error:
-            raise self._broken(str(error)) from error
+        self._archive = Archive(path, "is not a saved run, or broken", "save it again")
         try:
             self.about = self._read_about()
             self.command, self.environment = self._read_origin()
             self.report = self._read_report()
+            for name in self._archive.members:
+                if name.startswith(TENSORS):
+                    self._find_tensor(name)
         except BaseException:
             self._archive.close()
             raise
@@ -173,7 +173,7 @@ class SavedRun:
         Raises:
             AprError: They were not saved, or the file is broken.
         """
-        names = set(self._archive.namelist())
+        names = set(self._archive.members)
         sides = {side: _member(report.key, side) for side in ("trace", "oracle")}
         if not names.intersection(sides.values()):
             raise AprError(
@@ -191,28 +191,31 @@ class SavedRun:
         self._archive.close()
 
     def _plane(self, name: str, report: StageReport) -> MemoryPlane:
-        data = self._member(name, 4 * MOST_SAVED_VALUES + 4096)
-        try:
-            values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError) as error:
-            raise self._broken(f"{name} is no array") from error
-        if values.dtype != np.float32 or values.ndim == 0:
-            raise self._broken(f"{name} is no array of float32")
+        array = self._find_tensor(name)
+        values = np.ascontiguousarray(array.read(), dtype=np.float32)
         layout = report.layout
         if layout is None or layout.shape != values.shape:
             layout = Layout((values.size,), (values.size,), ("index",))
         return MemoryPlane(values.reshape(-1), layout)
 
+    def _find_tensor(self, name: str) -> NpyArray:
+        """A tensor by its header."""
+        array = NpyArray.in_archive(self._archive, name)
+        if array is None or array.dtype != np.float32 or not array.shape:
+            raise self._archive.broken(f"{name} is no array of float32")
+        if array.count > MOST_SAVED_VALUES:
+            raise self._archive.broken(f"{name} is larger than what is saved")
+        return array
+
     def _read_about(self) -> dict[str, Any]:
         try:
-            about = json.loads(self._member(ABOUT, MOST_REPORT_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise self._broken(f"{ABOUT} is no JSON") from error
-        if not isinstance(about, dict) or about.get("schema") != SCHEMA:
-            found = about.get("schema") if isinstance(about, dict) else None
+            about = parse_object(self._member(ABOUT, MOST_ABOUT_BYTES), self.path, ABOUT)
+        except FormatError as error:
+            raise self._archive.broken(error.what) from error
+        if about.get("schema") != SCHEMA:
             raise FormatError(
-                f"is no saved run of this version: its schema is {found!r}, not {SCHEMA!r}",
-                where=self.path, hint="open it with the aprtui that wrote it",
+                f"is no saved run of this version: its schema is {about.get('schema')!r},"
+                f" not {SCHEMA!r}", where=self.path, hint="open it with the aprtui that wrote it",
             )  # fmt: skip
         return about
 
@@ -223,63 +226,32 @@ class SavedRun:
             command = msgspec.convert(self.about.get("command"), list[str | list[str]])
             environment = msgspec.convert(self.about.get("environment"), Environment)
         except msgspec.MsgspecError as error:
-            raise self._broken(f"{ABOUT}: {error}") from error
+            raise self._archive.broken(f"{ABOUT}: {error}") from error
         return with_home_in_command(command), environment
 
     def _read_report(self) -> Report:
         import msgspec
 
-        data = self._member(REPORT, MOST_REPORT_BYTES)
+        most = max(HARMLESS_REPORT_BYTES, REPORT_EXPANSION_LIMIT * self._archive.size_bytes)
+        data = self._member(REPORT, most)
         try:
             report = msgspec.msgpack.decode(data, type=Report, dec_hook=_decode_array)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise self._broken(f"{REPORT}: {error}") from error
-        for stage in report.stages:
-            # Every view shows names as they are; a dump that holds such a one is not read either.
-            if not stage.key.stage.isprintable():
-                raise self._broken(f"{REPORT}: the stage {stage.key.stage!r} has no name of one")
-            if not _is_consistent(stage):
-                raise self._broken(f"{REPORT}: the sizes of {stage.key.path} contradict each other")
+        except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+            raise self._archive.broken(f"{REPORT}: {error}") from error
+        try:
+            check_report(report)
+        except ValueError as error:
+            raise self._archive.broken(f"{REPORT}: {error}") from error
         return report
 
     def _member(self, name: str, most_bytes: int) -> bytes:
         """The bytes of a member, refused before they are unpacked if they are too many."""
-        try:
-            if self._archive.getinfo(name).file_size > most_bytes:
-                raise self._broken(f"{name} claims to be larger than any run")
-            return self._archive.read(name)
-        except KeyError:
-            raise self._broken(f"it lacks {name}") from None
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-            raise self._broken(f"{name}: {error}") from error
-        except OSError as error:
-            raise self._broken(f"{name}: {error.strerror or error}") from error
-        except Exception as error:
-            # zlib.error has no base but Exception.
-            if type(error).__module__ != "zlib":
-                raise
-            raise self._broken(f"{name}: {error}") from error
-
-    def _broken(self, what: str) -> FormatError:
-        return FormatError(
-            f"is not a saved run, or broken: {what}", where=self.path, hint="save it again"
-        )
-
-
-def _is_consistent(stage: StageReport) -> bool:
-    """Whether every index of a stage is in its layout, which names its place."""
-    layout, found = stage.layout, stage.comparison
-    if layout is None:
-        return True
-    count = math.prod(layout.factors)
-    if not layout.axes or len(layout.axes) != len(layout.factors):
-        return False
-    if min(layout.shape, default=-1) < 0 or math.prod(layout.shape) != count:
-        return False
-    if found is None:
-        return True
-    indices = found.top.indices
-    return found.count == count and bool(np.all((indices >= 0) & (indices < count)))
+        member = self._archive.members.get(name)
+        if member is None:
+            raise self._archive.broken(f"it lacks {name}")
+        if member.size_bytes > most_bytes:
+            raise self._archive.broken(f"{name} claims to be larger than any run")
+        return self._archive.read(name)
 
 
 def _encode_array(value: object) -> object:

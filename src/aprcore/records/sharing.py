@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from aprcore.records.environment import without_home
+from aprcore.records.environment import as_unicode, without_home
 from aprcore.records.report import Report, RunHeader, Side
 
 
@@ -34,6 +34,8 @@ def _header(header: RunHeader) -> RunHeader:
     return replace(
         header,
         trace=trace,
+        model=header.model and as_unicode(header.model),
+        prompt=header.prompt and as_unicode(header.prompt),
         oracle=_side(header.oracle),
         tested=_side(header.tested),
         trusted=_side(header.trusted),

@@ -347,7 +347,8 @@ def _outline(dumps: Iterable[StageSource]) -> Graph:
     names = {key.stage for dump in held for key in dump.keys()}
     stated = ((dump.sidecar.model or {}).get("architecture") for dump in held)
     architecture = next((name for name in stated if isinstance(name, str)), None)
-    return outline(max(dump.num_layers for dump in held), names, architecture)
+    layers = {key.layer for dump in held for key in _recorded(dump) if key.layer is not None}
+    return outline(max(dump.num_layers for dump in held), names, architecture, layers)
 
 
 def _rows(plan: Plan | None, model: Model | None, dumps: Dumps) -> tuple[StageKey, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from aprcore.judging.compare import Comparison, compare
 from aprcore.judging.layouts import Layout, alternatives, last_token, layout_of, zero_masked
 from aprcore.judging.replay import RecordedSide, make_judgment
 from aprcore.judging.verdict import FLOAT32_BOUND, Judgment, Verdict
-from aprcore.network.graph import Graph
+from aprcore.network.graph import Graph, Inheritance
 from aprcore.network.stages import StageKey, split_axes
 from aprcore.records.parity import SideJudgment, StageParity, is_different
 from aprcore.records.report import StageReport
@@ -92,12 +92,8 @@ def side_of(report: StageReport, *, elapsed_s: float = 0.0) -> SideJudgment:
     return SideJudgment(report.kernel, fault, report.comparison, elapsed_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What later stages need to know of a pair: whether it agreed and was finite."""
-
-    agreed: bool
-    finite: bool
+# What later stages need to know of a pair, in bits.
+DIFFERS, NONFINITE = 1, 2
 
 
 class PairJudge:
@@ -129,7 +125,7 @@ class PairJudge:
         self._top_k = top_k
         self._step = step
         self._permuted = permuted
-        self._seen: dict[StageKey, _Seen] = {}
+        self._before = Inheritance(graph)
 
     def note(self, key: StageKey, tested: Floats, trusted: Floats) -> None:
         """Remember a pair that later stages read but nobody asked about."""
@@ -157,7 +153,7 @@ class PairJudge:
         else:
             layout, found, permutation = self._compare(key, tested.reshape(-1), trusted.reshape(-1))
             if found is None:
-                self._seen[key] = _Seen(agreed=False, finite=True)
+                self._before.tell(key, DIFFERS)
                 verdict = Verdict.SHAPE
                 reason = f"the tested side has {tested.size} values, the trusted {trusted.size}"
                 if tested_side.fault:
@@ -231,8 +227,7 @@ class PairJudge:
             return Verdict.PASS, f"{error} is within {self._bound:g}"
         if trusted.fault:
             return Verdict.FAIL, f"{error}, and the trusted side is wrong: {trusted.fault}"
-        agreed = all(self._seen[source].agreed for source in self._origins(key))
-        if not agreed:
+        if self._before.before(key) & DIFFERS:
             right = "" if tested.kernel is None else "its own operation is right; "
             return Verdict.INHERITED, f"{right}its input differs already"
         if tested.kernel is None:
@@ -241,19 +236,13 @@ class PairJudge:
 
     def _nonfinite_fault(self, key: StageKey, found: Comparison) -> str:
         """NaN or infinity that a stage makes out of finite inputs, on one side only."""
-        origins = [self._seen[source] for source in self._origins(key)]
-        if not found.unequal_nonfinite or not all(origin.finite for origin in origins):
+        if not found.unequal_nonfinite or self._before.before(key) & NONFINITE:
             return ""
         return _describe_nonfinite(found)
 
     def _see(self, key: StageKey, found: Comparison) -> None:
-        finite = found.nonfinite_a == 0 and found.nonfinite_b == 0
-        self._seen[key] = _Seen(not is_different(found, self._bound), finite)
-
-    def _origins(self, key: StageKey) -> list[StageKey]:
-        """The nearest stages before one that both sides have."""
-        before = self._graph.ancestors(key, goes_on=lambda source: source not in self._seen)
-        return [source for source, _ in before if source in self._seen]
+        nonfinite = NONFINITE if found.nonfinite_a or found.nonfinite_b else 0
+        self._before.tell(key, (DIFFERS if is_different(found, self._bound) else 0) | nonfinite)
 
 
 def _describe_nonfinite(found: Comparison) -> str:

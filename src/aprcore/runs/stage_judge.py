@@ -34,6 +34,7 @@ from aprcore.judging.logits import compare_logits
 from aprcore.judging.quantisation import measure_quantisation
 from aprcore.judging.replay import Expectation, RecordedSide, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
+from aprcore.network.graph import Inheritance
 from aprcore.network.operations import Rotate
 from aprcore.network.stages import StageKey
 from aprcore.records.report import CauseSought, LogitsReport, StageReport
@@ -79,6 +80,7 @@ class StageJudge:
         # How many values of each tensor are not finite, on either side.
         self._lost: dict[StageKey, int] = {}
         self._oracle_lost: dict[StageKey, int] = {}
+        self._spoiled, self._oracle_spoiled = Inheritance(sides.graph), Inheritance(sides.graph)
         self._verdicts: dict[StageKey, Verdict | None] = {}
         self._layouts: dict[tuple[str, int], Layout] = {}
         # Layers whose q and k the trace keeps as adjacent pairs.
@@ -112,9 +114,9 @@ class StageJudge:
             traced = traced.reshape(-1)
         if not self._is_compared_alone(traced, oracle):
             if oracle is not None:
-                self._oracle_lost[key] = self._count_nonfinite(key, oracle)
+                self._lose(key, oracle=self._count_nonfinite(key, oracle))
             if traced is not None:
-                self._lost[key] = self._count_nonfinite(key, traced)
+                self._lose(key, traced=self._count_nonfinite(key, traced))
         for side in (self._trace, self._oracle):
             if side is not None:
                 side.enter(key)
@@ -246,8 +248,7 @@ class StageJudge:
                 ours, theirs = dumped
                 assert ours is not None and theirs is not None
                 traced, oracle, comparison, permuted = self._aligned(key, ours, theirs, layout)
-                self._lost[key] = comparison.nonfinite_a
-                self._oracle_lost[key] = comparison.nonfinite_b
+                self._lose(key, comparison.nonfinite_a, comparison.nonfinite_b)
             else:
                 comparison = compare(traced, oracle, self._top_k)
         self.tensors = traced, oracle
@@ -501,8 +502,8 @@ class StageJudge:
             kernel=kernel,
             model=model,
             traced_nonfinite=self._nonfinite_count(key, comparison),
-            inputs_finite=self._ancestors_finite(key, self._lost),
-            oracle_inputs_finite=self._ancestors_finite(key, self._oracle_lost),
+            inputs_finite=not self._spoiled.before(key),
+            oracle_inputs_finite=not self._oracle_spoiled.before(key),
             inputs_pass=all(verdict is Verdict.PASS for verdict in known),
             layout=layout,
         )
@@ -529,9 +530,13 @@ class StageJudge:
         layout = self._layout(key, x.size)
         return x.size - count_finite(self._unmasked(key, x, layout))
 
-    def _ancestors_finite(self, key: StageKey, lost: dict[StageKey, int]) -> bool:
-        """Whether the nearest recorded ancestors of a stage were finite."""
-        if not any(lost.values()):
-            return True
-        nearest = self._graph.ancestors(key, goes_on=lambda source: source not in lost)
-        return not any(lost.get(source) for source, _ in nearest)
+    def _lose(
+        self, key: StageKey, traced: int | None = None, oracle: int | None = None
+    ) -> None:  # fmt: skip
+        """Remember how many values of a tensor are not finite, on the sides that have it."""
+        if traced is not None:
+            self._lost[key] = traced
+            self._spoiled.tell(key, int(traced > 0))
+        if oracle is not None:
+            self._oracle_lost[key] = oracle
+            self._oracle_spoiled.tell(key, int(oracle > 0))

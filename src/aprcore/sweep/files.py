@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -71,9 +70,13 @@ def fingerprint(location: str, *, is_model: bool = False) -> str | None:
 
 
 def _list_local(path: Path, *, is_model: bool) -> list[tuple[str, ...]]:
-    """Name, size and time of every file."""
+    """Name, size and time of every file.
+
+    Of a directory, those that a model or a dump consists of: `/` is one, too.
+    """
     if path.is_dir():
-        files = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        folders = [path, *path.glob("layer-*")]
+        files = [file for folder in folders for file in _files_in(folder)]
         found = [(str(file.relative_to(path)), file) for file in files]
     else:
         found = [("", path)]
@@ -88,6 +91,13 @@ def _list_local(path: Path, *, is_model: bool) -> list[tuple[str, ...]]:
         listing.append((name, str(status.st_size), str(status.st_mtime_ns)))
     # A neighbour alone is no model.
     return listing if path.exists() else []
+
+
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return [file for file in folder.iterdir() if file.is_file()]
+    except OSError:  # no folder, or one that may not be looked into
+        return []
 
 
 def _list_remote(url: str, *, is_model: bool) -> list[tuple[str, ...]]:

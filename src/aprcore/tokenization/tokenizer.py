@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aprcore.ground.errors import AprError, TokenizerError, Where
+from aprcore.tokenization.library import load
 from aprcore.tokenization.vocabulary import PATTERNS, TokenizerData, TokenKind, bpe_pattern
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["Tokenizer", "TokenizerData", "check_token_ids"]
 
 SPACE_MARK = "▁"  # U+2581, SentencePiece's space
+
+# SentencePiece makes tokens of 16 characters at most, if nobody says otherwise; Gemma's blanks are
+# 31. A token of n characters may be put together in n ways, and for each both parts are kept.
+LONGEST_MERGED = 256
+# Ways for each token; Llama 2 has two.
+MOST_MERGES = 16
 
 # Models of these pre-tokenizers take a whole piece that is in the vocabulary as it is, without
 # walking through the merges.
@@ -68,10 +75,9 @@ class Tokenizer:
         Raises:
             TokenizerError: The file is missing or malformed.
         """
-        from tokenizers import Tokenizer as Backend
-
+        backend = load(path)
         with _as_tokenizer_error("cannot be read as a tokenizer", path):
-            return cls(Backend.from_str(path.read_bytes().decode()), where=path)
+            return cls(backend, where=path)
 
     @classmethod
     def from_data(cls, data: TokenizerData, where: Where = None) -> Tokenizer:
@@ -200,7 +206,7 @@ def _build_sentencepiece(data: TokenizerData, where: Where) -> Backend:
     if data.merges:
         merges = _split_merges(data, where)
     elif data.scores is not None:
-        merges = _merges_from_scores(data, ids)
+        merges = _merges_from_scores(data, ids, where)
     else:
         raise TokenizerError("the tokenizer has neither scores nor merges", where=where)
     unknown = data.find_kind(TokenKind.UNKNOWN)
@@ -244,21 +250,32 @@ def _split_merges(data: TokenizerData, where: Where) -> list[tuple[str, str]]:
     return pairs
 
 
-def _merges_from_scores(data: TokenizerData, ids: dict[str, int]) -> list[tuple[str, str]]:
+def _merges_from_scores(
+    data: TokenizerData, ids: dict[str, int], where: Where
+) -> list[tuple[str, str]]:
     """Every way to put a token together from two others, best score first.
 
     Source: transformers' `generate_merges`, ties included.
+
+    Raises:
+        TokenizerError: A token is longer, or there are more of them, than any text has.
     """
     assert data.scores is not None
     found: list[tuple[float, int, int, str, str]] = []
     for token, token_id in ids.items():
         if data.kind_of(token_id) in (TokenKind.CONTROL, TokenKind.UNKNOWN, TokenKind.BYTE):
             continue
+        if len(token) > LONGEST_MERGED:
+            raise TokenizerError(f"token {token_id} has {len(token)} characters; merged are at most"
+                                 f" {LONGEST_MERGED}", where=where)  # fmt: skip
         splits = [(token[:at], token[at:]) for at in range(1, len(token))]
         splits = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
         splits.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         score = data.scores[token_id]
         found += [(score, len(left), len(right), left, right) for left, right in splits]
+        if len(found) > MOST_MERGES * (len(ids) + 64):
+            raise TokenizerError(f"its tokens can be merged in more than {len(found)} ways",
+                                 where=where)  # fmt: skip
     found.sort(key=lambda merge: merge[:3], reverse=True)
     return [merge[3:] for merge in found]
 

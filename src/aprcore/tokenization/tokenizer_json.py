@@ -9,6 +9,7 @@ import msgspec
 
 from aprcore.ground.errors import AprError, TokenizerError, Where
 from aprcore.ground.fields import convert, read_object
+from aprcore.tokenization.library import LIMIT_BYTES, check_ids, read_text
 from aprcore.tokenization.vocabulary import (
     PATTERNS,
     TOKENIZER_NAME,
@@ -16,9 +17,6 @@ from aprcore.tokenization.vocabulary import (
     TokenizerData,
     TokenKind,
 )
-
-TOKENIZER_LIMIT_BYTES = 256 * 1024 * 1024
-MAX_TOKEN_ID = 2**24  # a hole of ids up to a larger one would only eat memory
 
 
 class _Step(msgspec.Struct):
@@ -74,10 +72,10 @@ def read_tokenizer_json(directory: Path) -> TokenizerData | None:
     if not path.exists():
         return None
     try:
-        whole = read_object(path, limit_bytes=TOKENIZER_LIMIT_BYTES)
+        whole = read_object(path, limit_bytes=LIMIT_BYTES)
         beside = directory / "tokenizer_config.json"
         exists = beside.exists()
-        settings = read_object(beside, limit_bytes=TOKENIZER_LIMIT_BYTES) if exists else {}
+        settings = read_object(beside, limit_bytes=LIMIT_BYTES) if exists else {}
     except AprError as error:
         raise TokenizerError(error.what, where=error.where, hint=error.hint) from error
     model = whole.get("model")
@@ -115,8 +113,7 @@ def _list_vocabulary(
     """
     by_id = {token_id: token for token, token_id in vocab.items()}
     by_id.update({token_id: token.content for token_id, token in added.items()})
-    if not by_id or min(by_id) < 0 or max(by_id) > MAX_TOKEN_ID:
-        raise TokenizerError("model.vocab is empty or has ids out of range", where=where)
+    check_ids(by_id, where)
     return [by_id.get(token_id, f"[PAD{token_id}]") for token_id in range(max(by_id) + 1)]
 
 
@@ -176,10 +173,7 @@ def _adds_token(post_processor: _Step | None, token: str) -> bool:
 def _find_template(directory: Path, settings: dict[str, Any]) -> str | None:
     """The chat template; its own file, where there is one, comes first."""
     path = directory / "chat_template.jinja"
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        template = settings.get("chat_template")
-        return template if isinstance(template, str) else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot be read: {error}", where=path) from error
+    if path.exists():
+        return read_text(path)
+    template = settings.get("chat_template")
+    return template if isinstance(template, str) else None
