@@ -29,7 +29,7 @@ LENGTHS = (7, 64)
 FAULTS = {"sound": (), "kv-tiled": ("kv-tiled",), "rope": ("rope-theta-10k",),
           "one": ("kv-tiled-scores",), "unknown": ("unknown",)}  # fmt: skip
 ONE_LAYER = 11
-REPEATS = 1
+REPEATS = 3
 # Sixty stages that fail, seven tokens; the same at 64 tokens; one that fails.
 MOST_SECONDS = 8.0
 MOST_TIMES = 3.0

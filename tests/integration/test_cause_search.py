@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aprcore.engines.forward import trace
@@ -95,6 +96,21 @@ def test_the_option_takes_a_number_all_or_none(
     assert main([*arguments, "--causes", "some"]) == 2
     assert "'some' is not a number of stages, all or none" in capsys.readouterr().err
     assert SEARCHED == Request().causes == 16 and _number_of_causes("3") == 3
+
+
+def test_a_stage_without_a_known_cause_leaves_searches_to_others(
+    model: Model, sound: Tensors, tmp_path: Path
+) -> None:
+    wrong, draw = dict(sound), np.random.default_rng(0)
+    for key, x in sound.items():
+        if key.stage == "q_post_rope":  # the scores that were made of it are wrong, too
+            wrong[key] = x * (1 + 0.3 * draw.standard_normal(x.shape)).astype(np.float32)
+    wrong[StageKey(2, "attn_softmax")] = 2 * sound[StageKey(2, "attn_softmax")]
+    report = judged(model, wrong, tmp_path, causes=4)
+    for stage in ("q_post_rope", "attn_scores"):
+        searched = [NOT_SEARCHED not in reason for reason in of_stage(report, stage)]
+        assert searched == [True, *[False] * (model.config.num_layers - 1)]
+    assert "doubled" in of_stage(report, "attn_softmax")[2]
 
 
 def test_a_verdict_does_not_wait_for_its_cause(

@@ -192,9 +192,9 @@ def test_a_fit_to_a_value_or_two_is_no_cause(
 
 def test_a_few_values_are_enough_where_all_of_them_agree(path: Path, world: World) -> None:
     observed = world.at("attn_out").copy()
-    observed[3, 4:9] *= -1
+    observed[3, 4:10] *= -1
     found = explained(path, world.tensors, StageKey(LAYER, "attn_out"), observed)
-    assert "negated" in found.clause() and "dims 4 to 8" in found.clause()
+    assert "negated" in found.clause() and "dims 4 to 9" in found.clause()
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])

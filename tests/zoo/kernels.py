@@ -731,7 +731,7 @@ plant("local-norm-tail", "weight|gain|column|block", attn_norm=at(span(-16, None
     lambda s, x, w: s.norm(x, torch.ones_like(w)))))  # fmt: skip
 plant("local-silu-tail", "activation|relu|column|block|linear|gelu|identity|not applied",
       ffn_silu=at(span(-4, None), lambda s: s.x.clone()))  # fmt: skip
-plant("local-swigl-value", "value|zero|column|token", ffn_swigl=at(value(1, 9), lambda s: (
+plant("local-swigl-value", "~zero", ffn_swigl=at(value(1, 9), lambda s: (
     s.sound() * 0)))  # fmt: skip
 plant("local-residual-token", "residual|token|addend",
       post_attn_residual=at(token(0), lambda s: s.inputs[1].clone()))  # fmt: skip

@@ -8,6 +8,8 @@ observed one, to within rounding, is the cause. Adding one is adding an `Entry` 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from aprcore.causes import (
@@ -100,16 +102,20 @@ class CauseSearch:
 
     Attributes:
         searched: Stages for which the whole catalogue was tried.
-        passed_over: Stages for which it was not, since `most` had been reached.
     """
 
     def __init__(self, most: int | None = None) -> None:
-        """Try the whole catalogue for at most so many stages; None for every one."""
+        """Try the whole catalogue for at most so many stages; None for every one.
+
+        A stage of one name that has no known cause takes a quarter of them, and no more: others
+        may have one.
+        """
         self.searched = 0
-        self.passed_over = 0
         self._most = most
         # What explained the stages of a name, by what is under test.
         self._known: dict[tuple[str, bool], Origins] = {}
+        # How many stages of a name were searched in vain.
+        self._in_vain: Counter[tuple[str, bool]] = Counter()
 
     def explain(
         self, side: RecordedSide, key: StageKey, observed: Floats, expected: Expectation,
@@ -125,13 +131,15 @@ class CauseSearch:
             return Explanation((), None, 0)
         with single_threaded_blas():
             experiment, parts = Experiment(scene), list(parts_of(scene))
-            known = self._known.get((key.stage, in_file))
+            kind = key.stage, in_file
+            known = self._known.get(kind)
             if known is not None:
                 again = self._try_again(side, experiment, expected, parts, known)
                 if again is not None:
                     return again
-            if self._most is not None and self.searched >= self._most:
-                self.passed_over += 1
+            if self._most is not None and (
+                self.searched >= self._most or self._in_vain[kind] >= max(1, self._most // 4)
+            ):
                 return None
             self.searched += 1
             tried = [
@@ -146,7 +154,8 @@ class CauseSearch:
             symptom = None if named else describe_symptom(experiment)
         origins = origins_of(tried, causes)
         if origins is not None:
-            self._known[key.stage, in_file] = origins
+            self._known[kind] = origins
+        self._in_vain[kind] += not named
         if symptom is not None and expected.recomputed:
             missing = ", ".join(source.stage for source in expected.recomputed)
             symptom += f"; the judgment spans {missing} too: dump them to narrow it"

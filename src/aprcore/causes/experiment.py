@@ -36,9 +36,9 @@ MOST_RANKED = 1 << 17
 CHANCE = 2.5
 # A region larger than this share of the tensor is no local fault.
 LARGEST_LOCAL_SHARE = 0.75
-# Evidence, in nats, that what an alternative changes is better for it: three values of the most
-# that one may give, whatever it says, or many small ones. Of a thousand alternatives none is as
-# good by chance, and no fit to a value or two is named.
+# Evidence, in nats, that what an alternative changes is better for it: at least three values of
+# the most that one may give, whatever it says, or many small ones. Of a thousand alternatives none
+# is as good by chance, and no fit to a value or two is named. What is solved for takes twice that.
 NAMING_NATS = 24.0
 MOST_NATS = 9.0
 # An alternative leaves at most this share of the error where it differs from the plain operation.
@@ -160,8 +160,15 @@ class Experiment:
         floor = SMALLEST_ENERGY * energy * 1e-6  # as in `assess`, for values that are exactly zero
         return variance + floor + room.roundings * roundoff**2 / 3 * own
 
-    def hold(self, value: Float64) -> Outcome | None:
-        """The outcome of one alternative; None if it says the same as the plain operation."""
+    def hold(self, value: Float64, *, is_solved: bool = False) -> Outcome | None:
+        """The outcome of one alternative; None if it says the same as the plain operation.
+
+        Args:
+            value: What it gives, as many values as the output has.
+            is_solved: Whether it was fitted to the output, or says little: then more must speak
+                for it.
+        """
+        nats = NAMING_NATS * (2 if is_solved else 1)
         value = np.ascontiguousarray(value).reshape(self._shape)
         energy = _mean_square(value)
         is_finite = math.isfinite(energy) or bool(np.isfinite(value).all())
@@ -170,13 +177,13 @@ class Experiment:
         if not self._may_pass(value, self._sample, energy):
             return self._failure(value)
         if self._may_pass(value, self._sample_of_rest, energy):
-            whole = self._outcome(value, None)
+            whole = self._outcome(value, None, nats)
             if whole.explains or self.region is None:
                 return whole
         if self.region is not None:
-            local = self._within(value, self.region)
+            local = self._within(value, self.region, nats)
             if local.explains:
-                return self._widest(value, local)
+                return self._widest(value, local, nats)
         return self._failure(value)
 
     def _failure(self, value: Float64) -> Outcome:
@@ -204,19 +211,19 @@ class Experiment:
             return np.empty(0, np.int64)
         return _spread(np.flatnonzero(~self.region.mask))
 
-    def _within(self, value: Float64, region: Region) -> Outcome:
-        return self._outcome(np.where(region.mask, value, self._plain), region)
+    def _within(self, value: Float64, region: Region, nats: float) -> Outcome:
+        return self._outcome(np.where(region.mask, value, self._plain), region, nats)
 
-    def _widest(self, value: Float64, local: Outcome) -> Outcome:
+    def _widest(self, value: Float64, local: Outcome, nats: float) -> Outcome:
         """The same in as large a region as explains it: fewer words, and nothing by accident."""
         assert local.region is not None
         for axis, indices in enumerate(local.region.indices):
             if indices is None or sum(i is not None for i in local.region.indices) == 1:
                 continue
             wider = local.region.without(axis, self.scene.layout)
-            outcome = self._within(value, wider)
+            outcome = self._within(value, wider, nats)
             if outcome.explains:
-                return self._widest(value, outcome)
+                return self._widest(value, outcome, nats)
         return local
 
     def _is_plain(self, value: Float64) -> bool:
@@ -228,13 +235,14 @@ class Experiment:
             return False
         return bool((np.square(value - self._plain) <= 4 * self._wide + floor).all())
 
-    def _outcome(self, value: Float64, region: Region | None) -> Outcome:
+    def _outcome(self, value: Float64, region: Region | None, nats: float) -> Outcome:
         explains = region is None or self._fits_within(value, region)
-        if not explains or not self._passes(value, self._room) or not self._is_earned(value):
+        explains = explains and self._passes(value, self._room) and self._is_earned(value, nats)
+        if not explains:
             return self._failure(value)
         return Outcome(*self.figures(value), True, self.misfit(value), region)
 
-    def _is_earned(self, value: Float64) -> bool:
+    def _is_earned(self, value: Float64, nats: float) -> bool:
         """Whether it is better than the plain operation beyond chance, and not by a value or two.
 
         What passes where the plain operation just fails may say next to nothing.
@@ -248,8 +256,7 @@ class Experiment:
         if left.sum() > MOST_LEFT * plain.sum():
             return False
         gain = np.clip((plain - left) / 2, -MOST_NATS, MOST_NATS).sum()
-        share = self._independent(float(plain.size)) / max(1, plain.size)
-        return bool(gain * share >= NAMING_NATS)
+        return bool(gain >= nats)
 
     def _fits_within(self, value: Float64, region: Region) -> bool:
         """Whether what is left in a region is of the size of noise there.

@@ -136,7 +136,8 @@ def try_variant(part: Part, variant: Variant) -> Outcome | None:
     tokens = np.arange(shape[0])
     whole = [_product(part, variant, np.arange(start, stop), tokens)
              for start, stop in row_chunks(part.weight)]  # fmt: skip
-    return part.experiment.hold(np.concatenate([y for y in whole if y is not None], axis=1))
+    product = np.concatenate([y for y in whole if y is not None], axis=1)
+    return part.experiment.hold(product, is_solved=variant.is_fallback)
 
 
 @dataclass(frozen=True, slots=True)

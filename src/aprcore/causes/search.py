@@ -84,6 +84,10 @@ def origins_of(tried: Iterable[Tried], causes: Iterable[CauseTried]) -> Origins 
         t for t in tried
         if t.outcome.explains and names & {t.described(), t.described().replace("{}", t.part)}
     ]  # fmt: skip
+    # What is solved for may come to the same as a row that is plain; that row is enough.
+    levels = {name: min(t.level for t in found if t.described() == name)
+              for name in {t.described() for t in found}}  # fmt: skip
+    found = [t for t in found if t.level == levels[t.described()]]
     if not found or any(t.origin is None for t in found):
         return None
     origins = [t.origin for t in found]
@@ -126,7 +130,7 @@ def _start_of(scene: Scene) -> Experiment | None:
 def _try_entry(experiment: Experiment, entry: Entry, title: str) -> Iterator[Tried]:
     advice = entry.advice_for(experiment.scene)
     for name, value in entry.outputs(experiment.scene):
-        outcome = experiment.hold(value)
+        outcome = experiment.hold(value, is_solved=entry.is_fallback)
         if outcome is not None:
             yield Tried(
                 title.format(name), advice, outcome, entry.is_fallback, origin=entry

@@ -69,6 +69,8 @@ def _patterns(experiment: Experiment) -> Iterator[str]:
     if np.unique(observed[mask]).size == 1 and mask.sum() > 1:
         yield f"one value throughout: {float(observed[mask][0]):g}"
     factor = best_factor(observed[mask], plain[mask])
+    if factor is not None and observed[mask].any() and mask.sum() == 1:
+        yield f"off by a factor of {factor:.6g}"
     if factor is not None and _accounts(experiment, factor * plain):
         yield f"a constant factor {factor:.6g}"
     offset = float((observed - plain)[mask].mean())

@@ -203,7 +203,8 @@ def describe(x: Floats) -> Statistics:
         std=math.sqrt(math.fsum(float(np.square(v - mean).sum()) for v in finite()) / count),
         minimum=min(float(values.min()) for values in finite()),
         maximum=max(float(values.max()) for values in finite()),
-        rms=math.sqrt(math.fsum(float(values @ values) for values in finite()) / count),
+        # Not by BLAS: its threads cost more than a sum of squares does.
+        rms=math.sqrt(math.fsum(float(np.einsum("i,i->", v, v)) for v in finite()) / count),
         zeros=sum(int(np.count_nonzero(values == 0)) for values in finite()),
         nans=nans,
         infinities=infinities,

@@ -46,7 +46,8 @@ class Request:
         cumulative_only: Compare both sides and leave the model and kernel judgments out; about
             three times faster.
         causes: For how many stages the whole catalogue of causes is tried; None: for every one.
-            What explained a stage is tried on the same stage of other layers all the same.
+            What explained a stage is tried on the same stage of other layers all the same. A
+            quarter of them may be spent in vain on stages of one name.
         top_k: How many of the largest differences to keep per stage.
         gpu: Whether `model` runs on an OpenCL device as well, held against the CPU stage by stage.
         require_gpu: Whether the run ends where the CPU would carry on without the device.
