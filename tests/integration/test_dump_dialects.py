@@ -176,6 +176,93 @@ def test_hidden_states(model: Path, tensors: Tensors, tmp_path: Path) -> None:
     assert first.key == StageKey(1, "post_ffn_residual")
 
 
+def test_hidden_states_alone(model: Path, tensors: Tensors, tmp_path: Path) -> None:
+    """`torch.save(outputs.hidden_states, path)`: one more than layers, by number."""
+    states = [tensors[StageKey(0, "embedding")]]
+    states += [tensors[StageKey(i, "post_ffn_residual")] for i in range(NUM_LAYERS - 1)]
+    states += [tensors[StageKey(None, "final_norm")]]
+    held = [x.reshape(1, T, E) for x in states]
+    torch = pytest.importorskip("torch", reason="torch is not installed (the `oracle` extra)")
+    torch.save(tuple(map(torch.from_numpy, held)), tmp_path / "a.pt")
+    check(judge(model, tmp_path / "a.pt"), NUM_LAYERS + 1)
+    np.savez(tmp_path / "b.npz", **{f"hidden_states.{i}": x for i, x in enumerate(held)})
+    pair = run(Request(trace=tmp_path / "a.pt", oracle=tmp_path / "b.npz"))
+    assert {stage.verdict for stage in pair.stages} == {Verdict.PASS}
+    torch.save(tuple(map(torch.from_numpy, held[1:])), tmp_path / "c.pt")
+    with pytest.raises(AprError, match="no tensor with the name of a stage; it has 0, 1, 2"):
+        judge(model, tmp_path / "c.pt")
+
+
+def divergence_base(logits: np.ndarray, ids: np.ndarray, chunks: int = 1) -> bytes:
+    """As `llama-perplexity --kl-divergence-base` writes it.
+
+    Args:
+        logits: Of the later half of the tokens, but for the last, [rows, V].
+        ids: Of all tokens, [n_ctx].
+        chunks: How often the chunk is repeated.
+    """
+    rows = []
+    for row in logits.astype(np.float32):
+        top = row.max()
+        least = max(row.min(), top - np.float32(16))
+        total = np.log(np.exp(row - top).sum())
+        step = (top - least) / np.float32(65535)
+        words = np.where(row > least, np.rint((row - least) / step), 0).astype("<u2")
+        head = np.array([step, least - top - total], "<f4").view("<u2")
+        padding = np.zeros(len(row) % 2, "<u2")
+        rows.append(np.concatenate([head, words, padding]).tobytes())
+    sizes = np.array([len(ids), logits.shape[1], chunks], "<i4")
+    body = b"".join(rows) * chunks
+    return b"_logits_" + sizes.tobytes() + np.tile(ids, chunks).astype("<i4").tobytes() + body
+
+
+@pytest.mark.parametrize("vocabulary", [V, V - 1])
+def test_divergence_base(tmp_path: Path, vocabulary: int) -> None:
+    from tiny import draw_weights
+
+    whole = draw_weights()["model.embed_tokens.weight"][:vocabulary]
+    model = write_model(
+        tmp_path / "m.apr", changed={"model.embed_tokens.weight": whole * np.float32(8)},
+        metadata={"vocab_size": vocabulary},
+    )  # fmt: skip
+    ids = np.array([5, 0, 3, 7, 7, 11, 2])
+    last = StageKey(None, "lm_head")
+    rows = [trace_model(model, tuple(ids[:n].tolist()))[last] for n in range(4, 7)]
+    logits = np.stack(rows).reshape(3, vocabulary)
+    assert np.ptp(logits[-1]) > 16  # some are cut off
+    base = tmp_path / "base.kld"
+    base.write_bytes(divergence_base(logits, ids, chunks=2))
+    report = run(Request(model=model, oracle=base))
+    assert report.header.tokens == tuple(ids[:-1].tolist())
+    assert [(s.key, s.verdict) for s in report.stages] == [(last, Verdict.PASS)]
+    found = report.stages[0].logits
+    assert found is not None
+    assert found.comparison.agree
+    assert found.comparison.kl < 1e-6
+
+    base.write_bytes(divergence_base(logits[:, ::-1], ids))
+    report = run(Request(model=model, oracle=base))
+    assert report.stages[0].verdict is not Verdict.PASS
+    tokens = tuple(ids[:-1].tolist())
+    trace = write_stages(tmp_path / "t", trace_model(model, tokens), tokens=tokens)
+    base.write_bytes(divergence_base(logits, ids))
+    pair = run(Request(trace=base, oracle=trace))
+    assert {s.key: s.verdict for s in pair.stages}[last] is Verdict.PASS
+    base.write_bytes(base.read_bytes()[:-2])
+    with pytest.raises(AprError, match="where 1 chunks of 7 tokens take"):
+        run(Request(model=model, oracle=base))
+
+
+def test_two_files_of_one_name_do_not_hide_each_other(
+    model: Path, tensors: Tensors, tmp_path: Path
+) -> None:
+    x = tensors[StageKey(None, "final_norm")].reshape(T, E)
+    np.save(tmp_path / "model.norm.npy", x)
+    np.savez(tmp_path / "model.norm.npz", data=2 * x)
+    with pytest.raises(AprError, match=r"npz: has a tensor 'model.norm', as another file"):
+        judge(model, tmp_path)
+
+
 def test_llama_debug(model: Path, tensors: Tensors, tmp_path: Path) -> None:
     logits = tensors[StageKey(None, "lm_head")].astype("<f4")
     logits.tofile(tmp_path / "llamacpp-tiny.bin")
@@ -189,6 +276,14 @@ def test_llama_debug(model: Path, tensors: Tensors, tmp_path: Path) -> None:
     alone = judge(model, dump, tokens=None)
     assert [stage.verdict for stage in alone.stages] == [Verdict.UNJUDGED]
     assert alone.diverges()
+    other = tmp_path / "folder"
+    other.mkdir()
+    for file in tmp_path.glob("llamacpp-*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    assert judge(model, other, oracle=oracle, tokens=None).header.tokens == TOKENS
+    (other / "llamacpp-large.bin").write_bytes(bytes(8))
+    with pytest.raises(AprError, match=r"logits of 2 runs: llamacpp-large.bin, llamacpp-tiny.bin"):
+        judge(model, other)
     dump.write_bytes(bytes(7))
     with pytest.raises(AprError, match="is 7 bytes long, no whole number of float32"):
         judge(model, dump)
@@ -223,6 +318,8 @@ def test_a_directory_for_each_position(model: Path, tensors: Tensors, tmp_path: 
     pair = run(Request(trace=gpu, against=cpu))
     assert pair.first_parity_fault is not None
     assert pair.first_parity_fault.key == StageKey(1, "ffn_up")
+    with pytest.raises(AprError, match="holds the dumps of cpu and gpu; name one"):
+        judge(model, tmp_path / "out")
     (gpu / "pos-0002").rename(gpu / "pos-0009")
     with pytest.raises(AprError, match="has no pos-0002: a pass needs every position"):
         judge(model, gpu)

@@ -40,7 +40,7 @@ def left_out(report: Report) -> list[str]:
 # Of llama with 4 layers: stages per layer, and those of the whole model.
 @pytest.mark.parametrize(
     ("dump", "in_layer", "around"),
-    [("vllm-llama.pt", 13, 3), ("tl.pt", 15, 3), ("mad_tensors", 12, 2), ("msprobe", 13, 3)],
+    [("vllm-llama.pt", 13, 3), ("tl.pt", 15, 3), ("mad_tensors", 12, 3), ("msprobe", 13, 3)],
 )
 def test_a_sound_dump_is_judged_in_every_stage(
     engines: Path, dump: str, in_layer: int, around: int
@@ -230,3 +230,54 @@ def test_another_number_of_tokens_is_named_with_the_ids_that_ran(
     torch.save(held, tmp_path / "without.pt")
     assert main(["bisect", model, "--trace", str(tmp_path / "without.pt"), "--tokens", "3,5"]) == 2
     assert "give the token ids that it was made from" in capsys.readouterr().err
+
+
+def test_the_last_token_alone_is_judged_at_its_position(
+    engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    def last(x: Any) -> Any:
+        return tuple(map(last, x)) if isinstance(x, tuple) else None if x is None else x[-1:]
+
+    held = {name: last(x) for name, x in torch.load(engines / "vllm-llama.pt").items()}
+    torch.save(held, tmp_path / "last.pt")
+    dump = tmp_path / "last.pt"
+    model = engines.parent / "models" / "llama"
+    report = run(Request(model=model, trace=dump, tokens=TOKENS))
+    found = {stage.key: stage.verdict for stage in report.stages}
+    unjudged = {key for key, verdict in found.items() if verdict is not Verdict.PASS}
+    assert unjudged == {StageKey(layer, "attention") for layer in range(4)}
+    assert {found[key] for key in unjudged} == {Verdict.UNJUDGED}
+    assert any("the last token alone, at position 6" in note for note in report.header.notes)
+
+    bisect = ["bisect", str(model), "--trace", str(dump)]
+    assert main([*bisect, "--tokens", "3,5,7,11"]) == 2
+    assert "it is not the last; its embedding is that of --tokens 19" in capsys.readouterr().err
+    assert main(bisect) == 2
+    assert "has one token, 19, and does not say at which position" in capsys.readouterr().err
+    q = held["model.layers.1.self_attn.rotary_emb"]
+    held["model.layers.1.self_attn.rotary_emb"] = (q[0].flip(1), q[1])
+    torch.save(held, dump)
+    first = run(Request(model=model, trace=dump, tokens=TOKENS)).first_divergence
+    assert first is not None
+    assert first.key == StageKey(1, "q_post_rope")
+
+
+@pytest.mark.parametrize("order", ["outermost", "innermost"])
+def test_four_axes_of_ggml_are_joined(llama_cpp: Path, tmp_path: Path, order: str) -> None:
+    with np.load(llama_cpp / "f32.npz") as file:
+        held = {name: x for name, x in file.items() if "(" not in name}
+    four = {
+        name: x.reshape((1,) * (4 - x.ndim) + x.shape) if x.dtype.kind == "f" else x
+        for name, x in held.items()
+    }
+    if order == "innermost":
+        four = {name: x.reshape(x.shape[::-1]) for name, x in four.items()}
+    np.savez(tmp_path / "four.npz", **four)
+    reports = [
+        run(Request(model=llama_cpp / "st.gguf", trace=dump))
+        for dump in (llama_cpp / "f32.npz", tmp_path / "four.npz")
+    ]
+    expected, found = ([(s.key, s.verdict) for s in report.stages] for report in reports)
+    assert found == expected

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from aprcore.dumps.called_modules import name_called_modules
 from aprcore.dumps.sidecar import SIDECAR_NAME, read_sidecar
 from aprcore.dumps.tensor_files import StoredArray, StoredIntegers, TensorFile, read_npy_dump
 from aprcore.ground.errors import TraceError
+from aprcore.network.graph import parse_path
 
 Readers = Mapping[str, Callable[[Path], TensorFile]]
 
@@ -23,6 +25,8 @@ _SUFFIXES = frozenset({NPY, ".pt", ".pth", ".safetensors", ".npz"})
 # A pass of a deep model has tens of thousands of tensors; a home directory has more, and deeper.
 FILES_LIMIT = 100_000
 DEEPEST = 6
+# What a run is called by its rank.
+_RANK = re.compile(r"rank[=_]?\d+|TP_\d+", re.ASCII)
 # Names of the only tensor in a file that say nothing.
 _ANONYMOUS = frozenset({"", "data", "tensor", "value", "output", "arr_0", "0"})
 
@@ -59,7 +63,10 @@ def _sglang(match: re.Match[str]) -> tuple[str, str]:
     name = fields.pop("name").removeprefix("non_intrusive__").replace(".inputs", ".input")
     run = " ".join(f"{x}={fields[x]}" for x in ("forward_pass_id", "step", "rank") if x in fields)
     layer = fields.get("layer_id")
-    return run, name if layer is None or ".layers." in f".{name}" else f"layers.{layer}.{name}"
+    if layer is None or ".layers." in f".{name}":
+        return run, name
+    ours = f"layer-{layer}/{name}"
+    return run, f"layers.{layer}.{name}" if parse_path(ours) is None else ours
 
 
 def _tensorrt_llm(match: re.Match[str]) -> tuple[str, str]:
@@ -114,37 +121,62 @@ def _files(root: Path) -> Iterator[tuple[str, str]]:
             yield "" if below == "." else f"{below}{os.sep}".replace(os.sep, "/"), name
 
 
-def read_file_folder(root: Path, readers: Readers) -> TensorFile:
+def runs_of_folder(root: Path) -> tuple[str, ...]:
+    """What tells the steps, ranks and calls of a folder apart, in order; "" for what is of all."""
+    runs = {run for _, _, run, _ in _tensor_files(root)}
+    return tuple(sorted(runs, key=lambda run: [int(n) for n in re.findall(r"\d+", run)]))
+
+
+def read_file_folder(root: Path, readers: Readers, chosen: str | None = None) -> TensorFile:
     """The tensors of a folder, under the names that its tool means.
+
+    Args:
+        root: The folder.
+        readers: By a file's suffix.
+        chosen: Which of its runs, where it holds several; None where it must be one.
 
     Raises:
         TraceError: It holds several runs, ranks or calls.
         FormatError: A file is malformed.
     """
+    files = [entry for entry in _tensor_files(root) if chosen is None or entry[2] in (chosen, "")]
+    runs = dict.fromkeys(run for _, _, run, _ in files if run)
+    if len(runs) > 1:
+        first, second = [*runs][:2]
+        hint = "give the folder of one of them"
+        if len({_RANK.sub("", run) for run in runs}) == 1:
+            hint = f"join the ranks of a tensor-parallel run with --shards {root}"
+        raise TraceError(f"holds several runs: {first}, {second} and so on", where=root, hint=hint)
     arrays: dict[str, StoredArray] = {}
     integers: dict[str, StoredIntegers] = {}
     ignored: list[str] = []
-    runs: dict[str, None] = {}
-    for folder, file in _files(root):
-        suffix = Path(file).suffix.lower()
-        if suffix not in _SUFFIXES:
-            continue
-        path = f"{folder}{file[: -len(suffix)]}"
-        run, stem = _identify(path)
-        runs.setdefault(run)
-        held = read_npy_dump(root / folder / file) if suffix == NPY else (
-            readers[suffix](root / folder / file))  # fmt: skip
+    for file, suffix, _, stem in files:
+        held = read_npy_dump(file) if suffix == NPY else readers[suffix](file)
         is_only = len(held.arrays) + len(held.integers) == 1
         told = (name for name in held.ignored if not name.startswith("meta."))
-        arrays |= {_full_name(stem, name, is_only): x for name, x in held.arrays.items()}
-        integers |= {_full_name(stem, name, is_only): x for name, x in held.integers.items()}
+        for member, array in held.arrays.items():
+            arrays[_unused(_full_name(stem, member, is_only), arrays, file)] = array
+        for member, stored in held.integers.items():
+            integers[_unused(_full_name(stem, member, is_only), integers, file)] = stored
         ignored += [_full_name(stem, name, False) for name in told]
-    runs.pop("", None)
-    if len(runs) > 1:
-        first, second = [*runs][:2]
-        raise TraceError(f"holds several runs: {first}, {second} and so on", where=root,
-                         hint="give the folder of one of them")  # fmt: skip
     return TensorFile(arrays, integers, read_sidecar(root), tuple(ignored))
+
+
+def _tensor_files(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Every file of tensors with its suffix, its run, and the name of its tensor."""
+    found: list[tuple[str, Path, str]] = []
+    by_folder: dict[str, list[str]] = {}
+    for folder, name in _files(root):
+        suffix = Path(name).suffix.lower()
+        if suffix in _SUFFIXES:
+            stem = f"{folder}{name[: -len(suffix)]}"
+            found.append((stem, root / folder / name, suffix))
+            by_folder.setdefault(folder.rstrip("/"), []).append(stem)
+    called = {stem: (folder, name) for folder, stems in by_folder.items()
+              for stem, name in name_called_modules(stems).items()}  # fmt: skip
+    for stem, file, suffix in found:
+        run, name = called.get(stem) or _identify(stem)
+        yield file, suffix, run, name
 
 
 def _identify(path: str) -> tuple[str, str]:
@@ -153,6 +185,18 @@ def _identify(path: str) -> tuple[str, str]:
         if match := tool.pattern.fullmatch(path):
             return tool.identify(match)
     return "", path.replace("/", ".")
+
+
+def _unused(name: str, held: Container[str], file: Path) -> str:
+    """A name that no other file has taken.
+
+    Raises:
+        TraceError: One has.
+    """
+    if name in held:
+        raise TraceError(f"has a tensor {name!r}, as another file of the folder has", where=file,
+                         hint="leave one of them out")  # fmt: skip
+    return name
 
 
 def _full_name(stem: str, name: str, is_only: bool) -> str:

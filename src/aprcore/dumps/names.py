@@ -112,11 +112,14 @@ class Dialect:
         parse: The place of a stored name, or None if it is not of this dialect.
         rules: What makes a stage; the first that applies counts.
         is_internal: Whether a stored name is known to be no stage, and worth no word.
+        innermost_first: Whether a shape of four axes that ends in one begins with the innermost, as
+            ggml counts them.
     """
 
     parse: Callable[[str], Place | None]
     rules: Sequence[Rule]
     is_internal: Callable[[str], bool] = lambda name: False
+    innermost_first: bool = False
 
 
 Fits = Callable[[StageKey, Recipe], bool]
@@ -192,7 +195,7 @@ def known_dialects(names: Iterable[str], graph: Graph) -> tuple[Dialect, ...]:
     """
     stored = list(names)
     rows = [*graph.layer(0).values(), *graph.layer(None).values()]
-    modules = _module_parser(rows)
+    modules = _module_parser(rows, _count_layers(stored))
     return (
         Dialect(_parse_own, [Rule(stage, (stage,)) for stage in known_stages()]),
         _llama_cpp(stored, rows),
@@ -219,7 +222,17 @@ _WRAPPERS = r"(?:(?:base_model|model|module|transformer|_orig_mod)\.)*"
 _LAYER_MODULE = re.compile(rf"{_WRAPPERS}layers\.(\d{{1,9}})(?:\.(.+))?", re.ASCII)
 
 
-def _module_parser(rows: Iterable[Row]) -> Callable[[str], Place | None]:
+def _count_layers(names: Iterable[str]) -> int:
+    """One more than the highest layer that modules are named by."""
+    found = (_LAYER_MODULE.fullmatch(name) for name in names)
+    return 1 + max((int(match[1]) for match in found if match is not None), default=-1)
+
+
+# The last norm is shown the stream behind the layers, as the next layer would be.
+_BEHIND_LAYERS = {"norm.1": "input_layernorm.1", "norm.input": "norm.input"}
+
+
+def _module_parser(rows: Iterable[Row], num_layers: int = 0) -> Callable[[str], Place | None]:
     """A module's name, with or without ".output", ".output.0", ".input" or the like at its end."""
     shown = {name for row in rows if row.stage.scope is not Scope.LAYER
              for names in (*row.stage.shown, *(node.names for node in row.stage.fused))
@@ -231,7 +244,10 @@ def _module_parser(rows: Iterable[Row]) -> Callable[[str], Place | None]:
         if match := _LAYER_MODULE.fullmatch(name):
             return int(match[1]), _port(match[2] or "")
         if match := whole.fullmatch(name):
-            return None, _port(match[1])
+            module = _port(match[1])
+            if num_layers and module in _BEHIND_LAYERS:
+                return num_layers, _BEHIND_LAYERS[module]
+            return None, module
         return None
 
     return parse
@@ -249,6 +265,8 @@ def _port(module: str) -> str:
 
 
 _HIDDEN_STATES = re.compile(r"(?:.*\.)?(hidden_states|attentions)\.(\d{1,9})", re.ASCII)
+# The tuple alone, saved as it is.
+_STATE = re.compile(r"()(\d{1,9})", re.ASCII)
 
 
 def _hidden_states(names: Sequence[str], graph: Graph) -> Dialect:
@@ -257,15 +275,16 @@ def _hidden_states(names: Sequence[str], graph: Graph) -> Dialect:
     The first of the hidden states is the embedding, each other one what a layer gives; but the last
     has been through the final norm.
     """
-    found = [_HIDDEN_STATES.fullmatch(name) for name in names]
-    count = max((int(m[2]) for m in found if m is not None and m[1] == "hidden_states"), default=0)
-    is_known = graph.num_layers > 1 or count <= 1
-    last = graph.num_layers if is_known else count
+    pattern = _STATE if _is_bare_tuple(names, graph) else _HIDDEN_STATES
+    found = [pattern.fullmatch(name) for name in names]
+    count = max((int(m[2]) for m in found if m is not None and m[1] != "attentions"), default=0)
+    # Without a model the graph knows no more layers than another dump has shown.
+    last = max(graph.num_layers, count) if graph.num_layers > 1 or count <= 1 else count
     end = next(iter(graph.readers(graph.stream(None))), None)
     softmax = graph.of_kind(0, Softmax)
 
     def parse(name: str) -> Place | None:
-        match = _HIDDEN_STATES.fullmatch(name)
+        match = pattern.fullmatch(name)
         if match is None:
             return None
         number = int(match[2])
@@ -282,6 +301,13 @@ def _hidden_states(names: Sequence[str], graph: Graph) -> Dialect:
     rules += [Rule(key.stage, ("last",)) for key in (end,) if key is not None]
     rules += [Rule(key.stage, ("attentions",)) for key in softmax]
     return Dialect(parse, rules)
+
+
+def _is_bare_tuple(names: Sequence[str], graph: Graph) -> bool:
+    """Whether the names are the numbers of a tuple with one hidden state more than layers."""
+    numbers = {name for name in names if _STATE.fullmatch(name)}
+    least = graph.num_layers + 1 if graph.num_layers > 1 else 3
+    return numbers == {str(number) for number in range(max(least, len(numbers)))}
 
 
 # What modules are given is mostly what others gave, and shown there; weights are no activations.
@@ -383,7 +409,10 @@ def _llama_cpp(names: Sequence[str], rows: Sequence[Row]) -> Dialect:
     theirs = {name for rule in rules for name in rule.sources}
     is_llama_cpp = bool(theirs & set(present))
     return Dialect(
-        parse, rules, lambda name: is_llama_cpp and bool(_LLAMA_CPP_INTERNAL.fullmatch(name))
+        parse,
+        rules,
+        lambda name: is_llama_cpp and bool(_LLAMA_CPP_INTERNAL.fullmatch(name)),
+        innermost_first=is_llama_cpp,
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aprcore.dumps.batch import Batch, find_batch, find_step, unused_integers
 from aprcore.dumps.directory import TraceDirectory
-from aprcore.dumps.file_folder import is_file_folder, read_file_folder
+from aprcore.dumps.file_folder import is_file_folder, read_file_folder, runs_of_folder
 from aprcore.dumps.names import Dialect, Operand, Recipe, Term, known_dialects, resolve
 from aprcore.dumps.past import read_past
 from aprcore.dumps.position_tree import PositionTree, is_position_tree
@@ -25,12 +25,18 @@ from aprcore.dumps.source import StageSource
 from aprcore.dumps.tensor_files import (
     StoredArray,
     TensorFile,
+    drop_batch,
     read_npz_dump,
     read_safetensors_dump,
     read_torch_dump,
 )
 from aprcore.dumps.tensor_folder import TENSORS_NAME, is_tensor_folder
-from aprcore.dumps.tool_files import read_llama_debug_dump, read_polygraphy_dump
+from aprcore.dumps.tool_files import (
+    is_divergence_base,
+    read_divergence_base,
+    read_llama_debug_dump,
+    read_polygraphy_dump,
+)
 from aprcore.ground.errors import FormatError, TraceError
 from aprcore.ground.precision import BFLOAT16
 from aprcore.network.backend import KeyValueCache
@@ -47,7 +53,7 @@ READERS: Mapping[str, Callable[[Path], TensorFile]] = {
     ".pth": read_torch_dump,
     ".json": read_polygraphy_dump,
 }
-# A .bin file is mostly one of our stages.
+# A .bin file is mostly one of our stages; the base of a divergence has any name at all.
 _LLAMA_DEBUG = re.compile(r"llamacpp-.+(?<!-tokens)\.bin", re.IGNORECASE)
 
 # The coarsest type of a dump decides what rounding explains.
@@ -91,11 +97,31 @@ def open_dump(
     return TensorDump(path, _read_tensors(path), options or ReadingOptions(), graph=graph)
 
 
+def open_ranks(
+    path: Path, options: ReadingOptions | None = None, *, graph: Graph | None = None
+) -> list[StageSource]:
+    """The ranks of a run, as far as a folder holds several, in order; otherwise the one dump.
+
+    Raises:
+        TraceError, FormatError: As `open_dump`.
+    """
+    is_folder = is_tensor_file(path) and path.is_dir() and is_file_folder(path)
+    runs = [run for run in (runs_of_folder(path) if is_folder else ()) if run]
+    if len(runs) < 2:
+        return [open_dump(path, options, graph=graph)]
+    return [
+        TensorDump(path, read_file_folder(path, READERS, run), options or ReadingOptions(),
+                   graph=graph)
+        for run in runs
+    ]  # fmt: skip
+
+
 def is_tensor_file(path: Path) -> bool:
     """Whether a path is to be read as named tensors: one file, or a folder of such files."""
     try:
         if path.is_dir():
-            return is_tensor_folder(path) or is_file_folder(path)
+            return (is_tensor_folder(path) or is_file_folder(path)
+                    or bool(_debug_logits(path)))  # fmt: skip
     except OSError as error:  # a name too long, a folder that may not be entered
         raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
     return _find_reader(path) is not None
@@ -105,7 +131,14 @@ def _find_reader(path: Path) -> Callable[[Path], TensorFile] | None:
     """What reads a file, by its name."""
     if _LLAMA_DEBUG.fullmatch(path.name):
         return read_llama_debug_dump
-    return READERS.get(path.suffix.lower())
+    if path.suffix.lower() in READERS:
+        return READERS[path.suffix.lower()]
+    return read_divergence_base if is_divergence_base(path) else None
+
+
+def _debug_logits(folder: Path) -> list[Path]:
+    """The logits that llama-debug saved to a folder."""
+    return sorted(file for file in folder.iterdir() if _LLAMA_DEBUG.fullmatch(file.name))
 
 
 def _read_tensors(path: Path) -> TensorFile:
@@ -113,7 +146,12 @@ def _read_tensors(path: Path) -> TensorFile:
         held = read_safetensors_dump(path / TENSORS_NAME)
         return replace(held, sidecar=_sidecar(path, held))
     if path.is_dir():
-        return read_file_folder(path, READERS)
+        logits = _debug_logits(path)
+        if len(logits) > 1:
+            several = ", ".join(file.name for file in logits[:3])
+            raise TraceError(f"holds logits of {len(logits)} runs: {several}", where=path,
+                             hint="name one of the files")  # fmt: skip
+        return read_llama_debug_dump(logits[0]) if logits else read_file_folder(path, READERS)
     read = _find_reader(path)
     assert read is not None
     held = read(path)
@@ -143,7 +181,6 @@ class TensorDump:
         self, path: Path, held: TensorFile, options: ReadingOptions, *, graph: Graph | None = None
     ) -> None:
         self.path = path
-        self._arrays = held.arrays
         self._batch: Batch | None = None
         self._row = 0
         stored = tuple(held.arrays)
@@ -156,6 +193,11 @@ class TensorDump:
         dialects = known_dialects(stored, graph or outline(1, ()))
         if options.names is not None:
             dialects = (options.names, *dialects)
+        turned = [dialect for dialect in dialects if dialect.innermost_first]
+        self._arrays = {
+            name: _outermost_first(array) if any(d.parse(name) for d in turned) else array
+            for name, array in held.arrays.items()
+        }
         batch = find_batch(held.integers, options.pad, path)
         recipes, ignored = resolve(stored, dialects, self._fits)
         if not recipes:
@@ -339,6 +381,18 @@ class TensorDump:
 def _factors(key: StageKey) -> int:
     """How many numbers tell a place in a stage's tensor, but for the tokens of the logits."""
     return len(axis_names(known_stages()[key.stage].shape))
+
+
+def _outermost_first(array: StoredArray) -> StoredArray:
+    """An array with ggml's axes, the innermost first, if it has them: the values lie in order."""
+    if len(array.shape) != 4 or array.shape[-1] != 1:
+        return array
+    shape = drop_batch(array.shape[::-1])
+
+    def load(start: int, stop: int) -> Float32:
+        return array.load(0, array.shape[0]).reshape(shape)[start:stop]
+
+    return StoredArray(shape, array.dtype, load)
 
 
 def _row_of(array: StoredArray, row: int) -> StoredArray:

@@ -27,8 +27,17 @@ _POSITION = re.compile(r"pos-(\d{1,9})", re.ASCII)
 
 
 def is_position_tree(path: Path) -> bool:
-    """Whether a path is a directory with one for each position."""
-    return path.is_dir() and any(_POSITION.fullmatch(entry.name) for entry in path.iterdir())
+    """Whether a path is a directory with one for each position, or holds such directories."""
+    return path.is_dir() and bool(_has_positions(path) or _sides(path))
+
+
+def _has_positions(path: Path) -> bool:
+    return any(_POSITION.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _sides(path: Path) -> list[str]:
+    """The directories below that have one for each position: those of both engines."""
+    return sorted(x.name for x in path.iterdir() if x.is_dir() and _has_positions(x))
 
 
 class PositionTree:
@@ -47,9 +56,14 @@ class PositionTree:
         """List the positions; no tensor is read.
 
         Raises:
-            TraceError: They are not all there from the first on, or one holds no stage.
+            TraceError: They are not all there from the first on, or one holds no stage; or there
+                are those of several engines.
         """
         self.path = path
+        if not _has_positions(path):
+            raise TraceError(f"holds the dumps of {' and '.join(_sides(path))}", where=path,
+                             hint="name one of these directories, and the other with --against"
+                             " or --oracle")  # fmt: skip
         found = sorted(
             (int(match[1]), entry) for entry in path.iterdir()
             if (match := _POSITION.fullmatch(entry.name)) is not None

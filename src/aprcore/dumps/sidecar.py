@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -25,6 +25,7 @@ SIDECAR_SCHEMA = "aprtui-trace-v1"
 SIDECAR_LIMIT_BYTES = 256 * 1024 * 1024
 
 PROVENANCE_LIMIT_BYTES = 16 * 1024 * 1024
+LOG_PROBABILITIES: Literal["log probabilities"] = "log probabilities"
 
 Integers = tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)], ...]
 
@@ -44,6 +45,7 @@ class Sidecar:
             `aprcore.engines.arithmetic`.
         dtype: Type of the activations: "float32", "float16", "bfloat16".
         attention: The attention implementation.
+        logits: `LOG_PROBABILITIES` where it holds those in place of logits.
         checked: What an oracle was checked for when it was captured: "logits and stages", that
             both are what the model computes, or "nothing".
         settings: What an engine was run with: {"kv_type": "f16", "ubatch": 512}.
@@ -63,6 +65,7 @@ class Sidecar:
     arithmetic: str | Mapping[str, str] | None = None
     dtype: str | None = None
     attention: str | None = None
+    logits: Literal["log probabilities"] | None = None
     checked: str | None = None
     settings: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -73,7 +76,7 @@ class Sidecar:
         """The text of `_trace.json`."""
         data = {"schema": SIDECAR_SCHEMA, **asdict(self)}
         # A full pass has no history, only oracles are checked, only captures have settings.
-        for name in ("history", "checked", "settings"):
+        for name in ("history", "logits", "checked", "settings"):
             if data[name] is None:
                 del data[name]
         return json.dumps(data, indent=1, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Single files that other tools write: Polygraphy's results, the logits of llama-debug."""
+"""Single files that other tools write: Polygraphy's results, logits of llama.cpp's tools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.dumps.sidecar import Sidecar
+from aprcore.dumps.sidecar import LOG_PROBABILITIES, Sidecar
 from aprcore.dumps.tensor_files import StoredArray, StoredIntegers, TensorFile, store_npy
 from aprcore.ground.data_file import DataFile
 from aprcore.ground.errors import FormatError, TraceError
@@ -113,3 +113,55 @@ def _read_values(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     finally:
         file.close()
     return values
+
+
+# The magic, then n_ctx, n_vocab and n_chunk; the ids of all chunks; of each chunk the rows of its
+# later half, with two floats in front: the step, and the smallest value.
+_MAGIC = b"_logits_"
+_SIZES = np.dtype("<i4")
+
+
+def is_divergence_base(path: Path) -> bool:
+    """Whether a file begins as those of `llama-perplexity --kl-divergence-base` do."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:  # what is wrong with it is said by who opens it
+        return False
+
+
+def read_divergence_base(path: Path) -> TensorFile:
+    """The base file of llama-perplexity: log-probabilities of every token's successor.
+
+    Its first chunk is read: the last row, and the tokens before it. Values are rounded to 65536
+    steps from the largest down to 16 below it, and what is less is stored as that.
+    Source: llama-perplexity of llama.cpp.
+
+    Raises:
+        FormatError: It has not the size that its header takes.
+    """
+    head_bytes = len(_MAGIC) + 3 * _SIZES.itemsize
+    with DataFile(path) as file:
+        sizes = np.frombuffer(file.read_bytes(len(_MAGIC), head_bytes - len(_MAGIC)), _SIZES)
+        context, vocabulary, chunks = (int(size) for size in sizes)
+        rows = context - 1 - context // 2
+        row_bytes = 2 * (2 * ((vocabulary + 1) // 2) + 4)
+        tokens_bytes = _SIZES.itemsize * context * chunks
+        due = head_bytes + tokens_bytes + row_bytes * rows * chunks
+        if min(context, vocabulary, chunks, rows) < 1 or file.size_bytes != due:
+            raise FormatError(
+                f"is {file.size_bytes} bytes long where {chunks} chunks of {context} tokens take"
+                f" {due}", where=path, hint="let llama-perplexity finish it",
+            )  # fmt: skip
+        # The last row is of the last token but one: the last one's successor is not asked for.
+        ids = np.frombuffer(file.read_bytes(head_bytes, _SIZES.itemsize * (context - 1)), _SIZES)
+        at = head_bytes + tokens_bytes + row_bytes * (rows - 1)
+        words = np.frombuffer(file.read_bytes(at, row_bytes), "<u2")
+    step, smallest = words[:4].view("<f4")
+    values = words[4 : 4 + vocabulary].astype(np.float32) * step + smallest
+    logits = StoredArray(values.shape, "float16", lambda start, stop: values[start:stop])
+    tokens = {"tokens": StoredIntegers(ids.shape, lambda: ids)}
+    sidecar = Sidecar(backend="llama.cpp", logits=LOG_PROBABILITIES)
+    return TensorFile({_LOGITS_NAME: logits}, tokens, sidecar, ())

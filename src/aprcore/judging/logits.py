@@ -85,6 +85,16 @@ def compare_logits(
     )
 
 
+# llama-perplexity stores nothing smaller than this much below the largest.
+DEEPEST = 16.0
+
+
+def log_probabilities(x: Floats) -> NDArray[np.float32]:
+    """Logarithms of softmax(x), and what is more than `DEEPEST` below the largest as just that."""
+    made = _log_softmax(x.reshape(-1).astype(np.float64))
+    return np.maximum(made, made.max() - DEEPEST).astype(np.float32)
+
+
 def _largest(x: Float64, k: int) -> NDArray[np.int64]:
     """Indices of the k largest values, best first, the first of equals first."""
     if x.size > 4 * k:  # sorting a whole vocabulary takes longer than comparing it

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.dumps.directory import TraceDirectory
+from aprcore.dumps.last_token import LastTokenDump
 from aprcore.dumps.name_map import read_name_map
-from aprcore.dumps.open import ReadingOptions, is_tensor_file, open_dump
+from aprcore.dumps.open import ReadingOptions, is_tensor_file, open_dump, open_ranks
 from aprcore.dumps.plan import DEFAULT_PROMPT, Plan, check_layers
 from aprcore.dumps.position_tree import PositionTree
 from aprcore.dumps.shards import ShardedDump, find_split
@@ -37,6 +38,7 @@ from aprcore.judging.verdict import cumulative_bound
 from aprcore.network.graph import Graph, computation_order, known_stages, outline, parse_path
 from aprcore.network.stages import StageKey
 from aprcore.records.report import RunHeader, Side
+from aprcore.runs.embedded import embedded_tokens
 from aprcore.runs.request import Request
 from aprcore.runs.sides import Sides, token_texts
 from aprcore.runs.tokens import Dumps, agree_on_tokens, count_tokens
@@ -113,13 +115,14 @@ def _open_dumps(request: Request, model: Model | None) -> Dumps:
     )
     graph = None if model is None else model.graph
     opened: dict[Path | None, StageSource] = {}
-    for path in sorted((p for p in _paths(request) if p is not None), key=is_tensor_file):
-        opened[path] = _open_checked(path, options, graph)
+    paths = _paths(replace(request, trace=None) if request.shards else request)
+    for path in sorted((p for p in paths if p is not None), key=is_tensor_file):
+        opened[path] = _checked(open_dump(path, options, graph=graph))
         if model is None:  # directories come first: they tell what the stages of files may be
             graph = _outline(opened.values())
     if request.shards:
-        shards = [opened.get(path) or _open_checked(path, options, graph)
-                  for path in request.shards]  # fmt: skip
+        shards = [_checked(shard) for path in request.shards
+                  for shard in open_ranks(path, options, graph=graph)]  # fmt: skip
         opened[request.trace] = _joined(request, model, shards)
     dumps = Dumps(*(opened.get(path) for path in _paths(request)))
     _check_positions(model, dumps)
@@ -137,11 +140,10 @@ def _joined(request: Request, model: Model | None, shards: Sequence[StageSource]
     return ShardedDump(shards, model.graph, num_tokens)
 
 
-def _open_checked(path: Path, options: ReadingOptions, graph: Graph | None) -> StageSource:
-    directory = open_dump(path, options, graph=graph)
-    if isinstance(directory, TraceDirectory | PositionTree):
-        directory.check_headers()
-    return directory
+def _checked(dump: StageSource) -> StageSource:
+    if isinstance(dump, TraceDirectory | PositionTree):
+        dump.check_headers()
+    return dump
 
 
 def _check_positions(model: Model | None, dumps: Dumps) -> None:
@@ -177,8 +179,9 @@ def _check_positions(model: Model | None, dumps: Dumps) -> None:
 
 
 def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
-    trace, oracle, against = dumps
     tokens, notes = agree_on_tokens(request, model, dumps)
+    dumps, tokens = _placed(model, dumps, tokens, notes)
+    trace, oracle, against = dumps
     graph = _outline(dumps.present) if model is None else model.graph
     num_layers = graph.num_layers
     if request.plan is not None:
@@ -201,8 +204,9 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
             few = _first_names([key.path for key in directory.unlisted])
             notes.append(f"files of {name} that its sidecar does not list are left out, as from an"
                          f" earlier run: {few}")  # fmt: skip
-    if trace is not None and trace.sidecar.positions and trace.sidecar.positions[0]:
-        first = trace.sidecar.positions[0]
+    positions = () if trace is None else trace.sidecar.positions or ()
+    if positions and positions[0] and not isinstance(trace, LastTokenDump):
+        first = positions[0]
         notes.append(f"a decoding step at position {first}, after a cache of {first} tokens")
     types = dtypes if model is None else dtypes | model.weight_types
     prompt = request.prompt
@@ -261,6 +265,32 @@ def _match(request: Request, model: Model | None, dumps: Dumps) -> Sides:
         if not found:
             notes.append("the model has no usable tokenizer; token ids are shown without text")
     return replace(sides, header=replace(header, token_texts=texts, notes=tuple(notes)))
+
+
+def _placed(
+    model: Model | None, dumps: Dumps, tokens: tuple[int, ...] | None, notes: list[str]
+) -> tuple[Dumps, tuple[int, ...] | None]:
+    """A trace that holds the last token's rows alone as the step at their position.
+
+    Another side tells more of such rows than that, if it has every token's.
+
+    Raises:
+        OracleError: They are of another token.
+    """
+    trace = dumps.trace
+    if model is None or trace is None or tokens is None or dumps.present != [trace]:
+        return dumps, tokens
+    if len(tokens) < 2 or trace.sidecar.positions or count_tokens(trace, model) != 1:
+        return dumps, tokens
+    ran = embedded_tokens(trace, model)
+    if ran is not None and ran != tokens[-1:]:
+        raise OracleError(f"has 1 token where {len(tokens)} were given, and it is not the last",
+                          where=trace.path,
+                          hint=f"its embedding is that of --tokens {ran[0]}")  # fmt: skip
+    past = len(tokens) - 1
+    notes.append(f"the trace holds the last token alone, at position {past}: what reads the"
+                 " others is not judged")  # fmt: skip
+    return dumps._replace(trace=LastTokenDump(trace, tokens)), tokens[-1:]
 
 
 def _check_whole(model: Model, dumps: Dumps, num_tokens: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.causes import CauseSearch, explain_nonfinite
+from aprcore.dumps.sidecar import LOG_PROBABILITIES
 from aprcore.judging.compare import (
     Comparison,
     compare,
@@ -30,7 +31,7 @@ from aprcore.judging.layouts import (
     layout_of,
     zero_masked,
 )
-from aprcore.judging.logits import compare_logits
+from aprcore.judging.logits import compare_logits, log_probabilities
 from aprcore.judging.quantisation import measure_quantisation
 from aprcore.judging.replay import Expectation, RecordedSide, expect_both, make_judgment
 from aprcore.judging.verdict import Evidence, Judgment, Verdict, decide, within
@@ -242,6 +243,9 @@ class StageJudge:
         )
         self._keep(key, traced, oracle, layout, moved=(permuted is not None, moved is not None))
         permuted = permuted or moved
+        judged = traced, oracle
+        if key == self._graph.logits and traced is not None and oracle is not None:
+            traced, oracle = dumped = self._on_one_scale(traced, oracle)
         comparison = None
         if traced is not None and oracle is not None:
             if permuted is None and kernel is None and model is None:
@@ -259,7 +263,7 @@ class StageJudge:
         explanation = None
         if verdict is Verdict.FAIL:
             self._failure = self._failure_of(
-                layout, (traced, kernel, expected_trace), (oracle, model, expected_oracle)
+                layout, (judged[0], kernel, expected_trace), (judged[1], model, expected_oracle)
             )
         elif verdict is Verdict.NONFINITE and self._trace is not None and traced is not None:
             explanation = explain_nonfinite(self._trace, key, traced)
@@ -278,6 +282,15 @@ class StageJudge:
             logits=logits,
             permuted="; ".join(dict.fromkeys(filter(None, (permuted, moved)))),
         )  # fmt: skip
+
+    def _on_one_scale(self, traced: Floats, oracle: Floats) -> tuple[Floats, Floats]:
+        """Logits of both sides, as log-probabilities where one side holds those."""
+        dumps = (self._sides.trace, self._sides.oracle)
+        held = [dump is not None and dump.sidecar.logits == LOG_PROBABILITIES for dump in dumps]
+        if not any(held) or not (np.isfinite(traced).all() and np.isfinite(oracle).all()):
+            return traced, oracle
+        return (traced if held[0] else log_probabilities(traced),
+                oracle if held[1] else log_probabilities(oracle))  # fmt: skip
 
     def _failure_of(self, layout: Layout, traced: _Judged, oracle: _Judged) -> _Failure | None:
         """What experiments start from: the output and the inputs of the side that shows a fault."""

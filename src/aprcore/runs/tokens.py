@@ -45,7 +45,7 @@ def agree_on_tokens(
     """The token ids of all sides.
 
     Raises:
-        OracleError: Two of them recorded different ids.
+        OracleError: Two of them recorded different ids, or a token's position is not known.
         TokenizerError: An id is outside the model's vocabulary.
     """
     from aprcore.tokenization.tokenizer import check_token_ids
@@ -74,6 +74,11 @@ def agree_on_tokens(
         if silent:
             notes.append("the directories do not record their token ids; yours are taken on trust")
     elif model is not None and trace is not None and (ran := embedded_tokens(trace, model)):
+        if len(ran) == 1 and not trace.sidecar.positions:
+            raise OracleError(
+                f"has one token, {ran[0]}, and does not say at which position", where=trace.path,
+                hint="give it with those before it: --tokens ...; alone if it is the first",
+            )  # fmt: skip
         tokens = ran
         notes.append("the trace does not record its token ids; its rows of the embedding tell them")
     elif trace is not None or model is None:

@@ -172,6 +172,8 @@ def residual_after_layer(b: Builder, x: StageKey, y: StageKey) -> StageKey:
         "post_ffn_residual", "T,E", Add(), "residual stream after the layer", "", "l_out",
         fused=(
             Node(("input_layernorm.1",), ahead=1), Node((" + 1",)), Node(("input",), ahead=1),
+            # A norm that adds the residual is given something else.
+            Node(("norm.input",), ahead=1, without=("input_layernorm.1", *_FUSED_MLP)),
         ),
         hooks=(("hook_resid_post",), ("hook_out",)),
     ), x, y)  # fmt: skip
