@@ -49,9 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"left out: {missing}", file=sys.stderr)
         for outcome in outcomes(cases, farm):
             done.append(outcome)
-            print(f"\r{len(done)} of {len(cases)}  {outcome.case.name:<70.70}", end="",
-                  file=sys.stderr, flush=True)  # fmt: skip
-    print(file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f"\r{len(done)} of {len(cases)}  {outcome.case.name:<70.70}", end="",
+                      file=sys.stderr, flush=True)  # fmt: skip
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     lines = table.figures(done)
     print(table.to_text(lines))
     print(f"\n{len(done)} cases in {time.perf_counter() - started:.0f} s")
