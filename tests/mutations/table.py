@@ -542,7 +542,7 @@ LINEAGE = mutations_of(
          "ancestors(key, lambda _: False)"),
         ("{key.stage for key in keys}", "set()"),
         (", header.architecture)", ", None)"),
-        ("_outline(header.num_layers,", "_outline(1,", "_outline(header.num_layers + 1,"),
+        ("_outline(header.num_layers,", "_outline(1,"),
         ("report is not None and report.is_divergence", "report is not None",
          "report is not None and not report.is_divergence"),
     ],
