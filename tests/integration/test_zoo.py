@@ -72,6 +72,17 @@ def test_the_corpus_is_as_large_as_it_should_be():
     assert 3 * sum(case.is_local for case in single) >= len(single)
 
 
+@pytest.mark.parametrize(
+    ("habit", "layout"),
+    [("bf16", "modules"), ("f16", "modules"), ("stream", "states"), ("f16-in", "states"),
+     ("tf32", ""), ("tf32-cut", "modules"), ("device", ""), ("device", "modules")],
+)  # fmt: skip
+def test_engines_that_say_nothing_and_show_little(
+    judged: Callable[[Iterable[Case]], list[Outcome]], habit: str, layout: str
+):
+    check(judged([Case((), "qwen2", "F32", "none", 9, f"{habit}?", layout)]), OF_ANY_PART)
+
+
 def test_a_part_of_the_zoo(judged: Callable[[Iterable[Case]], list[Outcome]]):
     cases = [
         *sample(corpus.single_faults(), 3),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aprcore.engines.rounded_weight import as_read
 from aprcore.ground.precision import BFLOAT16, FLOAT8_E4M3, FLOAT16
 from aprcore.quant.roundings import (
     ROUNDINGS,
@@ -16,6 +17,7 @@ from aprcore.quant.roundings import (
     rounded_beside,
     sum_offsets,
 )
+from tiny import ArrayWeight
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -52,6 +54,40 @@ def test_a_row_by_one_scale() -> None:
     found = ROUNDINGS["int8"](x).value
     step = (np.abs(x).max(axis=1, keepdims=True).astype(np.float32) / np.float32(127)).astype(float)
     np.testing.assert_allclose(found, np.round(x / step) * step, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "added"), [("tf32", 0x1000), ("tf32-cut", 0)])
+def test_what_tensor_cores_read_of_a_float32(name: str, added: int) -> None:
+    x = np.concatenate([normal(7, 200), [0, 1, -1.00048828125, 1.0004882813, 1e-40, 3e38]])
+    x = x.astype(np.float32)
+    bits = (x.view(np.uint32) + np.uint32(added)) & np.uint32(0xFFFFE000)
+    normal_ones = np.abs(x) > 1e-37
+    found = ROUNDINGS[name](x.astype(np.float64)[None])
+    np.testing.assert_array_equal(found.value[0][normal_ones], bits.view(np.float32)[normal_ones])
+    assert not found.variance.any()
+    # Near an edge, and only there, it is uncertain which neighbour it is.
+    edge = 1 + 2.0**-10 * (1 if name == "tf32-cut" else 0.5)
+    near = ROUNDINGS[name](np.array([[edge + 1e-8, edge + 1e-4]]), 1e-8)
+    assert near.variance[0, 0] == 2.0**-20 and near.variance[0, 1] == 0
+
+
+def test_a_tile_may_be_float16_or_tf32() -> None:
+    """Ties and small numbers are rounded otherwise by these two, and few numbers are either."""
+    x = np.array([[1 + 2.0**-11, 1.1, 2.0**-16 / 3]])
+    found = ROUNDINGS["f16:f32"](x)
+    np.testing.assert_array_equal(found.value, FLOAT16.round(x))
+    assert (found.variance > 0).tolist() == [[True, False, True]]
+
+
+def test_both_factors_are_rounded() -> None:
+    w = ArrayWeight("w", np.array([[1.0001, 2.0]], np.float32), "F32")
+    assert as_read(w, ROUNDINGS["f16:f32"]) is w
+    for name in ("f16:f32-both", "bf16:f32-both", "tf32", "tf32-cut"):
+        read = as_read(w, ROUNDINGS[name])
+        assert read.read(0, 1).tolist() == [[1.0, 2.0]]
+        assert (read.name, read.shape, read.dtype) == (w.name, w.shape, w.dtype)
+    half = ArrayWeight("w", np.array([[1.0, 2.0]], np.float32), "BF16")
+    assert as_read(half, ROUNDINGS["tf32"]) is half
 
 
 @pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16, FLOAT8_E4M3])

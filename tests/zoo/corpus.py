@@ -706,7 +706,9 @@ def _table(text: str) -> tuple[Case, ...]:
 def single_faults() -> tuple[Case, ...]:
     """One fault each."""
     faulty = [case for case in _table(ENGINES) if case.faults]
-    every = (*_table(KERNEL_FAULTS), *_table(FILE_FAULTS), *faulty, *_local_in_engines())
+    every = (
+        *_table(KERNEL_FAULTS), *_table(FILE_FAULTS), *faulty, *_local_in_engines(), *_in_modules()
+    )  # fmt: skip
     return tuple(dict.fromkeys(every))
 
 
@@ -729,12 +731,25 @@ def _local_in_engines() -> Iterator[Case]:
             yield Case(((name, layer),), "llama", weights, "none", 12, f"{habit}?")
 
 
+def _in_modules() -> Iterator[Case]:
+    """Faults of engines whose modules alone are shown, and that do not say what they round."""
+    names = ("rope-pairs-q", "scale-none", "kv-tiled-scores", "gelu", "norm-layer", "stale-up",
+             "reduction-short", "local-gate-rows", "mask-late", "local-rope-head")  # fmt: skip
+    for number, name in enumerate(names):
+        for turn, layer in enumerate((1, EVERYWHERE)):
+            habit = ("f32", "bf16", "f16", "tf32", "stream")[(number + 2 * turn) % 5]
+            yield Case(((name, layer),), "llama", "F32", "none", 12, f"{habit}?", "modules")
+
+
+_LEFT_OUT = ("", "fused", "modules", "", "states")  # of a dump, in turn
+
+
 def engine_sweep() -> tuple[Case, ...]:
     """Every engine on small models in several types, with nothing wrong and nothing said."""
     grounds = ("llama", "mistral", "qwen2", "qwen3", "outlier", "window", "gemma", "both-window")
     return tuple(
         Case((), ground, weights, "none", 9 if place % 2 else 33, f"{habit}?",
-             "fused" if place % 5 == 4 else "")
+             _LEFT_OUT[place % len(_LEFT_OUT)])
         for place, (ground, weights, habit) in enumerate(
             product(grounds, ("F32", "Q8_0"), sorted(HABITS))
         )

@@ -34,19 +34,23 @@ class Habits:
         stored: The type of its results.
         but: Stages whose results have another type.
         activations: How activations are rounded before a product: "" (not), "blocks" (32 values by
-            a float32 scale), "half blocks" (by a float16 scale), "token" (a row by one scale).
+            a float32 scale), "half blocks" (by a float16 scale), "token" (a row by one scale);
+            "tf32" (to nearest) and "tf32 cut", as are weights and both factors of attention.
         cache: The type of keys and values: a type of torch, "blocks" or "half blocks".
         beside: Whether queries and attention weights are rounded to it as well.
         iterated: Whether each angle of RoPE is made from the one before, in float32.
+        elementary: Whether exp, roots, quotients, sines and cosines are as far off as those of a
+            device may be.
     """
 
     told: str | Mapping[str, str]
     stored: torch.dtype = torch.float32
     but: Mapping[str, torch.dtype] = field(default_factory=dict)
-    activations: str = ""
+    activations: str | torch.dtype = ""
     cache: torch.dtype | str | None = None
     beside: bool = False
     iterated: bool = False
+    elementary: bool = False
 
 
 _STREAM = dict.fromkeys(
@@ -79,6 +83,10 @@ HABITS: Mapping[str, Habits] = {
     "iterated": Habits({"angles": "iterated"}, iterated=True),
     "stream": Habits({"all": "bf16", "norm": "f32", "residual": "f32", "head": "f32"},
                      torch.bfloat16, but=_STREAM),
+    "f16-in": Habits({"linear": "f16:f32", "head": "f16:f32"}, activations=torch.float16),
+    "tf32": Habits("tf32", activations="tf32"),
+    "tf32-cut": Habits("tf32", activations="tf32 cut"),
+    "device": Habits("f32", elementary=True),
     "half-softmax": Habits({"softmax": "f16"}, but={"attn_softmax": torch.float16}),
 }  # fmt: skip
 
@@ -299,22 +307,32 @@ class Step:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T, with the activations rounded if the engine does that."""
-        return rounded_factor(x, self.engine.habits.activations) @ weight.T
+        how = self.engine.habits.activations
+        return rounded_factor(x, how) @ (_tensor_floats(weight, how) if _is_tf32(how) else weight).T
 
     def cached(self, x: Tensor) -> Tensor:
         """Keys or values as the cache holds them."""
-        return rounded_factor(x, self.engine.habits.cache)
+        how = self.engine.habits.activations
+        return rounded_factor(x, how if _is_tf32(how) else self.engine.habits.cache)
 
     def beside_cached(self, x: Tensor) -> Tensor:
         """What is multiplied by keys or values, as it is rounded for that."""
-        return self.cached(x) if self.engine.habits.beside else x
+        habits = self.engine.habits
+        return self.cached(x) if habits.beside or _is_tf32(habits.activations) else x
+
+    def off(self, x: Tensor, ulps: float) -> Tensor:
+        """What a device with functions that are good to so many units may give for x."""
+        if not self.engine.habits.elementary or self.engine.dtype is torch.float64:
+            return x
+        generator = torch.Generator().manual_seed(x.numel() + (self.key.layer or 0))
+        return x * (1 + (2 * torch.rand(x.shape, generator=generator) - 1) * ulps * 2.0**-23)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
         """RMSNorm over groups of the weight's length."""
         groups = x.reshape(x.shape[0], -1, weight.shape[0])
         eps = self.config.rms_norm_eps if eps is None else eps
         mean = groups.square().mean(dim=-1, keepdim=True)
-        return (groups * torch.rsqrt(mean + eps) * weight).reshape(x.shape)
+        return (groups * self.off(torch.rsqrt(mean + eps), 2) * weight).reshape(x.shape)
 
     def head_normed(self) -> Tensor:
         """q or k before the rotation, normed if the model does that."""
@@ -343,7 +361,8 @@ class Step:
             angles = (one_by_one(positions, theta, dim) * scaling)[:, : width // 2].to(kind)
         times = own.factor if factor is None else factor
         cos, sin = (
-            (f(angles) * times).to(self.engine.dtype)[:, None, :] for f in (torch.cos, torch.sin)
+            (self.off(f(angles), 4) * times).to(self.engine.dtype)[:, None, :]
+            for f in (torch.cos, torch.sin)
         )
         sin = sin * sign
         heads = x.reshape(x.shape[0], -1, dim)
@@ -389,9 +408,18 @@ class Step:
     def softmax(self, scores: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """Weights of what each query sees."""
         x = self.x if scores is None else scores
-        return torch.softmax(
-            x.masked_fill(~(self.sees() if seen is None else seen), -torch.inf), dim=-1
-        )
+        x = x.masked_fill(~(self.sees() if seen is None else seen), -torch.inf)
+        if not self.engine.habits.elementary:
+            return torch.softmax(x, dim=-1)
+        powers = self.off(torch.exp(x - x.amax(dim=-1, keepdim=True)), 3)
+        return powers * self.off(1 / powers.sum(dim=-1, keepdim=True), 2.5)
+
+    def silu(self) -> Tensor:
+        """The activation of the gate, by way of exp and a quotient where those are off."""
+        kind = self.config.hidden_act
+        if not self.engine.habits.elementary or kind != "silu":
+            return activate(self.x, kind)
+        return self.off(self.x / (1 + self.off(torch.exp(-self.x), 3)), 2.5)
 
     def values(self, *, groups: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """softmax·V, [T, H·D]."""
@@ -466,7 +494,20 @@ def rounded_factor(x: Tensor, how: torch.dtype | str | None) -> Tensor:
             return quantised_blocks(x, half=True)
         case "token":
             return quantised_blocks(x, block=x.shape[1])
+        case "tf32" | "tf32 cut":
+            return _tensor_floats(x, how)
     return x
+
+
+def _is_tf32(how: torch.dtype | str | None) -> bool:
+    return isinstance(how, str) and how.startswith("tf32")
+
+
+def _tensor_floats(x: Tensor, how: torch.dtype | str | None) -> Tensor:
+    """float32 with the last 13 bits of its fraction rounded, ties away from zero, or cut off."""
+    bits = x.float().contiguous().view(torch.int32)
+    bits = bits + (0 if how == "tf32 cut" else 0x1000) & ~0x1FFF
+    return bits.view(torch.float32).to(x.dtype)
 
 
 def quantised_blocks(x: Tensor, block: int = 32, *, half: bool = False) -> Tensor:
@@ -505,7 +546,7 @@ OPERATIONS: Mapping[str, Wrong] = {
     "ffn_norm": lambda s: s.norm(s.x, s.own_gain()),
     "ffn_gate": lambda s: s.project("mlp.gate_proj"),
     "ffn_up": lambda s: s.project("mlp.up_proj"),
-    "ffn_silu": lambda s: activate(s.x, s.config.hidden_act),
+    "ffn_silu": Step.silu,
     "ffn_swigl": lambda s: s.inputs[0] * s.inputs[1],
     "ffn_out": lambda s: s.project("mlp.down_proj"),
     "ffn_post_norm": lambda s: s.norm(s.x, s.own_gain()),

@@ -30,6 +30,18 @@ DETECTABLE_SIGMA = 6.0
 COSINE_OF_TODAY = 0.999
 EVERYWHERE = -1  # a fault in all layers
 FUSED = ("attn_scores", "attn_softmax")  # what an engine with one attention kernel never has
+# What the modules of an engine with fused kernels do not show, and what its hidden states do not.
+MODULES = (*FUSED, "attn_norm", "q_post_rope", "k_post_rope", "post_attn_residual", "ffn_gate",
+           "ffn_up", "ffn_silu", "final_norm")  # fmt: skip
+STATES = (*MODULES, "qkv_matmul", "qkv_bias", "attention", "attn_out", "ffn_norm", "ffn_swigl",
+          "ffn_out", "attn_post_norm", "ffn_post_norm")  # fmt: skip
+# Where in such a dump what is not shown comes out.
+SHOWN_BY = {
+    "attn_scores": "attention", "attn_softmax": "attention", "q_post_rope": "attention",
+    "k_post_rope": "attention", "attn_norm": "qkv_matmul", "post_attn_residual": "ffn_norm",
+    "ffn_gate": "ffn_swigl", "ffn_up": "ffn_swigl", "ffn_silu": "ffn_swigl",
+}  # fmt: skip
+HIDDEN = {"fused": FUSED, "modules": MODULES, "states": STATES}
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Case:
         engine: Habits of the zoo's engine if its dump is judged, with "?" where its sidecar does
             not state them; "" for aprcore's own trace.
         layout: How the dump departs from the canonical layout; "" for not at all; "fused" for one
-            without scores and softmax.
+            without scores and softmax, "modules" and "states" for the others of `HIDDEN`.
     """
 
     faults: tuple[tuple[str, int], ...]
@@ -279,11 +291,11 @@ def _run_engine(
         tokens=tokens,
         backend="zoo",
         arithmetic=None if case.engine.endswith("?") else engine.habits.told,
-        dtype=str(engine.habits.stored).removeprefix("torch."),
+        dtype=None if case.engine.endswith("?") else _word(engine.habits.stored),
     )
     with TraceWriter(dump, sidecar) as writer:
         for key, tensor in made.items():
-            if case.layout == "fused" and key.stage in FUSED:
+            if key.stage in HIDDEN.get(case.layout, ()):
                 continue
             writer.write(key, _laid_out(key, tensor, case.layout, engine).numpy())
     found = []
@@ -291,10 +303,14 @@ def _run_engine(
         sigma = largest_effect(effect.wrong - effect.sound, effect.sound - effect.exact)
         name = origin[key]
         words = kernels.FAULTS[name].causes
-        if case.layout == "fused" and key.stage in FUSED:  # it shows in what comes out
-            key = StageKey(key.layer, "attention")
+        if key.stage in HIDDEN.get(case.layout, ()):  # it shows in what comes out
+            key = StageKey(key.layer, SHOWN_BY[key.stage])
         found.append(Planted(key, name, "kernel", sigma, words))
     return found
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _laid_out(key: StageKey, x: Tensor, layout: str, engine: Engine) -> Tensor:

@@ -17,7 +17,7 @@ from functools import cache
 from typing import NamedTuple
 
 from aprcore.network.graph import Graph, known_stages, parse_path
-from aprcore.network.operations import Softmax
+from aprcore.network.operations import HEAD, Softmax
 from aprcore.network.stages import MOST_LAYERS, Node, Reading, Row, Scope, StageKey
 
 Place = tuple[int | None, str]  # the layer, and the name within it
@@ -195,9 +195,11 @@ def known_dialects(names: Iterable[str], graph: Graph) -> tuple[Dialect, ...]:
     """
     stored = list(names)
     rows = [*graph.layer(0).values(), *graph.layer(None).values()]
-    modules = _module_parser(rows, _count_layers(stored))
+    num_layers = _count_layers(stored)
+    modules = _module_parser(rows, num_layers)
     return (
-        Dialect(_parse_own, [Rule(stage, (stage,)) for stage in known_stages()]),
+        Dialect(_parse_beside_modules if num_layers else _parse_own,
+                [Rule(stage, (stage,)) for stage in known_stages()]),
         _llama_cpp(stored, rows),
         Dialect(_parse_hook, list(_alternatives((row.stage.name, row.stage.hooks) for row in rows)),
                 _is_lens_internal),
@@ -216,6 +218,17 @@ def _short_names(
 def _parse_own(name: str) -> Place | None:
     key = parse_path(name.removesuffix(".bin"))
     return None if key is None else (key.layer, key.stage)
+
+
+_HEAD_MODULE = HEAD.removesuffix(".weight")
+
+
+def _parse_beside_modules(name: str) -> Place | None:
+    """As `_parse_own` where others are called by their modules: the head is then one of them.
+
+    Its stage is what the model gives, which is not what the module gives where logits are capped.
+    """
+    return None if name == _HEAD_MODULE else _parse_own(name)
 
 
 _WRAPPERS = r"(?:(?:base_model|model|module|transformer|_orig_mod)\.)*"

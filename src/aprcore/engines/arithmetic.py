@@ -51,6 +51,7 @@ class Arithmetic:
         cached: The same of the second where it comes from the cache: keys, values.
         iterates_angles: Whether RoPE multiplies its way from one angle to the next, in float32.
         scales_late: Whether the softmax scales the scores itself, so that they were never rounded.
+        cuts_sums: Whether sums are cut off to float32 as they grow, as tensor cores do.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Arithmetic:
     cached: str = ""
     iterates_angles: bool = False
     scales_late: bool = False
+    cuts_sums: bool = False
 
     def dumped_as(self, dtype: str | None) -> Arithmetic:
         """The same for a dump of this type: values that the engine has finer are rounded to it.
@@ -106,7 +108,10 @@ RESULTS = {
     )
 }
 # Words for products whose results are float32 and whose activations are not.
-PRODUCTS = ("ggml", "q8_0", "q8_1", "q8_k", "int8")
+PRODUCTS = ("ggml", "q8_0", "q8_1", "q8_k", "int8", "tf32")
+TF32_PRODUCTS = ("tf32", "tf32-cut")
+# What tensor cores take; a CPU that rounds so has smaller errors than they.
+ON_TENSOR_CORES = ("f16:f32", "bf16:f32", *TF32_PRODUCTS, "f16:f32-both", "bf16:f32-both")
 PARTS = (
     "embedding", "norm", "linear", "bias", "rope", "scores", "softmax", "values", "activation",
     "product", "residual", "head",
@@ -231,6 +236,9 @@ def engine_arithmetic(stated: Mapping[str, str]) -> EngineArithmetic:
         engine = replace(
             engine, parts={name: _product(common) for name in _MULTIPLIED}
         )  # fmt: skip
+    if common in TF32_PRODUCTS:
+        for name in _CACHED:
+            engine = engine.with_part(name, attention_in(common))
     for name, word in stated.items():
         if name in _MULTIPLIED:
             engine = engine.with_part(name, _product(word))
@@ -274,11 +282,19 @@ def cached_in(
 def _product(word: str) -> Arithmetic:
     if word in RESULTS:
         return RESULTS[word]
-    return replace(RESULTS["f32"], name=word, activations=word.partition(":")[0])
+    return replace(
+        RESULTS["f32"], name=word, activations=word, cuts_sums=word in ON_TENSOR_CORES
+    )  # fmt: skip
 
 
 def product_arithmetics() -> Iterator[Arithmetic]:
     """What products with float32 results may do to their activations, none first."""
     yield RESULTS["f32"]
-    for word in ("ggml", "f16:f32", "bf16:f32", "q8_0", "q8_1", "q8_k", "q8_0-f32", "int8"):
+    for word in ("ggml", "f16:f32", "bf16:f32", *TF32_PRODUCTS, "f16:f32-both", "bf16:f32-both",
+                 "q8_0", "q8_1", "q8_k", "q8_0-f32", "int8"):  # fmt: skip
         yield _product(word)
+
+
+def attention_in(word: str) -> Arithmetic:
+    """Scores and values that multiply both of their factors as a product of this word does."""
+    return replace(_product(word), name="f32", cached=word)

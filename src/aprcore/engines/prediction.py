@@ -38,6 +38,7 @@ from aprcore.engines.estimate import (
 )
 from aprcore.engines.predicted_product import PredictedProduct
 from aprcore.engines.reference import ReferenceBackend
+from aprcore.engines.rounded_weight import as_read
 from aprcore.ground.parallel import available_threads, for_each, single_threaded_blas
 from aprcore.ground.precision import FLOAT32
 from aprcore.network.backend import Int64
@@ -57,6 +58,15 @@ PIECE_BYTES = 1024 * 1024
 CLIPPED_TAIL = 4.0
 # Roundings of position * frequency: the frequency's power, its cast, the product, and sin/cos.
 ANGLE_ROUNDINGS = 4
+# Units in the last place that an elementary function of a conformant device may be off by. Source:
+# OpenCL C 3.0, "Relative Error as ULPs", single precision, full profile; CUDA's and Metal's tables,
+# fast functions among them, are below these. Libraries of a CPU come to one.
+EXP_ULPS, DIVISION_ULPS, ROOT_ULPS, SINE_ULPS, TANH_ULPS = 3.0, 2.5, 2.0, 4.0, 5.0
+# Products that a tensor core adds to a sum at once, the fewest (TF32 on an A100), before it cuts
+# off what float32 does not hold: a unit in the last place at most, half on average, and always
+# towards zero. Partial sums that wander come to half of the last in the mean. Source: Fasi, Higham,
+# Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021.
+CUT_TERMS = 4
 # Rows of a weight, twice, that stand for all where the correlation of its results is measured.
 SAMPLED_ROWS = 64
 _TINY = float(np.finfo(np.float64).tiny)
@@ -117,8 +127,8 @@ class PredictionBackend:
         # precision where the score is not, so that each counts by its own spacing.
         variance = np.square(cap * slope) * self._stored(quotient)
         variance += cap**2 * self._stored(tanh) + self._stored(value)
-        # tanh is good to a unit in the last place, and 1/cap may be a rounded factor.
-        variance += self._sum_error(4 * np.square(value))
+        # 1/cap may be a rounded factor.
+        variance += self._sum_error((_roundings_of(TANH_ULPS) + 4) * np.square(value))
         if np.any(x.variance):
             variance += np.square(slope) * x.variance
         return replace(x, value=value, variance=variance)
@@ -136,8 +146,10 @@ class PredictionBackend:
         variance = np.square(normed) * self._weight_error(stored[None, :], steps[None, :])
         if offset:  # the sum with the weight is rounded once, in float32 at the coarsest
             variance += np.square(value) * (FLOAT32.roundoff**2 / 3)
-        # The mean of squares is a sum of `size` positive terms; the root halves its error.
-        variance += self._sum_error(0.25 * np.square(value) * size / 3)
+        # The mean of squares is a sum of `size` positive terms; the root halves its error. That of
+        # the root is in all values of a row: no mean over them is below what it may come to.
+        roundings = 0.25 * size / 3 + 3 * _roundings_of(ROOT_ULPS)
+        variance += self._sum_error(roundings * np.square(value))
         variance += self._stored(value) + self._stored(normed) * np.square(gain)
         if np.any(x.variance):
             spread = np.repeat(scale, size, axis=1).reshape(value.shape)
@@ -154,6 +166,8 @@ class PredictionBackend:
         first = 0
         for weight in weights:
             roundings = self._roundings(lambda a: a.rounding_of(weight))  # noqa: B023
+            read = as_read(weight, roundings[0])
+            assert all(as_read(weight, x) == read for x in roundings), "sides that read alike"
             kind = (*roundings, weight.dtype if weight.dtype in WITH_MINIMUM else "")
             if kind not in products:
                 offsets = [
@@ -163,7 +177,7 @@ class PredictionBackend:
                 factor = self._factor(x, roundings)
                 products[kind] = PredictedProduct(factor, self._profiles_of(rows), offsets)
             pieces = row_chunks(weight, PIECE_BYTES)
-            jobs += [(products[kind], weight, first, *piece) for piece in pieces]
+            jobs += [(products[kind], read, first, *piece) for piece in pieces]
             first += weight.shape[0]
 
         def multiply(job: tuple[PredictedProduct, Weight, int, int, int]) -> None:
@@ -174,9 +188,8 @@ class PredictionBackend:
         with single_threaded_blas():
             for_each(multiply, jobs, self._threads)
         terms = x.value.shape[1]
-        variance *= terms / 2 + 1
-        variance += np.square(value) * (terms / 3)
-        variance = self._sum_error(variance) + self._stored(value) + more
+        variance = self._sum_error(variance) + self._product_error(variance, value, terms)
+        variance += self._stored(value) + more
         dofs = [
             _independent_rows(x.value[rows])
             for rows, profile in self._profiles_of(rows)
@@ -234,6 +247,7 @@ class PredictionBackend:
         variance = np.square(swapped(value)) * per_dim
         # Sine and cosine, then the two products: each rounding touches half of the energy.
         variance += self._rounded(energy) + self._stored(value)
+        variance += self._sum_error(_roundings_of(SINE_ULPS) / 2 * energy)
         if np.any(x.variance):
             variance += (x.variance + swapped(x.variance)) / 2
         return replace(x, value=value, variance=variance)
@@ -278,7 +292,7 @@ class PredictionBackend:
 
         value = exact(q.value, k.value, num_heads, num_kv_heads, scale, mask)
         wander = squares(np.square(q.value), np.square(k.value))
-        variance = self._sum_error(wander * head_dim / 2 + np.square(value) * head_dim / 3)
+        variance = self._product_error(wander, value, head_dim)
         variance += 2 * self._stored(value)  # the product, then its scaling
         if np.any(q.variance) or np.any(k.variance):
             variance += squares(q.variance, np.square(k.value))
@@ -299,8 +313,10 @@ class PredictionBackend:
         seen = value > 0
         top = np.where(seen, scores.value, -np.inf).max(axis=2, keepdims=True)
         depth = np.where(seen, top - scores.value, 0.0)
-        # The argument of exp is off by u (top - s); exp, the sum and the division by a few u.
-        relative = np.square(depth) + 4 + value.shape[2] / 3
+        # The argument of exp is off by u (top - s), exp and the division by a few u; what a row is
+        # divided by is off in all of its values alike.
+        relative = np.square(depth) + value.shape[2] / 3
+        relative += _roundings_of(EXP_ULPS) + 3 * _roundings_of(DIVISION_ULPS)
         if any(profile.arithmetic.scales_late for _, profile in self._profiles):
             relative = relative + np.square(scores.value)  # what it scales itself, it rounds itself
         variance = self._sum_error(np.square(value) * relative) + self._stored(value)
@@ -324,7 +340,7 @@ class PredictionBackend:
             heads, _, positions = softmax.value.shape
             sums = self._weighted(softmax, v, num_kv_heads)
         value, wander, of_softmax, of_values = sums.parts
-        variance = self._sum_error(wander * positions / 2 + np.square(value) * positions / 3)
+        variance = self._product_error(wander, value, positions)
         variance += self._stored(value) + self._turned_back(value)
         correlation = 0.0
         if np.any(of_softmax) or np.any(of_values):
@@ -384,11 +400,14 @@ class PredictionBackend:
 
     def activation(self, x: Estimate, kind: str) -> Estimate:
         value = self._exact.activation(x.value, kind)
-        # exp(-x) is off by u |x| relatively; a few more roundings follow.
-        energy = np.square(value) * (4 + np.square(x.value))
+        # The argument of exp(-x) is off by u |x|, exp and the division by a few u.
+        roundings = 4.0
+        if kind == "silu":
+            roundings = _roundings_of(EXP_ULPS) + _roundings_of(DIVISION_ULPS)
+        energy = np.square(value) * (roundings + np.square(x.value))
         if kind.startswith("gelu"):
-            # x/2 (1 + tanh): far below zero the sum cancels to a few roundings of 1.
-            energy += 4 * np.square(x.value / 2)
+            # x/2 (1 + tanh): far below zero the sum cancels to what tanh is off near 1.
+            energy += _roundings_of(TANH_ULPS) * np.square(x.value / 2)
         variance = self._sum_error(energy)
         variance += self._stored(value)
         if np.any(x.variance):
@@ -541,6 +560,19 @@ class PredictionBackend:
             weighted_energy, lambda y, p: y * (p.arithmetic.accumulated.roundoff**2 / 3)
         )
 
+    def _product_error(self, wander: Float64, value: Float64, terms: int) -> Float64:
+        """Variance of sums of products, from sum_k p_k^2 and the sums themselves."""
+        square = np.square(value)
+        variance = self._sum_error(wander * (terms / 2) + square * (terms / 3))
+
+        def cut(energy: Float64, profile: Profile) -> Float64:
+            return energy * (FLOAT32.roundoff**2 if profile.arithmetic.cuts_sums else 0.0)
+
+        if any(profile.arithmetic.cuts_sums for _, profile in self._profiles):
+            steps = terms / CUT_TERMS
+            variance += self._by_side((wander + square) * (steps / 2) ** 2, cut)
+        return variance
+
     def _weight_error(self, weight: Float64, steps: Float64) -> Float64:
         """Variance of a weight used as it is, [1 or rows, C], from its squared steps."""
 
@@ -564,6 +596,15 @@ class PredictionBackend:
 def _rounding(number: float, profile: Profile) -> float:
     """By how much a number of the model is off in the type that the engine stores."""
     return float(profile.arithmetic.stored.round(np.asarray(number))) - number
+
+
+def _roundings_of(ulps: float) -> float:
+    """How many roundings make the error of a function that is good to this many units.
+
+    A unit in the last place is two unit roundoffs of a value at most; errors are spread evenly up
+    to that, as those of a rounding are.
+    """
+    return (2 * ulps) ** 2
 
 
 def _steps(weight: Weight, start: int, stop: int) -> Float64:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aprcore.engines.arithmetic import EXACT, Arithmetic
+from aprcore.engines.rounded_weight import as_read
 from aprcore.network.backend import Int64
 from aprcore.network.mask import Mask
 from aprcore.network.rope import Rope
@@ -152,6 +153,7 @@ def _product(
     x: Float64, weight: Weight, rounding: Rounding | None, start: int, stop: int
 ) -> Float64:
     """x times rows of a weight."""
+    weight = as_read(weight, rounding)
     rows = _wide(weight, start, stop)
     product: Float64 = rounded(x, rounding) @ rows.T
     offsets = sum_offsets(rounding, weight.dtype, x)

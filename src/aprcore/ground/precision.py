@@ -71,6 +71,8 @@ FLOAT64 = FloatType("float64", 53, -1022)
 FLOAT32 = FloatType("float32", 24, -126)
 FLOAT16 = FloatType("float16", 11, -14)
 BFLOAT16 = FloatType("bfloat16", 8, -126)
+# What tensor cores read of a float32 (NVIDIA A100 whitepaper): its range with 10 bits of fraction.
+TF32 = FloatType("tf32", 11, -126)
 # The two formats of 8 bits that caches are kept in (OCP 8-bit floating point, 2023).
 FLOAT8_E4M3 = FloatType("float8_e4m3fn", 4, -6)
 FLOAT8_E5M2 = FloatType("float8_e5m2", 3, -14)

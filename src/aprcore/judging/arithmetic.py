@@ -11,7 +11,7 @@ all numbers of that type, nothing is explained by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,18 +21,21 @@ from aprcore.engines.arithmetic import (
     GGML,
     PARTS,
     RESULTS,
+    TF32_PRODUCTS,
     Arithmetic,
     EngineArithmetic,
     cached_in,
     engine_arithmetic,
     group,
 )
+from aprcore.engines.estimate import is_blocked
 from aprcore.ground.precision import BFLOAT16, FLOAT16, FLOAT32, FLOAT_TYPES, FloatType
 from aprcore.judging.arithmetic_choices import (
     Choice,
     Leeway,
     choices,
     leeway_of,
+    over_hidden,
     variants,
     with_results,
 )
@@ -45,6 +48,8 @@ from aprcore.network.stages import StageKey
 LAYERS = 8
 LAYERS_OF_PRODUCTS = 3  # whose weights cost the most to read
 PASSES = 2
+# What a rounding that is reproduced leaves of the error, at most: noise alone leaves all of it.
+REPRODUCED = 0.75
 
 
 class Inferred(NamedTuple):
@@ -159,18 +164,28 @@ def _infer(
         parts = {name: with_results(part, dumped) for name, part in said.parts.items()}
         engine = EngineArithmetic(dumped, parts)
     outcomes: dict[str, Inferred] = {}
+    coarsest: dict[str, FloatType] = {}  # that all values of an operation are numbers of
     for _ in range(PASSES):
         # A stage whose inputs had to be recomputed tells nothing before their makers are settled.
         waiting = [part for part in sites if part.partition(".")[0] not in said.parts
                    and (part not in outcomes or outcomes[part].arithmetic is None)]  # fmt: skip
         for part in sorted(waiting, key=lambda p: _is_span(side, sites[p])):
-            tried = side.with_engine(engine)
             judged = [key for key in sites[part] if _is_judged(side, key)]
-            results = _results(_types(side, judged)) if dumped is None else [dumped]
-            offered = choices(tried, part, judged, results, leeway)
+            if dumped is not None:
+                results = [dumped]
+            else:
+                is_span = _is_span(side, sites[part])
+                types = _types(side, judged)
+                if types:
+                    coarsest[part] = min(types, key=lambda kind: kind.digits)
+                results = _results(types, is_span=is_span)
+            tried = side.with_engine(engine)
+            offered: Iterable[Choice] = choices(tried, part, judged, results, leeway)
+            if dumped is None and is_span:
+                offered = over_hidden(tried, part, judged, results, leeway)
             outcomes[part], engine = _choose(tried, part, judged, offered)
     found = [outcomes[part] for part in sites if part in outcomes]
-    common = _common(found) if dumped is None else dumped
+    common = _common(found, coarsest) if dumped is None else dumped
     return replace(engine, common=common), found
 
 
@@ -240,6 +255,8 @@ def _choose(
             if len(found) + left <= max(best[0], len(judged) // 2):
                 break  # it can no longer be the best
         if len(found) > len(judged) / 2 and len(found) > best[0]:
+            found = {key: found[key] for key in found if _is_earned(tried, choice, key, found[key])}
+        if len(found) > len(judged) / 2 and len(found) > best[0]:
             best, chosen, readings = (len(found), choice.rank), choice, found
         if len(found) == len(judged):
             break
@@ -252,15 +269,58 @@ def _choose(
     return Inferred(part, next(iter(chosen.parts.values())), best[0], len(judged)), engine
 
 
+def _is_earned(side: RecordedSide, choice: Choice, key: StageKey, reading: str) -> bool:
+    """Whether roundings that explain a stage do it by themselves, and not by their noise.
+
+    What is rounded on the way into a product can be reproduced: then less of the error is left than
+    without. A fault that is as small as the noise of what cannot is no reason to expect that noise.
+    """
+    sizes = side.sizes()
+    if is_blocked((sizes["H"], sizes["T"], sizes["S"])):
+        return True  # nothing of that size is made twice
+    plain = side.engine
+    for name, arithmetic in choice.parts.items():
+        if arithmetic.accumulated.digits < FLOAT32.digits:
+            return True  # sums in a half type are off by what nobody can tell
+        own = next(iter(choice.parts.values()))
+        bare = replace(own, activations="", cached="", cuts_sums=False, iterates_angles=False)
+        plain = plain.with_part(name, bare)
+    if plain == side.engine:
+        return True
+    without = side.with_engine(plain)
+    if _reading(without, key) is not None:
+        return True
+    left, before = (_error(x, key, reading) for x in (side, without))
+    return left < REPRODUCED * before
+
+
+def _error(side: RecordedSide, key: StageKey, reading: str) -> float:
+    """Energy of what a stage is off by, read in a layout."""
+    observed, expected = side.tensor(key), side.rounded(key)
+    if observed is None or expected is None:
+        return 0.0
+    flat = observed.reshape(-1)
+    if reading:
+        flat = dict(_layouts(side, key, flat))[reading]
+    return float(np.square(flat - expected.reshape(-1)).sum())
+
+
 def _is_span(side: RecordedSide, keys: Sequence[StageKey]) -> bool:
     """Whether most stages are judged together with others, whose results are not recorded."""
     spans = [any(side.tensor(x) is None for x in side.graph.inputs(key)) for key in keys]
     return sum(spans) > len(spans) / 2
 
 
-def _results(types: Sequence[FloatType]) -> list[Arithmetic]:
-    """Types of results that the values allow."""
+def _results(types: Sequence[FloatType], *, is_span: bool) -> list[Arithmetic]:
+    """Types of results that the values allow, the finest first.
+
+    What a span hides may be off by more than a half type rounds, so that float32 would explain
+    its result as well; values that are all of a half type say by themselves that it is not, and
+    those that are of both are of the coarser.
+    """
     names = {FLOAT16: "f16", BFLOAT16: "bf16"}
+    if types and is_span:
+        return [RESULTS[names[min(types, key=lambda kind: kind.digits)]]]
     return [RESULTS["f32"], *(RESULTS[names[kind]] for kind in types)]
 
 
@@ -329,9 +389,20 @@ def _reorder(side: RecordedSide, readings: Mapping[StageKey, str]) -> None:
                     side.reorder_past(key, most)
 
 
-def _common(found: Sequence[Inferred]) -> Arithmetic:
-    """What holds for operations that were not settled: the type of most results that were."""
-    stored = [x.arithmetic.stored for x in found if x.arithmetic is not None]
+def _common(found: Collection[Inferred], types: Mapping[str, FloatType]) -> Arithmetic:
+    """What holds for operations that were not settled: the type of most results.
+
+    Rows of an embedding are as the file has them, whatever an engine computes in.
+
+    Args:
+        found: What was found of those that were looked at.
+        types: The half type that all values of one are numbers of, for those that nothing explains.
+    """
+    computed = [x for x in found if x.part != "embedding"] or found
+    stored = [
+        types.get(x.part, FLOAT32) if x.arithmetic is None else x.arithmetic.stored
+        for x in computed
+    ]
     most = max(stored, key=stored.count, default=FLOAT32)
     return next(x for x in RESULTS.values() if x.stored is most)
 
@@ -359,8 +430,11 @@ def _differs(arithmetic: Arithmetic, common: Arithmetic) -> str:
     if arithmetic.activations == GGML:
         words.append("activations rounded as ggml does")
     elif arithmetic.activations and arithmetic.activations != arithmetic.cached:
-        words.append(f"activations in {arithmetic.activations.partition(':')[0]}")
-    if arithmetic.cached:
+        both = " and weights" if arithmetic.activations.endswith("-both") else ""
+        words.append(f"activations{both} in {arithmetic.activations.partition(':')[0]}")
+    if arithmetic.cached in TF32_PRODUCTS:
+        words.append(f"both factors in {arithmetic.cached}")
+    elif arithmetic.cached:
         also = " and what it meets" if arithmetic.activations == arithmetic.cached else ""
         words.append(f"the cache{also} in {arithmetic.cached}")
     if arithmetic.iterates_angles:

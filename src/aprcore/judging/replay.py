@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.engines.arithmetic import EngineArithmetic
+from aprcore.engines.arithmetic import EngineArithmetic, group
 from aprcore.engines.estimate import BlockedEstimate, Estimate, Profile, is_blocked
 from aprcore.engines.prediction import PredictionBackend
 from aprcore.judging.compare import compare, compare_pieces, count_finite
@@ -155,6 +155,15 @@ class RecordedSide:
         found = (site.find(use.name) for use in operation.weights)
         return tuple(sorted({weight.dtype for weight in found if weight is not None}))
 
+    def hidden_parts(self, key: StageKey) -> tuple[str, ...]:
+        """The operations, as in `EngineArithmetic.parts`, whose results a stage has recomputed."""
+        hidden: dict[str, None] = {}
+        for source in (k for x in self.inputs(key) or () for k in x.recomputed):
+            operation = self.graph.operation(source)
+            if operation is not None and operation.role:
+                hidden[group(operation, self.weight_types(source))] = None
+        return tuple(hidden)
+
     def recorded_keys(self) -> tuple[StageKey, ...]:
         """The tensors that are held at present."""
         return tuple(key for key, x in self._recorded.items() if x is not None)
@@ -292,6 +301,27 @@ class RecordedSide:
         backend = PredictionBackend([(None, self.profile(key))])
         estimate = run_stage(backend, self.site(key), self.graph, key, [x.estimate for x in inputs])
         return None if estimate is None else self.expectation(key, inputs, estimate)
+
+    def rounded(self, key: StageKey) -> NDArray[np.float64] | None:
+        """What an engine gives for a stage that rounds every result on the way as this one does.
+
+        `expect` leaves values that are not recorded as they are, and counts what rounding them may
+        do; here each is rounded, which is right but for ties. None where that cannot be known.
+        """
+        inputs = []
+        for source in self.graph.inputs(key):
+            recorded = self.tensor(source)
+            value = self.rounded(source) if recorded is None else recorded.astype(np.float64)
+            if value is None or (key.layer is not None and source.layer != key.layer
+                                 and recorded is None):  # fmt: skip
+                return None
+            inputs.append(Estimate(value, np.broadcast_to(0.0, value.shape)))
+        if not inputs and self._tokens is None:
+            return None
+        profile = self.profile(key)
+        backend = PredictionBackend([(None, profile)])
+        made = run_stage(backend, self.site(key), self.graph, key, inputs)
+        return None if made is None else profile.arithmetic.stored.round(made.whole().value)
 
     def expect_from(self, key: StageKey, inputs: Sequence[Floats]) -> Expectation | None:
         """As `expect`, with these tensors for inputs."""

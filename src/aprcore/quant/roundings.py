@@ -16,7 +16,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from aprcore.ground.precision import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32, FloatType
+from aprcore.ground.precision import (
+    BFLOAT16,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    FLOAT16,
+    FLOAT32,
+    TF32,
+    FloatType,
+)
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -72,9 +80,12 @@ class FloatRounding:
 
     Attributes:
         kind: The type.
+        is_loose: Whether ties may go either way and small numbers may keep their digits: as another
+            type of as many digits has it, which is seen in few numbers.
     """
 
     kind: FloatType
+    is_loose: bool = False
 
     @property
     def name(self) -> str:
@@ -84,6 +95,11 @@ class FloatRounding:
     def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
         """Round rows."""
         value = self.kind.round(x)
+        if self.is_loose:
+            step = np.maximum(self.kind.spacing(x), self.kind.smallest)
+            is_open = np.abs(np.abs(x - value) - step / 2) <= SPREADS * np.asarray(spread)
+            is_open |= np.abs(x) < 2.0**self.kind.min_exponent
+            return Rounded(value, np.where(is_open, np.square(step), 0.0))
         if not np.any(spread):  # a cast has no ties of its own: every engine rounds them to even
             return Rounded(value, np.broadcast_to(0.0, value.shape))
         step = np.maximum(self.kind.spacing(x), self.kind.smallest)
@@ -107,6 +123,50 @@ class UncertainRounding:
     def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
         """Leave the rows as they are, with the variance of their rounding."""
         return Rounded(x, self.kind.rounding_variance(x))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFloatRounding:
+    """Every float32 to TF32.
+
+    Attributes:
+        name: As in sidecars and on the command line.
+        cuts: Whether bits are cut off, as tensor cores do with what they are given; else to nearest
+            and ties away from zero, as `cvt.rna.tf32.f32` does before (PTX ISA, "cvt").
+    """
+
+    name: str
+    cuts: bool
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows."""
+        step = TF32.spacing(x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            code = np.where(step > 0, np.abs(x) / step, 0.0)
+        whole = np.floor(code + (0.0 if self.cuts else 0.5))
+        value = np.copysign(whole * step, x)
+        if not np.any(spread):
+            return Rounded(value, np.broadcast_to(0.0, value.shape))
+        edge = np.rint(code) if self.cuts else np.floor(code) + 0.5
+        near = np.abs(code - edge) * step <= SPREADS * np.asarray(spread)
+        return Rounded(value, np.where(near, np.square(step), 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingOfBoth:
+    """A rounding that a product's weights get as well, by a kernel that reads tiles of one type.
+
+    Attributes:
+        name: As in sidecars and on the command line.
+        inner: The rounding.
+    """
+
+    name: str
+    inner: Rounding
+
+    def __call__(self, x: Float64, spread: Float64 | float = 0.0) -> Rounded:
+        """Round rows."""
+        return self.inner(x, spread)
 
 
 class _Codes(NamedTuple):
@@ -360,6 +420,8 @@ def hadamard(x: Float64) -> Float64:
 
 
 _F16, _BF16 = FloatRounding(FLOAT16), FloatRounding(BFLOAT16)
+# What tensor cores are given, by name.
+_TILES: dict[str, Rounding] = {"f16:f32": FloatRounding(FLOAT16, is_loose=True), "bf16:f32": _BF16}
 _Q8_0 = BlockRounding("q8_0", 32, _by_magnitude)
 _Q8_1 = BlockRounding("q8_1", 32, _by_magnitude)
 _Q8_K = BlockRounding("q8_k", 256, _by_extreme(-127, 127), half=False)
@@ -380,6 +442,15 @@ ROUNDINGS: dict[str, Rounding] = {
         UncertainRounding(UNCERTAIN, FLOAT16),
     )
 }  # fmt: skip
+ROUNDINGS |= _TILES
+ROUNDINGS |= {
+    both.name: both
+    for both in (
+        RoundingOfBoth("tf32", TensorFloatRounding("tf32", cuts=False)),
+        RoundingOfBoth("tf32-cut", TensorFloatRounding("tf32-cut", cuts=True)),
+        *(RoundingOfBoth(f"{name}-both", tile) for name, tile in _TILES.items()),
+    )
+}
 ROTATED, ROTATED_BY_64, PAIRED = "-rotated", "-rotated by 64", " in pairs"
 _OF_CACHES = ("q8_0", "q8_1 and sums", "q5_1", "q5_0", "q4_1", "q4_0")
 ROUNDINGS |= {
