@@ -21,6 +21,7 @@ from aprcore.dumps.stage_file import (
     use_file,
 )
 from aprcore.ground.errors import TraceError
+from aprcore.ground.whole_directory import check_finished
 from aprcore.network.backend import KeyValueCache
 from aprcore.network.config import ModelConfig
 from aprcore.network.graph import computation_order, known_stages, parse_path
@@ -57,6 +58,7 @@ class TraceDirectory:
                 )  # fmt: skip
         except OSError as error:  # a name too long, a folder that may not be entered
             raise TraceError(f"cannot be read ({error.strerror})", where=path) from error
+        check_finished(self.path)
         self.sidecar = read_sidecar(self.path)
         found, self.ignored = _list_stage_files(self.path)
         self.unlisted: tuple[StageKey, ...] = ()

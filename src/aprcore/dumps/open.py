@@ -39,6 +39,7 @@ from aprcore.dumps.tool_files import (
 )
 from aprcore.ground.errors import FormatError, TraceError
 from aprcore.ground.precision import BFLOAT16
+from aprcore.ground.whole_directory import check_finished
 from aprcore.network.backend import KeyValueCache
 from aprcore.network.config import ModelConfig
 from aprcore.network.graph import Graph, computation_order, known_stages, outline
@@ -142,6 +143,8 @@ def _debug_logits(folder: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> TensorFile:
+    if path.is_dir():
+        check_finished(path)
     if is_tensor_folder(path):
         held = read_safetensors_dump(path / TENSORS_NAME)
         return replace(held, sidecar=_sidecar(path, held))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -26,8 +24,10 @@ from numpy.typing import NDArray
 from aprcore.dumps.sidecar import SIDECAR_NAME, Sidecar
 from aprcore.ground.errors import TraceError
 from aprcore.ground.precision import BFLOAT16
+from aprcore.ground.whole_directory import WholeDirectory
 
 TENSORS_NAME = "tensors.safetensors"
+_PIECES = "pieces"
 
 
 @cache
@@ -70,24 +70,17 @@ class TensorFolderWriter:
         self.directory = Path(directory)
         self.sidecar = sidecar or Sidecar()
         self._tensors: dict[str, tuple[tuple[Piece, ...], int]] = {}
-        self._staging: Path | None = None
+        self._whole = WholeDirectory(self.directory)
         self._spool: BinaryIO | None = None
-        self._made: list[Path] = []
 
     def __enter__(self) -> TensorFolderWriter:
-        """Create the folder if it is missing.
+        """Make the folder to write to.
 
         Raises:
-            TraceError: It cannot be written to.
+            TraceError: It cannot be, or another process is writing to the target.
         """
         try:
-            missing = self.directory
-            while not missing.exists():
-                self._made.append(missing)
-                missing = missing.parent
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=".aprtui-", dir=self.directory))
-            self._spool = (self._staging / "pieces").open("w+b")
+            self._spool = (self._whole.begin() / _PIECES).open("w+b")
         except BaseException as error:
             self.discard()
             if isinstance(error, OSError):
@@ -131,25 +124,23 @@ class TensorFolderWriter:
         try:
             if kind is None:
                 self._commit()
-                self._made.clear()
         except OSError as failure:
             raise self._failure(failure) from failure
         finally:
             self.discard()
 
     def _commit(self) -> None:
-        assert self._staging is not None and self._spool is not None
+        staging = self._whole.staging
+        assert staging is not None and self._spool is not None
         sidecar = self.sidecar
         if sidecar.created_utc is None:
             sidecar = replace(sidecar, created_utc=datetime.now(UTC).isoformat(timespec="seconds"))
-        whole, text = self._staging / TENSORS_NAME, self._staging / SIDECAR_NAME
-        with whole.open("wb") as file:
+        with (staging / TENSORS_NAME).open("wb") as file:
             self._write_file(file)
-        text.write_text(sidecar.to_json(), "utf-8")
-        # Without its sidecar a half-moved folder does not pass for the dump of the old run.
-        (self.directory / SIDECAR_NAME).unlink(missing_ok=True)
-        whole.replace(self.directory / TENSORS_NAME)
-        text.replace(self.directory / SIDECAR_NAME)
+        (staging / SIDECAR_NAME).write_text(sidecar.to_json(), "utf-8")
+        self._spool.close()
+        (staging / _PIECES).unlink()
+        self._whole.commit()
 
     def _write_file(self, file: BinaryIO) -> None:
         """The header, with offsets relative to its end, then each tensor's values."""
@@ -182,11 +173,7 @@ class TensorFolderWriter:
         if self._spool is not None:
             with suppress(OSError):  # what it still buffers is not wanted any more
                 self._spool.close()
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-        for folder in self._made:  # innermost first; only those that this run created
-            with suppress(OSError):
-                folder.rmdir()
+        self._whole.discard()
 
     def _failure(self, error: OSError) -> TraceError:
         return TraceError(
