@@ -65,7 +65,7 @@ zoo: $(EVERYTHING)
 
 # What is found is kept in fuzz-found, and told with the seed and the number that make it again.
 fuzz: $(EVERYTHING)
-	@$(BIN)/python -m tests.fuzz $(FUZZ) --inputs $(N) --seconds $(FUZZ_SECONDS)
+	@$(BIN)/python -m tests.fuzz $(FUZZ) --inputs $(N) --seconds $(FUZZ_SECONDS) --jobs 2
 
 bench: $(EVERYTHING)
 	@failed=0; for script in tests/benchmarks/bench_*.py; do \
