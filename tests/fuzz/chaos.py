@@ -72,6 +72,13 @@ class Chaos:
         value &= (1 << bits) - 1
         return value - (1 << bits) if signed and value >> (bits - 1) else value
 
+    def shape(self, sizes: Sequence[int], bits: int = 63) -> list[int]:
+        """Sizes of a tensor, maybe such that there is nothing in it and yet no end to it."""
+        found = self.items([self.number(size, bits) for size in sizes])
+        if self.strikes(0.5):
+            found = self.random.sample([0, 1 << 31, 1 << 40, (1 << 62) + 1], 3)
+        return found
+
     def pick(self, value: Value, others: Sequence[Value]) -> Value:
         """A value, maybe one of `others`."""
         return self.random.choice(others) if self.strikes() else value

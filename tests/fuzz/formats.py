@@ -108,7 +108,7 @@ def safetensors(
     at = 0
     for name, shape in c.items(list(shapes.items())):
         dtype = c.pick("F32", ("F16", "BF16", "F64", "I64", "I32", "BOOL", "U8", "F8_E4M3", "x"))
-        sizes = [c.number(n, 63) for n in shape]
+        sizes = c.shape(shape)
         size = 4 * int(np.prod(shape, dtype=object))
         header[c.text(name)] = {
             "dtype": dtype, "shape": sizes,
@@ -194,7 +194,7 @@ def gguf(c: Chaos, keys: Mapping[str, Any], with_tensors: bool = True) -> bytes:
         stem = name.removesuffix(".weight")
         stem = stem.removeprefix("model.layers.0.")
         stem = ("blk.0." if name.startswith("model.layers") else "") + GGUF_NAMES[stem]
-        sizes = c.items([c.number(n) for n in shape[::-1]])
+        sizes = c.shape(shape[::-1], 64)
         infos.append(
             _text(c, f"{stem}.weight") + struct.pack("<I", c.number(len(sizes), 32))
             + struct.pack(f"<{len(sizes)}Q", *sizes)
@@ -225,7 +225,7 @@ def apr(c: Chaos, tokenizer: bool = False) -> bytes:
     tensors = sorted(WEIGHTS.items())
     for name, shape in c.items(tensors):
         raw = c.text(name).encode("utf-8", "surrogatepass")
-        sizes = c.items([c.number(n) for n in shape])
+        sizes = c.shape(shape, 64)
         size = 4 * int(np.prod(shape))
         index += struct.pack("<H", c.number(len(raw), 16)) + raw
         index += bytes([c.pick(0, (*range(32), 128, 129, 255)), c.number(len(sizes), 8)])
@@ -263,7 +263,7 @@ def npy(c: Chaos, shape: Sequence[int], descr: str = "<f4", values: bytes | None
     kinds = ("<f2", "<f8", ">f4", "<i8", "<i4", "|V2", "<U3", "|S4", "|O", "<c8", "|b1", "<M8[s]",
              "[('a', '<f4')]", "<V2000000000", "<U999999999", "f", "")  # fmt: skip
     kind = c.pick(descr, kinds)
-    sizes = [c.number(n, 63) for n in shape]
+    sizes = c.shape(shape)
     stated = "(" + "".join(f"{n}, " for n in sizes) + ")"
     order = c.pick("False", ("True", "None", "0"))
     header = f"{{'descr': {kind!r}, 'fortran_order': {order}, 'shape': {stated}, }}"
@@ -334,8 +334,9 @@ def _torch_tensor(c: Chaos, key: str, shape: Sequence[int], kind: str) -> bytes:
     for n in reversed(shape):
         strides.insert(0, step)
         step *= n
-    ints = [_pickle_tuple([_pickle_int(c.number(n, 63)) for n in c.items(part)])
-            for part in (list(shape), strides)]  # fmt: skip
+    sizes = c.shape(shape)
+    steps = [c.number(step, 63) for step in [*strides, *[1] * len(sizes)][: len(sizes)]]
+    ints = [_pickle_tuple([_pickle_int(n) for n in part]) for part in (sizes, steps)]
     name = c.pick("_rebuild_tensor_v2", ("_rebuild_tensor", "_rebuild_tensor_v3",
                   "_rebuild_parameter", "_rebuild_sparse_tensor", "x"))  # fmt: skip
     rest = [b"\x89", b"ccollections\nOrderedDict\n)R"]
