@@ -187,7 +187,7 @@ def gguf_tokenizer(kind: str = "gpt2") -> dict[str, Any]:
 
 
 def gguf(c: Chaos, keys: Mapping[str, Any], with_tensors: bool = True) -> bytes:
-    """Source: docs/gguf.md of ggml."""
+    """Source: ggml, "GGUF"."""
     pairs = [_text(c, key) + _gguf_value(c, value) for key, value in c.items(list(keys.items()))]
     infos, at = [], 0
     for name, shape in c.items(list(WEIGHTS.items())) if with_tensors else ():
