@@ -35,6 +35,8 @@ VALUES = (None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30
           1e308, 5e-324, [], {}, [[]], [None], {"": None}, "", "x", [1, "a", None, 2.5],
           [0] * 1000)  # fmt: skip
 _RAW = "@raw:"
+# Readers are tried on small files.
+LARGEST_BYTES = 1 << 20
 
 
 class Chaos:
@@ -49,6 +51,7 @@ class Chaos:
         self.random = source
         # One input has a change or two, the next one many; some have none but those of bytes.
         self._rate = 0.0 if sound else source.choice((0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1))
+        self._has_repeated = False
         self._damage_rate = 0.0 if sound else 0.25 if self._rate else 0.95
 
     def strikes(self, times: float = 1.0) -> bool:
@@ -120,7 +123,10 @@ class Chaos:
         elif draw < 0.85:
             self.random.shuffle(found)
         else:
-            found += [found[at]] * self.random.choice((1, 10, 100))
+            # Once an input: a list of lists of lists of a hundred each has no end.
+            count = self.random.choice((1, 10, 100))
+            found += [found[at]] * (1 if self._has_repeated else count)
+            self._has_repeated |= count > 1
         return found
 
     def tree(self, value: Any, depth: int = 0) -> Any:
@@ -178,6 +184,8 @@ class Chaos:
         if self.random.random() < self._damage_rate:
             for _ in range(self.random.choice((1, 1, 1, 2, 4, 16))):
                 data = self._damage(data, other)
+                if len(data) > LARGEST_BYTES:  # a part repeated fiftyfold, and again, and again
+                    break
         return data
 
     def _damage(self, data: bytes, other: bytes) -> bytes:
