@@ -2,6 +2,7 @@
 # make lint   linters, types, layers                  make bench  tables of figures
 # make tour   draws the pictures of the documentation
 # make zoo    the judge on planted faults
+# make fuzz N=100000   broken files for every reader, N each (FUZZ='gguf npz' for some)
 # make engines   the tests with the real llama.cpp, which is built for it (minutes), and MLX
 #
 # Needs python3 >= 3.11 with venv, and a package index. Everything is installed into .venv.
@@ -11,6 +12,10 @@ VENV ?= .venv
 # Where to look for torch besides the usual index: PyTorch's own index of CPU builds, say, since on
 # Linux the usual one has it with CUDA libraries.
 TORCH_INDEX ?=
+# Broken files for each reader, of which readers (all), and for how many seconds each at most.
+N ?= 10000
+FUZZ ?=
+FUZZ_SECONDS ?= 3600
 # Passed to pytest: make test ARGS='-k diff'
 ARGS ?=
 
@@ -24,7 +29,7 @@ EVERYTHING := $(VENV)/.everything-installed
 ENGINES := $(VENV)/.engines-installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test engines zoo lint format bench tour dist clean
+.PHONY: demo test engines zoo fuzz lint format bench tour dist clean
 
 # Without a terminal the table is printed. Exit code 1 is what the demo is there to show.
 demo: $(RUNTIME)
@@ -57,6 +62,10 @@ format: $(EVERYTHING)
 zoo: $(EVERYTHING)
 	@$(BIN)/python -m tests.zoo
 	@$(BIN)/python -m tests.zoo --engines
+
+# What is found is kept in fuzz-found, and told with the seed and the number that make it again.
+fuzz: $(EVERYTHING)
+	@$(BIN)/python -m tests.fuzz $(FUZZ) --inputs $(N) --seconds $(FUZZ_SECONDS) --jobs 2
 
 bench: $(EVERYTHING)
 	@failed=0; for script in tests/benchmarks/bench_*.py; do \

@@ -6,10 +6,8 @@ direction mark that makes the line read otherwise.
 
 from __future__ import annotations
 
+from aprcore.ground.errors import ERROR_LIMIT
 from aprcore.ground.visible import visible, visible_lines
-
-# Characters of an error. Two lists of some thousand token ids must fit: a user compares them.
-ERROR_LIMIT = 20_000
 
 __all__ = ("ERROR_LIMIT", "byte_count", "visible", "visible_lines")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,12 @@ class PositionTree:
             if (match := _POSITION.fullmatch(entry.name)) is not None
         )  # fmt: skip
         numbers = [number for number, _ in found]
-        if numbers != list(range(len(numbers))):
-            first = next(i for i in range(numbers[-1] + 1) if i not in numbers)
+        if len(set(numbers)) < len(numbers):
+            twice = next(a for a, b in pairwise(numbers) if a == b)
+            raise TraceError(f"has position {twice} under two names", where=path,
+                             hint="leave one of them out")  # fmt: skip
+        if numbers[-1] != len(numbers) - 1:
+            first = next(at for at, number in enumerate(numbers) if at != number)
             raise TraceError(f"has no pos-{first:04d}: a pass needs every position from 0 on",
                              where=path, hint="dump them all")  # fmt: skip
         self._steps = [TraceDirectory(folder) for _, folder in found]

@@ -10,6 +10,7 @@ Source: torch/_weights_only_unpickler.py, torch/serialization.py and torch/_util
 
 from __future__ import annotations
 
+import math
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -318,6 +319,9 @@ class _Machine:
         numbers = (start, *_as(tuple, shape), *_as(tuple, strides))
         if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
             raise ValueError("a tensor of sizes that are none")
+        # Where one size is zero the others may say anything, and numpy counts them all.
+        if math.prod(n or 1 for n in shape) >= 2**59:
+            raise ValueError(f"a tensor of {list(shape)}")
         if len(shape) != len(strides) or len(shape) > MOST_AXES:
             raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides")
         end = 0 if 0 in shape else start + 1 + sum((n - 1) * s for n, s in zip(shape, strides))

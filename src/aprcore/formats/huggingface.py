@@ -23,6 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 METADATA_NAME = "__metadata__"  # the entry of a safetensors header that is no tensor
 
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own
+MOST_AXES = 64  # numpy's own
 JSON_LIMIT_BYTES = 64 * 1024 * 1024
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -38,7 +39,7 @@ class _HeaderEntry(msgspec.Struct):
     """A tensor's record in the header of a safetensors file."""
 
     dtype: str
-    shape: tuple[Size, ...]
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=MOST_AXES)]
     data_offsets: tuple[Size, Size]
 
 

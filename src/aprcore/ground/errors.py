@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from os import PathLike
 
+from aprcore.ground.visible import visible
+
+# Characters of an error. Two lists of some thousand token ids must fit: a user compares them.
+ERROR_LIMIT = 20_000
+
 Where = str | PathLike[str] | None
 
 
@@ -39,8 +44,9 @@ class AprError(Exception):
         line = self.what if self.where is None else f"{self.where}: {self.what}"
         if self.hint:
             line = f"{line}; {self.hint}"
-        # A file name or a token may carry a line break; the promise is one line.
-        return " ".join(line.splitlines())
+        # A file name or a token may carry a line break, an escape or a novel; the promise is one
+        # line that prints.
+        return visible(" ".join(line.splitlines()), ERROR_LIMIT)
 
 
 class FormatError(AprError):

@@ -96,6 +96,9 @@ class NpyArray:
         shape, dtype, fortran = _parse_header(text, broken)
         if dtype is None:
             return None
+        # Where one size is zero the others may say anything, and numpy counts them all.
+        if math.prod(n or 1 for n in shape) * max(1, dtype.itemsize) >= 2**63:
+            raise broken(f"has the shape {shape}")
         expected = begin + math.prod(shape) * dtype.itemsize
         if size_bytes != expected:
             raise broken(f"has {size_bytes} bytes where {expected} are due")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +75,8 @@ def _list_local(path: Path, *, is_model: bool) -> list[tuple[str, ...]]:
 
     Of a directory, those that a model or a dump consists of: `/` is one, too.
     """
-    if path.is_dir():
+    # Unlike pathlib's, these do not raise where a name is too long or a folder may not be entered.
+    if os.path.isdir(path):  # noqa: PTH112
         folders = [path, *path.glob("layer-*")]
         files = [file for folder in folders for file in _files_in(folder)]
         found = [(str(file.relative_to(path)), file) for file in files]
@@ -90,7 +92,7 @@ def _list_local(path: Path, *, is_model: bool) -> list[tuple[str, ...]]:
             continue
         listing.append((name, str(status.st_size), str(status.st_mtime_ns)))
     # A neighbour alone is no model.
-    return listing if path.exists() else []
+    return listing if os.path.exists(path) else []  # noqa: PTH110
 
 
 def _files_in(folder: Path) -> list[Path]:

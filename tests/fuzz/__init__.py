@@ -1,0 +1,1 @@
+"""Fuzzing of every reader of files: structure-aware, seeded, in process; docs/reliability.md."""
