@@ -70,8 +70,9 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path: Path) -> None:
         "def slow(*a):\n    write(*a); print('writing', flush=True); time.sleep(60)\n"
         "TraceWriter.write = slow\n"
         "from aprtui.__main__ import main\n"
-        f"sys.argv = ['aprtui', 'trace', {str(model)!r}, '--tokens', '1,2', '--save-tensor', 'all',\n"
-        f"            '--save-tensor-dir', {str(tmp_path / 'out' / 'trace')!r}]\n"
+        f"sys.argv = ['aprtui', 'trace', {str(model)!r}, '--tokens', '1,2',\n"
+        "            '--save-tensor', 'all', '--save-tensor-dir',\n"
+        f"            {str(tmp_path / 'out' / 'trace')!r}]\n"
         "sys.exit(main())"
     )
     with subprocess.Popen(

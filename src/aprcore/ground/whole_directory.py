@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from aprcore.ground.errors import TraceError
+from aprcore.ground.hidden_beside import locked, name_beside, remove_dead, turn
 
 # In a directory from its first file to its last: what has it is no whole.
 UNFINISHED = ".aprtui-unfinished"
-_SUFFIX = ".partial"
 # Source: renameat2(2) and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # What says that a file system, or a mount, exchanges no directories.
@@ -88,25 +86,15 @@ class WholeDirectory:
         return self.staging
 
     def _stage(self, parent: Path) -> None:
-        turn = _locked(parent, wait=True)  # one writer looks around and settles in at a time
-        try:
-            # A name of any length is told by its digest, and the hidden one is no longer than that.
-            prefix = f".aprtui-{hashlib.sha256(os.fsencode(self.target.name)).hexdigest()[:16]}-"
-            for other in parent.glob(f"{prefix}*{_SUFFIX}"):
-                held = _locked(other)
-                if held is None:
-                    raise TraceError("another process is writing there", where=self.target,
-                                     hint="wait for it, or choose another directory")  # fmt: skip
-                shutil.rmtree(other, ignore_errors=True)
-                os.close(held)
-            staging = parent / f"{prefix}{secrets.token_hex(4)}{_SUFFIX}"
+        with turn(parent):
+            if remove_dead(self.target, parent):
+                raise TraceError("another process is writing there", where=self.target,
+                                 hint="wait for it, or choose another directory")  # fmt: skip
+            staging = parent / name_beside(self.target)
             staging.mkdir()
             self.staging = staging
-            self._lock = _locked(staging)
+            self._lock = locked(staging)
             (staging / UNFINISHED).touch()
-        finally:
-            if turn is not None:
-                os.close(turn)
 
     def commit(self) -> None:
         """Put it in the target's place.
@@ -164,26 +152,6 @@ class WholeDirectory:
                     Path(folder, name).replace(place / name)
             _synced(place)
         marker.unlink()
-
-
-def _locked(directory: Path, *, wait: bool = False) -> int | None:
-    """A descriptor that holds a directory's lock; None where another has it, or nothing locks.
-
-    The lock goes with the process, however it ends.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:  # a file system without locks
-        return descriptor
-    return descriptor
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:

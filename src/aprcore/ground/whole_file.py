@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from aprcore.ground.errors import AprError
+from aprcore.ground.hidden_beside import locked, name_beside, remove_dead, turn
 
 HINT = "choose another place"
 
@@ -21,16 +22,25 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         AprError: The file cannot be written.
     """
     temporary = _beside(path)
+    held: int | None = None
     try:
-        # Not a NamedTemporaryFile: that would be readable by its owner alone for good.
-        with temporary.open("xb") as file:
+        with turn(path.parent):
+            remove_dead(path, path.parent)
+            # Not a NamedTemporaryFile: that would be readable by its owner alone for good.
+            file = temporary.open("xb")
+            held = locked(temporary)
+        with file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
 
 
 def check_writable(path: Path) -> None:
@@ -53,7 +63,7 @@ def check_writable(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{secrets.token_hex(8)}.partial")
+    return path.with_name(name_beside(path))
 
 
 def _unwritable(path: Path, error: OSError) -> AprError:
